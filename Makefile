@@ -1,0 +1,42 @@
+# Each target makes its own environment on a machine that has Python >= 3.10, a C++ compiler and make.
+#   make train   train on the handwritten digits        make test    lint, types and tests
+#   make bench   the benchmarks                         make lint    lint and types only
+PYTHON ?= python3
+VENV ?= .venv
+TRAIN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+python := $(VENV)/bin/python
+# What the environment and the compiled part are made from: a newer file prepares them again.
+inputs := $(wildcard tools/prepare_venv.py pyproject.toml setup.py constraints.txt build_backend/*.py) \
+          $(shell find csrc -type f)
+cxx_files := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: train test lint pytest bench clean
+
+train: $(VENV)/.train
+	$(python) -m densenet_ext train $(TRAIN_ARGS)
+
+test: lint pytest
+
+lint: $(VENV)/.dev
+	ruff check .
+	ruff format --check .
+	$(python) -m mypy
+	clang-format --dry-run -Werror $(cxx_files)
+
+pytest: $(VENV)/.dev
+	$(python) -m pytest $(TEST_ARGS)
+
+bench: $(VENV)/.dev
+	$(python) -m benchmarks $(BENCH_ARGS)
+
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(inputs)
+	$(PYTHON) tools/prepare_venv.py $(VENV) $*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info densenet_ext/_C.*.so

@@ -1,0 +1,168 @@
+"""What a training step takes: seconds in interleaved rounds, bytes kept for the backward pass, peak memory.
+
+Nothing here knows a network. Memory is counted by the allocator (the profiler's memory events), never by the size of
+the process: that hides what the C library keeps for later, and shows what earlier steps have left.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+SLOW = 1.3
+SELDOM = 3
+
+
+class Step:
+    """A training step: forward, cross entropy, backward, SGD with momentum. Gradients are freed at its end."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.model = model
+        self.images = images  # [N, C, H, W] float32
+        self.labels = labels  # [N] int64
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def forward(self) -> Tensor:
+        """The loss, with its graph."""
+        return F.cross_entropy(self.model(self.images), self.labels)
+
+    def backward(self, loss: Tensor) -> None:
+        """The rest of the step."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self) -> None:
+        self.backward(self.forward())
+
+
+class Ratio(NamedTuple):
+    """How many times as long one contender took as another, round by round."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Memory(NamedTuple):
+    """Bytes of one step, as the allocator counted them."""
+
+    kept: int  # still held when the forward pass is over: what the backward pass needs, and the loss
+    peak: int  # the most that was held at once, over what was held at the start
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """The wall time of one call, with the garbage of earlier ones out of the way."""
+    gc.collect()
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    peers: Collection[str] = (),
+    clock: Callable[[Callable[[], object]], float] = seconds,
+) -> dict[str, list[float | None]]:
+    """The seconds of every step in each of ``rounds`` rounds, None for a round that left it out.
+
+    A round runs each step once, each round beginning one further down the list, so that no step is always the one that
+    comes after a particular other. A peer that the first round finds ``SLOW`` times slower than the fastest peer is
+    surely not the fastest: it runs in every ``SELDOM``-th round only.
+    """
+    names = list(steps)
+    times: dict[str, list[float | None]] = {name: [] for name in names}
+    slow: set[str] = set()
+    for r in range(rounds):
+        for name in rotated(names, r):
+            times[name].append(None if name in slow and r % SELDOM else clock(steps[name]))
+        if r == 0:
+            first = {name: median(times[name]) for name in peers}
+            slow = {name for name, value in first.items() if value > SLOW * min(first.values())}
+    return times
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """``names`` beginning with the ``by``-th, counted around."""
+    first = by % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def median(times: Sequence[float | None]) -> float:
+    """The median over the rounds in which the step ran."""
+    return statistics.median(value for value in times if value is not None)
+
+
+def ratio(theirs: Sequence[float | None], ours: Sequence[float | None]) -> Ratio:
+    """Theirs over ours, paired within each round that ran both: what slows a whole round down cancels.
+
+    Raises ValueError when no round ran both.
+    """
+    pairs = [a / b for a, b in zip(theirs, ours, strict=True) if a is not None and b is not None]
+    if not pairs:
+        raise ValueError("ratio: expected at least one round that ran both, got none")
+    return Ratio(statistics.median(pairs), min(pairs), max(pairs))
+
+
+def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages that ``forward``'s graph saves for its backward pass, each storage counted once.
+
+    ``leave_out`` names tensors that exist anyway (parameters, buffers, the input). Tensors that a
+    ``torch.utils.checkpoint`` region holds in its own way are not seen; :func:`allocations` sees them.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
+    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def allocations(forward: Callable[[], Any], rest: Callable[[Any], object]) -> Memory:
+    """Bytes of ``rest(forward())``: still held between the two, and the most held at once; over the start, CPU only."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with record_function("benchmark_forward"):
+            value = forward()
+        rest(value)
+        del value
+    return memory_of(_trace(profiler))
+
+
+def memory_of(events: Sequence[Mapping[str, Any]]) -> Memory:
+    """The figures of :func:`allocations` from the events of a Chrome trace."""
+    end = next(event["ts"] + event["dur"] for event in events if event.get("name") == "benchmark_forward")
+    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    held = kept = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+        if event["ts"] <= end:
+            kept = held
+    return Memory(kept, peak)
+
+
+def _trace(profiler: profile) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return events

@@ -1,0 +1,151 @@
+"""The compiled part: its sources, flags and macros, and whether it has GPU kernels."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from build_backend.environment import BuildError
+
+# The oldest torch whose stable ABI the sources use; a library built so also loads in every later torch.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+CUDA_SOURCES = "csrc/cuda/*.cu"
+
+
+class Cuda(NamedTuple):
+    """Whether the GPU kernels are built, and why, in words; with them the toolkit and the architectures."""
+
+    build: bool
+    why: str
+    home: Path | None = None
+    architectures: str = ""
+
+
+def sources(root: Path, cuda: bool) -> list[str]:
+    """The source files, relative to `root` (as setuptools wants them), in a fixed order."""
+    patterns = ["csrc/module.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"] + ([CUDA_SOURCES] if cuda else [])
+    return [str(path.relative_to(root)) for pattern in patterns for path in sorted(root.glob(pattern))]
+
+
+def find_toolkit() -> Path | None:
+    """The folder of a CUDA toolkit with compiler and headers: CUDA_HOME or CUDA_PATH, nvcc's, or the usual place."""
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    places = [Path(given)] if given else []
+    if nvcc and not given:
+        places.append(Path(nvcc).resolve().parents[1])
+    if not given:
+        places.append(Path("/usr/local/cuda"))
+    # nvcc on PATH may be a launcher that lies far from its toolkit, hence the look at the headers.
+    for place in places:
+        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
+            return place
+    return None
+
+
+def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None, has_sources: bool) -> Cuda:
+    """Whether to build the GPU kernels. `forced` is DENSENET_EXT_CUDA: "0", "1", or None to decide by what is there.
+
+    A visible GPU is no condition: builds often run on machines without one.
+    """
+    if forced not in (None, "", "0", "1"):
+        raise BuildError(f"DENSENET_EXT_CUDA must be 0 or 1, and is {forced!r}.")
+    if forced == "0":
+        return Cuda(False, "DENSENET_EXT_CUDA=0")
+    if not has_sources:
+        return Cuda(False, f"there are no sources {CUDA_SOURCES}")
+    if forced == "1":
+        if toolkit is None:
+            raise BuildError("DENSENET_EXT_CUDA=1, and no CUDA toolkit was found; set CUDA_HOME to its folder.")
+        loads = "" if torch_cuda else "; this torch has no CUDA, so that the result compiles and does not load here"
+        return Cuda(True, f"DENSENET_EXT_CUDA=1, toolkit in {toolkit}{loads}", toolkit)
+    if torch_cuda is None:
+        return Cuda(False, "the installed torch has no CUDA")
+    if toolkit is None:
+        return Cuda(False, f"torch has CUDA {torch_cuda}, but no CUDA toolkit was found (CUDA_HOME, nvcc on PATH)")
+    return Cuda(True, f"torch has CUDA {torch_cuda}, toolkit in {toolkit}", toolkit)
+
+
+def default_architectures(toolkit_version: tuple[int, int]) -> str:
+    """One architecture per generation that the toolkit knows, with PTX of the newest for what comes after."""
+    names = ["8.0", "9.0"]
+    if toolkit_version >= (12, 8):
+        names += ["10.0", "12.0"]
+    return ";".join(names) + "+PTX"
+
+
+def toolkit_version(toolkit: Path) -> tuple[int, int]:
+    """Major and minor version of a toolkit, as its nvcc says."""
+    text = subprocess.run([str(toolkit / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
+    release = text.partition("release ")[2].partition(",")[0].split(".")
+    return int(release[0]), int(release[1])
+
+
+def choose_architectures(toolkit: Path) -> str:
+    """TORCH_CUDA_ARCH_LIST if it is set, else the visible GPUs', else the default, in the form of that variable."""
+    import torch
+
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given.strip().replace(" ", ";")
+    visible = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    if visible:
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
+    return default_architectures(toolkit_version(toolkit))
+
+
+def optimisation_flags(environ: dict[str, str]) -> list[str]:
+    """-O3 without debug information, unless the standard variables say otherwise; CXXFLAGS come last and win."""
+    user = shlex.split(environ.get("CFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+    flags = [] if any(flag.startswith("-O") for flag in user) else ["-O3"]
+    flags += [] if any(flag.startswith("-g") for flag in user) else ["-g0"]
+    # GCC 12 warns about its own AVX-512 header once per use (its bug 105593).
+    return [*flags, "-fvisibility=hidden", "-Wno-maybe-uninitialized", *shlex.split(environ.get("CXXFLAGS", ""))]
+
+
+def extension(root: Path) -> tuple[Any, Cuda]:
+    """The setuptools extension `densenet_ext._C`, and the decision about its GPU part. Needs torch.
+
+    Raises `BuildError` when the sources are incomplete or the environment asks for what is not there.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    toolkit = find_toolkit()
+    forced = os.environ.get("DENSENET_EXT_CUDA")
+    cuda = decide_cuda(forced, torch.version.cuda, toolkit, any(root.glob(CUDA_SOURCES)))
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    include_dirs, library_dirs, libraries = [str(root / "csrc")], [], []
+    if cuda.build and toolkit is not None:
+        # torch guesses the toolkit from nvcc's path, and does not look for one when it is built without CUDA.
+        cpp_extension.CUDA_HOME = str(toolkit)
+        cuda = cuda._replace(architectures=choose_architectures(toolkit))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+        # The stable ABI hands out the current stream under this macro.
+        macros.append(("USE_CUDA", "1"))
+        include_dirs += cpp_extension.include_paths("cuda", torch_include_dirs=False)
+        library_dirs += cpp_extension.library_paths("cuda", torch_include_dirs=False)
+        libraries += ["cudart"] + (["torch_cuda"] if torch.version.cuda else [])
+    facts = {
+        "DX_BUILD_TORCH": torch.__version__,
+        "DX_BUILD_CUDA": ".".join(map(str, toolkit_version(toolkit))) if cuda.build and toolkit else "",
+        "DX_BUILD_ARCHS": cuda.architectures,
+    }
+    macros += [(name, f'"{value}"') for name, value in facts.items()]
+    files = sources(root, cuda.build)
+    if "csrc/module.cpp" not in files:
+        raise BuildError(f"the source csrc/module.cpp is missing from {root}.")
+    module = cpp_extension.CppExtension(
+        "densenet_ext._C",
+        files,
+        include_dirs=include_dirs,
+        library_dirs=library_dirs,
+        libraries=libraries,
+        define_macros=macros,
+        extra_compile_args={"cxx": optimisation_flags(dict(os.environ)), "nvcc": ["-O3"]},
+    )
+    return module, cuda

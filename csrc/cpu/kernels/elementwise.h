@@ -1,0 +1,174 @@
+// The passes that read and write each element once: statistics, appending features (dropout), BN + ReLU and its
+// backward, the gradient of a feature with its statistics' share.
+#pragma once
+
+template <class T>
+void channel_stats(const ChannelStats<T>& p, const Pool& pool) {
+  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C));
+  TaskMoments moments(scratch, pool.tasks, p.C);
+  pool.run([&](int task) {
+    MomentsSum sum = moments[task];
+    for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows,
+               [&](int64_t m, int64_t rows) { sum.add_panel(p.x.row(m), p.x.pitch, rows, p.C); });
+  });
+  moments.finish(p.C, p.mean, p.var);
+}
+
+// A row's dropout factors; without dropout there is nothing to fill and nothing to multiply with.
+template <class A>
+DX_INLINE void fill_factors(const Dropout& dropout, int64_t row, int64_t C, A* factors) {
+  const uint32_t key = dropout_row_key(dropout, row);
+  for (int64_t c = 0; c < C; ++c) factors[c] = dropout_factor<A>(dropout, key, c);
+}
+
+template <class T>
+void append_features(const AppendFeatures<T>& p, const Pool& pool) {
+  using A = Acc<T>;
+  const int64_t Cp = padded<A>(p.C);
+  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C) + pool.tasks * Scratch::bytes<A>(Cp));
+  TaskMoments moments(scratch, pool.tasks, p.C);
+  A* factors_of_tasks = scratch.take<A>(pool.tasks * Cp);
+  const bool drop = p.drop_rate > 0;
+  const Dropout dropout = make_dropout(p.seed, p.layer, p.drop_rate);
+  pool.run([&](int task) {
+    MomentsSum sum = moments[task];
+    A* factors = factors_of_tasks + task * Cp;
+    for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
+      for (int64_t m = m0; m < m0 + rows; ++m) {
+        if (drop) fill_factors(dropout, m, Cp, factors);
+        const T* src = p.src.row(m);
+        T* out = p.out.row(m);
+        for_columns<A>(p.C, [&](int64_t c, auto columns) {
+          const Vec<A> v = columns.load(src + c);
+          columns.store(out + c, drop ? v * load_vec(factors + c) : v);
+        });
+      }
+      if (p.mean) sum.add_panel(p.out.row(m0), p.out.pitch, rows, p.C);
+    });
+  });
+  if (p.mean) moments.finish(p.C, p.mean, p.var);
+}
+
+template <class T>
+void bn_relu(const BnRelu<T>& p, const Pool& pool) {
+  using A = Acc<T>;
+  Scratch scratch(Affine<A>::bytes(p.C));
+  const Affine<A> affine(scratch, p.norm, p.C);
+  pool.run([&](int task) {
+    const Range range = part(p.M, kPanelRows, pool.tasks, task);
+    for (int64_t m = range.begin; m < range.end; ++m) {
+      const T* x = p.x.row(m);
+      T* out = p.out.row(m);
+      for_columns<A>(p.C,
+                     [&](int64_t c, auto columns) { columns.store(out + c, relu<A>(affine(columns.load(x + c), c))); });
+    }
+  });
+}
+
+// g = dropout'(grad + (gm + 2 (x - m) gv) / M): every consumer has contributed, so this gradient is complete.
+template <class T>
+void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
+  using A = Acc<T>;
+  const int64_t Cp = padded<A>(p.C);
+  Scratch scratch((3 + pool.tasks) * Scratch::bytes<A>(Cp));
+  A *slope = scratch.take<A>(Cp), *offset = scratch.take<A>(Cp), *factors_of_tasks = scratch.take<A>(pool.tasks * Cp);
+  const A* mean = padded_copy(scratch, p.mean, p.C);
+  std::fill_n(slope, Cp, A(0));
+  std::fill_n(offset, Cp, A(0));
+  for (int64_t c = 0; c < p.C; ++c) {
+    slope[c] = A(2) * p.grad_var[c] / A(p.M);
+    offset[c] = p.grad_mean[c] / A(p.M);
+  }
+  const bool drop = p.drop_rate > 0;
+  const Dropout dropout = make_dropout(p.seed, p.layer, p.drop_rate);
+  pool.run([&](int task) {
+    A* factors = factors_of_tasks + task * Cp;
+    const Range range = part(p.M, kPanelRows, pool.tasks, task);
+    for (int64_t m = range.begin; m < range.end; ++m) {
+      if (drop) fill_factors(dropout, m, Cp, factors);
+      const T *x = p.x.row(m), *grad = p.grad.row(m);
+      T* out = p.out.row(m);
+      for_columns<A>(p.C, [&](int64_t c, auto columns) {
+        const Vec<A> xc = columns.load(x + c) - load_vec(mean + c);
+        const Vec<A> g = columns.load(grad + c) + (load_vec(offset + c) + xc * load_vec(slope + c));
+        columns.store(out + c, drop ? g * load_vec(factors + c) : g);
+      });
+    }
+  });
+}
+
+template <class T>
+void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool) {
+  using A = Acc<T>;
+  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(padded<A>(p.C)) + TaskSums::bytes(pool.tasks, p.C));
+  const Affine<A> affine(scratch, p.norm, p.C);
+  const A* mean = padded_copy(scratch, p.norm.mean, p.C);
+  const TaskSums sums(scratch, pool.tasks, p.C);
+  pool.run([&](int task) {
+    for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
+      for_column_stretches<A>(p.C, [&](int64_t c, auto columns, auto vectors) {
+        constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
+        Vec<A> sum[NV] = {}, sum_xc[NV] = {};
+        for (int64_t m = m0; m < m0 + rows; ++m)
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j) {
+            const Vec<A> x = columns.load(p.x.row(m) + c + j * L);
+            const Vec<A> dy = relu_mask<A>(affine(x, c + j * L), columns.load(p.grad.row(m) + c + j * L));
+            sum[j] += dy;
+            sum_xc[j] += dy * (x - load_vec(mean + c + j * L));
+          }
+        for (int j = 0; j < NV; ++j) sums.add<A>(task, c + j * L, sum[j], sum_xc[j]);
+      });
+    });
+  });
+  sums.finish(p.C, affine.rstd, p.grad_weight, p.grad_bias);
+}
+
+// The input gradient of a norm, once its two sums are known:
+//   dx = s (dy - sum(dy)/M - (x - m) r^2 sum(dy (x - m))/M) = s (dy - center - (x - m) slope)
+// and s * dy when the norm is frozen (center and slope are zero).
+template <class A>
+struct NormBackward {
+  Affine<A> affine;
+  A *mean, *center, *slope;  // [padded C]
+
+  static size_t bytes(int64_t C) { return Affine<A>::bytes(C) + 3 * Scratch::bytes<A>(padded<A>(C)); }
+  NormBackward(Scratch& scratch, const Norm<A>& norm, const A* grad_weight, const A* grad_bias, int64_t M, int64_t C)
+      : affine(scratch, norm, C),
+        mean(padded_copy(scratch, norm.mean, C)),
+        center(scratch.take<A>(padded<A>(C))),
+        slope(scratch.take<A>(padded<A>(C))) {
+    std::fill_n(center, padded<A>(C), A(0));
+    std::fill_n(slope, padded<A>(C), A(0));
+    if (!grad_bias) return;
+    for (int64_t c = 0; c < C; ++c) {
+      center[c] = grad_bias[c] / A(M);
+      slope[c] = affine.rstd[c] * grad_weight[c] / A(M);
+    }
+  }
+  // dy is the gradient before the ReLU's mask.
+  DX_INLINE Vec<A> operator()(Vec<A> x, Vec<A> dy, int64_t c) const {
+    return correct(x, relu_mask<A>(affine(x, c), dy), c);
+  }
+  DX_INLINE Vec<A> correct(Vec<A> x, Vec<A> masked_dy, int64_t c) const {
+    const Vec<A> xc = x - load_vec(mean + c);
+    return load_vec(affine.scale + c) * (masked_dy - load_vec(center + c) - xc * load_vec(slope + c));
+  }
+};
+
+template <class T>
+void bn_relu_backward(const BnReluBackward<T>& p, const Pool& pool) {
+  using A = Acc<T>;
+  Scratch scratch(NormBackward<A>::bytes(p.C));
+  const NormBackward<A> backward(scratch, p.norm, p.grad_weight, p.grad_bias, p.M, p.C);
+  pool.run([&](int task) {
+    const Range range = part(p.M, kPanelRows, pool.tasks, task);
+    for (int64_t m = range.begin; m < range.end; ++m) {
+      const T *x = p.x.row(m), *grad = p.grad.row(m);
+      T* out = p.grad_x.row(m);
+      for_columns<A>(p.C, [&](int64_t c, auto columns) {
+        columns.store(out + c, backward(columns.load(x + c), columns.load(grad + c), c));
+      });
+    }
+  });
+}

@@ -1,0 +1,138 @@
+// Per-channel sums that are exact enough to be taken once and the same from run to run: float within a panel of rows
+// that lies in the cache, double across panels, tasks merged in their order.
+#pragma once
+
+constexpr int kPanelRows = 64;
+
+// Mean and squared deviations. A panel's mean is taken first, then the deviations from it (corrected by what the
+// rounded mean missed); panels are merged by Chan's formula, so a large mean costs no digits.
+struct MomentsSum {
+  int64_t* count;
+  double *mean, *m2;  // [C]
+
+  // Adds a panel of at most a few hundred rows, which the caller has just written or which fits the cache.
+  template <class T>
+  void add_panel(const T* x, int64_t pitch, int64_t rows, int64_t C) {
+    using A = Acc<T>;
+    if (rows == 0) return;
+    const double before = double(*count), per_row = 1.0 / double(rows), share = double(rows) / (before + double(rows));
+    const double weight = before * share;
+    for_column_stretches<A>(C, [&](int64_t c, auto columns, auto vectors) {
+      constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
+      Vec<A> center[NV] = {}, rest[NV] = {}, square[NV] = {};
+      for (int64_t m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) center[j] += columns.load(x + m * pitch + c + j * L);
+      for (int j = 0; j < NV; ++j) center[j] /= A(rows);
+      for (int64_t m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          const Vec<A> d = columns.load(x + m * pitch + c + j * L) - center[j];
+          rest[j] += d;
+          square[j] += d * d;
+        }
+      for (int j = 0; j < NV; ++j)
+        merge_channels<A>(c + j * L, int(std::min<int64_t>(L, C - c - j * L)), center[j], rest[j], square[j], per_row,
+                          share, weight);
+    });
+    *count += rows;
+  }
+
+ private:
+  // The panel's mean is center + rest / rows, its squared deviations square - rest^2 / rows.
+  template <class A>
+  DX_INLINE void merge_channels(int64_t c, int n, Vec<A> center, Vec<A> rest, Vec<A> square, double per_row,
+                                double share, double weight) {
+    alignas(64) A centers[kLanes<A>], rests[kLanes<A>], squares[kLanes<A>];
+    store_vec(centers, center);
+    store_vec(rests, rest);
+    store_vec(squares, square);
+    for (int i = 0; i < n; ++i) {
+      const double missed = double(rests[i]) * per_row;
+      const double delta = double(centers[i]) + missed - mean[c + i];
+      mean[c + i] += delta * share;
+      m2[c + i] += double(squares[i]) - double(rests[i]) * missed + delta * delta * weight;
+    }
+  }
+};
+
+class TaskMoments {
+ public:
+  static size_t bytes(int tasks, int64_t C) {
+    return Scratch::bytes<double>(2 * tasks * padded<double>(C)) + Scratch::bytes<int64_t>(tasks);
+  }
+  TaskMoments(Scratch& scratch, int tasks, int64_t C)
+      : tasks_(tasks),
+        Cp_(padded<double>(C)),
+        data_(scratch.take<double>(2 * tasks * Cp_)),
+        counts_(scratch.take<int64_t>(tasks)) {
+    std::fill_n(data_, 2 * tasks * Cp_, 0.0);
+    std::fill_n(counts_, tasks, int64_t(0));
+  }
+  MomentsSum operator[](int i) const { return {counts_ + i, data_ + 2 * i * Cp_, data_ + (2 * i + 1) * Cp_}; }
+
+  template <class A>
+  void finish(int64_t C, A* mean, A* var) const {
+    for (int64_t c = 0; c < C; ++c) {
+      Moments<double> all = {0, 0, 0};
+      for (int i = 0; i < tasks_; ++i)
+        all = merge(all, Moments<double>{double(counts_[i]), (*this)[i].mean[c], (*this)[i].m2[c]});
+      mean[c] = A(all.mean);
+      var[c] = A(all.m2 / all.count);
+    }
+  }
+
+ private:
+  int tasks_;
+  int64_t Cp_;
+  double* data_;
+  int64_t* counts_;
+};
+
+// The two sums of a BatchNorm's backward pass: sum(dy) and sum(dy (x - mean)).
+class TaskSums {
+ public:
+  static size_t bytes(int tasks, int64_t C) { return Scratch::bytes<double>(2 * tasks * padded<double>(C)); }
+  TaskSums(Scratch& scratch, int tasks, int64_t C)
+      : tasks_(tasks), Cp_(padded<double>(C)), data_(scratch.take<double>(2 * tasks * Cp_)) {
+    std::fill_n(data_, 2 * tasks * Cp_, 0.0);
+  }
+  // Adds what one panel (or one line of pixels) gave to a vector of columns. Lanes beyond C must hold zeros or be
+  // padding.
+  template <class A>
+  DX_INLINE void add(int task, int64_t c, Vec<A> dy, Vec<A> dy_xc) const {
+    alignas(64) A a[kLanes<A>], b[kLanes<A>];
+    store_vec(a, dy);
+    store_vec(b, dy_xc);
+    double *sum = data_ + 2 * task * Cp_ + c, *sum_xc = sum + Cp_;
+    const int n = int(std::min<int64_t>(kLanes<A>, Cp_ - c));
+    for (int i = 0; i < n; ++i) sum[i] += double(a[i]), sum_xc[i] += double(b[i]);
+  }
+  double dy(int64_t c) const { return total(0, c); }
+  double dy_xc(int64_t c) const { return total(1, c); }
+
+  // grad_bias = sum dy,  grad_weight = r sum dy (x - mean)
+  template <class A>
+  void finish(int64_t C, const A* rstd, A* grad_weight, A* grad_bias) const {
+    for (int64_t c = 0; c < C; ++c) {
+      grad_bias[c] = A(dy(c));
+      grad_weight[c] = A(double(rstd[c]) * dy_xc(c));
+    }
+  }
+
+ private:
+  double total(int which, int64_t c) const {
+    double sum = 0;
+    for (int i = 0; i < tasks_; ++i) sum += data_[(2 * i + which) * Cp_ + c];
+    return sum;
+  }
+  int tasks_;
+  int64_t Cp_;
+  double* data_;
+};
+
+// Runs f(first row, rows) over the panels of a range.
+template <class F>
+DX_INLINE void for_panels(Range range, int64_t panel, const F& f) {
+  for (int64_t m = range.begin; m < range.end; m += panel) f(m, std::min(panel, range.end - m));
+}

@@ -1,0 +1,63 @@
+// Working memory of one call, taken before its threads start (an allocation that fails is then an ordinary exception),
+// and the two vectors that every kernel derives from a Norm.
+#pragma once
+
+// One aligned allocation, dealt out in pieces. Sizes are counted first by a dry run of the same code.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes)
+      : begin_(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))), next_(begin_) {}
+  ~Scratch() { ::operator delete(begin_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class A>
+  static size_t bytes(int64_t count) {
+    return (size_t(count) * sizeof(A) + 63) / 64 * 64;
+  }
+  template <class A>
+  A* take(int64_t count) {
+    char* p = next_;
+    next_ += bytes<A>(count);
+    return reinterpret_cast<A*>(p);
+  }
+
+ private:
+  char *begin_, *next_;
+};
+
+// Columns rounded up to whole vectors: per-channel scratch can then be read and written without looking at the edge.
+template <class A>
+inline int64_t padded(int64_t C) {
+  return (C + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class A>
+struct Affine {
+  A *scale, *shift, *rstd;  // [padded C]; zero beyond C
+
+  static size_t bytes(int64_t C) { return 3 * Scratch::bytes<A>(padded<A>(C)); }
+  Affine(Scratch& scratch, const Norm<A>& norm, int64_t C) {
+    const int64_t Cp = padded<A>(C);
+    scale = scratch.take<A>(Cp);
+    shift = scratch.take<A>(Cp);
+    rstd = scratch.take<A>(Cp);
+    for (int64_t c = 0; c < C; ++c) {
+      rstd[c] = bn_rstd(norm.var[c], norm.eps);
+      scale[c] = (norm.weight ? norm.weight[c] : A(1)) * rstd[c];
+      shift[c] = (norm.bias ? norm.bias[c] : A(0)) - norm.mean[c] * scale[c];
+    }
+    for (int64_t c = C; c < Cp; ++c) scale[c] = shift[c] = rstd[c] = A(0);
+  }
+  DX_INLINE Vec<A> operator()(Vec<A> x, int64_t c) const { return x * load_vec(scale + c) + load_vec(shift + c); }
+};
+
+// A per-channel input that may be shorter than its last vector, copied with zeros behind it.
+template <class A>
+inline A* padded_copy(Scratch& scratch, const A* values, int64_t C) {
+  const int64_t Cp = padded<A>(C);
+  A* copy = scratch.take<A>(Cp);
+  for (int64_t c = 0; c < C; ++c) copy[c] = values[c];
+  for (int64_t c = C; c < Cp; ++c) copy[c] = A(0);
+  return copy;
+}

@@ -1,0 +1,40 @@
+// The kernels of one SIMD level, compiled three times: level_*.cpp sets DX_LEVEL (a namespace), DX_VECTOR_BYTES and the
+// target pragma, then includes this once. Everything below lives in the level's own namespace, so no symbol compiled
+// for a wider instruction set can be picked by the linker for a narrower one.
+#if !defined(DX_LEVEL) || !defined(DX_VECTOR_BYTES)
+#error "level.h is included by level_*.cpp, which set DX_LEVEL and DX_VECTOR_BYTES"
+#endif
+
+namespace dx::cpu::DX_LEVEL {
+
+// clang-format off: in the order in which they lean on each other
+#include "kernels/simd.h"
+#include "kernels/scratch.h"
+#include "kernels/moments.h"
+#include "kernels/elementwise.h"
+#include "kernels/gemm.h"
+#include "kernels/conv1x1.h"
+#include "kernels/conv1x1_backward.h"
+#include "kernels/avg_pool.h"
+#include "kernels/max_pool.h"
+// clang-format on
+
+template <class T>
+constexpr Kernels<T> kKernels = {
+    channel_stats<T>,
+    append_features<T>,
+    bn_relu<T>,
+    feature_grad<T>,
+    bn_relu_backward_reduce<T>,
+    bn_relu_backward<T>,
+    bn_relu_conv1x1<T>,
+    bn_relu_conv1x1_backward<T>,
+    bn_relu_avg_pool<T>,
+    bn_relu_avg_pool_backward_reduce<T>,
+    bn_relu_avg_pool_backward<T>,
+    bn_relu_max_pool<T>,
+    bn_relu_max_pool_backward_reduce<T>,
+    bn_relu_max_pool_backward<T>,
+};
+
+}  // namespace dx::cpu::DX_LEVEL

@@ -1,0 +1,37 @@
+// SIMD level "avx512": see level.h. Standard headers come before the pragma, so that their inline functions stay
+// baseline.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#define DX_F16C_512
+#define DX_MASKED
+#define DX_LEVEL avx512
+#define DX_VECTOR_BYTES 64
+#include "level.h"
+#pragma GCC pop_options
+
+namespace dx::cpu {
+const Level* level_avx512() {
+  static const Level level = {"avx512", &avx512::kKernels<float>, &avx512::kKernels<double>,
+                              &avx512::kKernels<bfloat16>, &avx512::kKernels<float16>};
+  return &level;
+}
+}  // namespace dx::cpu
+
+#else
+namespace dx::cpu {
+const Level* level_avx512() { return nullptr; }
+}  // namespace dx::cpu
+#endif

@@ -1,0 +1,45 @@
+#include "levels.h"
+
+#include <atomic>
+
+namespace dx::cpu {
+namespace {
+
+std::vector<const Level*> find_levels() {
+  std::vector<const Level*> found = {level_portable()};
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && level_avx2()) found.push_back(level_avx2());
+  if (avx512 && level_avx512()) found.push_back(level_avx512());
+#endif
+  return found;
+}
+
+std::atomic<const Level*>& current() {
+  static std::atomic<const Level*> chosen{levels().back()};
+  return chosen;
+}
+
+}  // namespace
+
+const std::vector<const Level*>& levels() {
+  static const std::vector<const Level*> found = find_levels();
+  return found;
+}
+
+const Level& level() { return *current().load(std::memory_order_relaxed); }
+
+bool set_level(const std::string& name) {
+  for (const Level* candidate : levels())
+    if (name == candidate->name) {
+      current().store(candidate);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace dx::cpu

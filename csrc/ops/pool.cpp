@@ -1,0 +1,170 @@
+// bn_relu_avg_pool, bn_relu_max_pool and their backward passes
+#include "../cpu/levels.h"
+#include "tensors.h"
+
+namespace dx::ops {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+void check_entries(const Ints& values, size_t count, int64_t least, const char* name) {
+  STD_TORCH_CHECK(values.size() == count, "densenet_ext: ", name, ": expected ", count, " numbers, got ",
+                  values.size());
+  for (int64_t value : values)
+    STD_TORCH_CHECK(value >= least, "densenet_ext: ", name, ": expected numbers of at least ", least, ", got ", value);
+}
+
+// size [N, D, H, W]; window, stride, padding [3]; output sizes in floor mode.
+cpu::Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+  check_entries(size, 4, 0, "size");
+  check_entries(window, 3, 1, "window");
+  check_entries(stride, 3, 1, "stride");
+  check_entries(padding, 3, 0, "padding");
+  cpu::Pooling g = {};
+  g.batch = size[0];
+  for (int i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(size[i + 1] + 2 * padding[i] >= window[i], "densenet_ext: window: expected at most ",
+                    size[i + 1] + 2 * padding[i], " (the padded input), got ", window[i]);
+    STD_TORCH_CHECK(2 * padding[i] <= window[i], "densenet_ext: padding: expected at most half of the window ",
+                    window[i], ", got ", padding[i]);
+    g.size[i] = size[i + 1];
+    g.window[i] = window[i];
+    g.stride[i] = stride[i];
+    g.padding[i] = padding[i];
+    g.out[i] = (size[i + 1] + 2 * padding[i] - window[i]) / stride[i] + 1;
+  }
+  return g;
+}
+cpu::Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
+cpu::Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+  const cpu::Pooling g = pooling(size, window, stride, padding);
+  STD_TORCH_CHECK(g.window[0] * g.window[1] * g.window[2] <= 256,
+                  "densenet_ext: window: expected at most 256 pixels (positions are kept in a byte), got ",
+                  g.window[0] * g.window[1] * g.window[2]);
+  return g;
+}
+
+// The three passes, for either kind of pooling: `kernel` picks it from the table.
+template <class K>
+void forward(const cpu::Pooling& g, const K& kernel, const Tensor& x, const Tensor& mean, const Tensor& var,
+             const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out,
+             const OptionalTensor& index) {
+  for_storage_type(x, "x", [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t C = x.size(1);
+    const cpu::BnReluPool<T> p = {C,
+                                  g,
+                                  rows<T>(x, "x", g.in_rows(), C),
+                                  norm<Acc<T>>(mean, var, weight, bias, eps, C),
+                                  rows_out<T>(out, "out", g.out_rows(), C),
+                                  index ? rows_out<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<uint8_t>{}};
+    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+  });
+}
+
+template <class K>
+void backward_reduce(const cpu::Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
+                     const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                     const OptionalTensor& bias, double eps, const OptionalTensor& pooled, const Tensor& grad_weight,
+                     const Tensor& grad_bias) {
+  for_storage_type(x, "x", [&](auto tag) {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    const int64_t C = x.size(1);
+    const cpu::BnReluPoolBackwardReduce<T> p = {
+        C,
+        g,
+        rows<T>(grad_out, "grad_out", g.out_rows(), C),
+        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<const uint8_t>{},
+        rows<T>(x, "x", g.in_rows(), C),
+        norm<A>(mean, var, weight, bias, eps, C),
+        pooled ? rows_out<T>(*pooled, "pooled", g.out_rows(), C) : cpu::Rows<T>{},
+        dense_out<A>(grad_weight, "grad_weight", C),
+        dense_out<A>(grad_bias, "grad_bias", C)};
+    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+  });
+}
+
+template <class K>
+void backward(const cpu::Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
+              const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+              const OptionalTensor& bias, double eps, const OptionalTensor& grad_weight,
+              const OptionalTensor& grad_bias, const Tensor& grad_x) {
+  for_storage_type(x, "x", [&](auto tag) {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    const int64_t C = x.size(1);
+    check_together(grad_weight, grad_bias, "grad_weight and grad_bias");
+    const cpu::BnReluPoolBackward<T> p = {
+        C,
+        g,
+        rows<T>(grad_out, "grad_out", g.out_rows(), C),
+        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<const uint8_t>{},
+        rows<T>(x, "x", g.in_rows(), C),
+        norm<A>(mean, var, weight, bias, eps, C),
+        dense<A>(grad_weight, "grad_weight", C),
+        dense<A>(grad_bias, "grad_bias", C),
+        rows_out<T>(grad_x, "grad_x", g.in_rows(), C)};
+    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+  });
+}
+
+void bn_relu_avg_pool(const Tensor& x, const Ints& size, const Ints& window, const Tensor& mean, const Tensor& var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out) {
+  forward(
+      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool; }, x, mean, var, weight, bias, eps, out,
+      std::nullopt);
+}
+void bn_relu_avg_pool_backward_reduce(const Tensor& grad_out, const Tensor& x, const Ints& size, const Ints& window,
+                                      const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, double eps, const OptionalTensor& pooled,
+                                      const Tensor& grad_weight, const Tensor& grad_bias) {
+  backward_reduce(
+      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool_backward_reduce; }, grad_out, std::nullopt,
+      x, mean, var, weight, bias, eps, pooled, grad_weight, grad_bias);
+}
+void bn_relu_avg_pool_backward(const Tensor& grad_out, const Tensor& x, const Ints& size, const Ints& window,
+                               const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                               const OptionalTensor& bias, double eps, const OptionalTensor& grad_weight,
+                               const OptionalTensor& grad_bias, const Tensor& grad_x) {
+  backward(
+      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool_backward; }, grad_out, std::nullopt, x, mean,
+      var, weight, bias, eps, grad_weight, grad_bias, grad_x);
+}
+void bn_relu_max_pool(const Tensor& x, const Ints& size, const Ints& window, const Ints& stride, const Ints& padding,
+                      const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+                      double eps, const Tensor& out, const OptionalTensor& index) {
+  forward(
+      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool; }, x, mean, var, weight,
+      bias, eps, out, index);
+}
+void bn_relu_max_pool_backward_reduce(const Tensor& grad_out, const Tensor& index, const Tensor& x, const Ints& size,
+                                      const Ints& window, const Ints& stride, const Ints& padding, const Tensor& mean,
+                                      const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+                                      double eps, const Tensor& grad_weight, const Tensor& grad_bias) {
+  backward_reduce(
+      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool_backward_reduce; },
+      grad_out, index, x, mean, var, weight, bias, eps, std::nullopt, grad_weight, grad_bias);
+}
+void bn_relu_max_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& x, const Ints& size,
+                               const Ints& window, const Ints& stride, const Ints& padding, const Tensor& mean,
+                               const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                               const OptionalTensor& grad_weight, const OptionalTensor& grad_bias,
+                               const Tensor& grad_x) {
+  backward(
+      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool_backward; }, grad_out,
+      index, x, mean, var, weight, bias, eps, grad_weight, grad_bias, grad_x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("bn_relu_avg_pool", TORCH_BOX(&bn_relu_avg_pool));
+  m.impl("bn_relu_avg_pool_backward_reduce", TORCH_BOX(&bn_relu_avg_pool_backward_reduce));
+  m.impl("bn_relu_avg_pool_backward", TORCH_BOX(&bn_relu_avg_pool_backward));
+  m.impl("bn_relu_max_pool", TORCH_BOX(&bn_relu_max_pool));
+  m.impl("bn_relu_max_pool_backward_reduce", TORCH_BOX(&bn_relu_max_pool_backward_reduce));
+  m.impl("bn_relu_max_pool_backward", TORCH_BOX(&bn_relu_max_pool_backward));
+}
+
+}  // namespace dx::ops

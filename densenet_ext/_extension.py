@@ -1,0 +1,79 @@
+"""Loads the compiled part and tells what it is, or why it is missing.
+
+The package works without the compiled part: every operation also exists in plain PyTorch. What is lost is speed, so
+the reason is kept in words, for `build_info` and `report`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from densenet_ext._version import __version__
+
+_NAME = "densenet_ext._C"
+
+
+def _explain(error: ImportError, folder: Path) -> str:
+    """One sentence for a compiled part that `folder` lacks, or that did not load."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if (folder / f"_C{suffix}").exists():
+        return f"the compiled part does not load with torch {torch.__version__}: {error}; build densenet_ext again"
+    others = sorted(path.name for path in folder.glob("_C.*.so"))
+    if others:
+        return f"the compiled part was built for another Python ({', '.join(others)}; this one needs _C{suffix})"
+    if (folder.parent / "csrc").is_dir():
+        return (
+            f"the package was imported from its source folder {folder.parent}, where it has not been compiled; "
+            "`pip install -e .` there compiles it in place"
+        )
+    return f"the compiled part is not installed beside the package: {error}"
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    # torch comes first (imported above): its libraries have to be in the process when the compiled part is linked in.
+    try:
+        return importlib.import_module(_NAME), None
+    except ImportError as error:
+        return None, _explain(error, Path(__file__).resolve().parent)
+
+
+module, why_missing = _load()
+_facts: dict[str, Any] = module.build_facts() if module is not None else {}
+has_cpu: bool = module is not None
+has_cuda: bool = bool(_facts.get("cuda"))
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled part was built with and runs on.
+
+    Returns a dict with
+
+    * ``version``: of this package;
+    * ``compiled``: whether the compiled part is loaded, and ``why_missing``: a sentence if it is not, else None;
+    * ``torch_built_with``, ``torch_running``: version strings;
+    * ``compiler``: the C++ compiler;
+    * ``cuda``: the CUDA version the GPU kernels were compiled with, None without them, and
+      ``cuda_architectures``: a list such as ``["9.0", "9.0+PTX"]``;
+    * ``simd``: the SIMD level in use on the CPU, and ``simd_available``: every level this processor runs.
+
+    Entries that only the compiled part knows are None (lists: empty) when it is missing.
+    """
+    return {
+        "version": __version__,
+        "compiled": module is not None,
+        "why_missing": why_missing,
+        "torch_built_with": _facts.get("torch") or None,
+        "torch_running": str(torch.__version__),
+        "compiler": _facts.get("compiler") or None,
+        "cuda": _facts.get("cuda") or None,
+        "cuda_architectures": str(_facts.get("cuda_architectures") or "").replace(";", " ").split(),
+        "simd": module.simd_level() if module is not None else None,
+        "simd_available": list(module.simd_levels()) if module is not None else [],
+    }

@@ -1,0 +1,309 @@
+"""The dense block over one buffer.
+
+Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the next k. Mean m and variance v of a
+column are taken once, of its values as stored, and serve every later norm. With r = (v + eps)^-1/2, s = gamma1 r, t =
+beta1 - m s:
+
+    z = relu(x s + t) @ W1^T        x = X[:, :C_l]
+    X[:, C_l : C_l + k] = dropout(conv3x3(relu(z s2 + t2), W2))
+
+Backward, layers in reverse; G is the gradient of X, and gm, gv collect those of m and v:
+
+    g  = G[:, new] + (gm + 2 (x - m) gv) / M                 # complete: every consumer has contributed
+    dz, dW2, dgamma2, dbeta2 from g through dropout, conv3x3 and BN2-ReLU
+    dW1 = dz^T @ relu(x s + t)
+    dy  = (dz @ W1) where x s + t > 0                        # recomputed, never stored
+    dbeta1 = sum dy     dgamma1 = r sum dy (x - m)
+    G[:, :C_l] += s dy  gm[:C_l] -= s sum dy  gv[:C_l] -= s r^2 / 2 sum dy (x - m)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_ext import kernels, reference
+from densenet_ext.algorithm.conv import conv_same, conv_same_backward
+from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
+from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
+from densenet_ext.algorithm.unit import (
+    Config,
+    Tensors,
+    Unit,
+    cast,
+    frozen_norm,
+    grad_like,
+    is_empty,
+    norm_tensors,
+    norm_values,
+    result_dtype,
+    run,
+)
+
+
+class Layer(NamedTuple):
+    """One dense layer: BN, ReLU, 1x1 convolution to b features, BN, ReLU, 3x3 convolution to k, dropout."""
+
+    norm1: Norm
+    conv1: Tensor  # [b, C, 1...]
+    norm2: Norm
+    conv2: Tensor  # [k, b, 3...]
+    drop_rate: float  # 0 when not training
+
+
+def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -> Tensor:
+    """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory.
+
+    ``save``: what is kept for the backward pass, "bottlenecks" (the result and every z) or "features" (the result; z is
+    computed again). The dtype is that of eager's concatenation: promote(x, a convolution's result). Raises PyTorch's
+    own ValueError for one value per channel in training.
+    """
+    if not layers or is_empty(x):
+        return reference.dense_block(x, layers)
+    N, *spatial = x.shape[0], *x.shape[2:]
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
+    for layer in layers:
+        check_count(layer.norm1, (N, layer.conv1.shape[1], *spatial))
+        check_count(layer.norm2, (N, layer.conv1.shape[0], *spatial))
+    config = Config(
+        batch_stats=tuple(norm.batch_stats for norm in norms),
+        eps=tuple(norm.eps for norm in norms),
+        dtype=torch.promote_types(x.dtype, result_dtype(x)),
+        drop_rates=tuple(layer.drop_rate for layer in layers),
+        save=save,
+    )
+    seed = None
+    if any(p > 0 for p in config.drop_rates):
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    tensors: list[Tensor | None] = [x, seed]
+    for layer in layers:
+        tensors += (*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2)
+    out, _, mean, var, z_mean, z_var = run(BLOCK, config, tensors)
+    if any(norm.update for norm in norms):
+        means, vars = [], []
+        start = 0
+        for layer in layers:
+            b, C = layer.conv1.shape[:2]
+            means += [mean[:C], z_mean[start : start + b]]
+            vars += [var[:C], z_var[start : start + b]]
+            start += b
+        update_running_stats(norms, means, vars, pixels(x.shape))
+    if mean.numel() and not torch.compiler.is_compiling():
+        remember_stats(out, mean, var)
+    return out
+
+
+# ---- the plain functions ---------------------------------------------------------------------------------------------
+
+_PER_LAYER = 10  # norm1: weight, bias, running mean and variance; conv1; norm2: the same four; conv2
+
+
+class _LayerTensors(NamedTuple):
+    norm1: Tensors
+    conv1: Tensor
+    norm2: Tensors
+    conv2: Tensor
+    C: int  # columns it reads
+    b: int  # bottleneck features
+    k: int  # columns it writes
+    z: slice  # its b among the bottleneck features of all layers
+
+
+def _layers(tensors: Tensors) -> Iterator[_LayerTensors]:
+    start = 0
+    for i in range(2, len(tensors), _PER_LAYER):
+        conv1, conv2 = tensors[i + 4], tensors[i + 9]
+        assert conv1 is not None and conv2 is not None
+        b, C = conv1.shape[:2]
+        yield _LayerTensors(
+            tensors[i : i + 4], conv1, tensors[i + 5 : i + 9], conv2, C, b, conv2.shape[0], slice(start, start + b)
+        )
+        start += b
+
+
+def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
+    """The buffer; every z, one after the other, each [M, b]; mean and variance of the columns and of every z."""
+    x = tensors[0]
+    assert x is not None
+    layers = list(_layers(tensors))
+    C_total, b_total = layers[-1].C + layers[-1].k, layers[-1].z.stop
+    out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
+    z = out.new_empty(pixels(x.shape) * b_total if config.save == "bottlenecks" else 0)
+    acc = kernels.acc_dtype(config.dtype)
+    counts = [C_total if any(config.batch_stats[0::2]) else 0] * 2 + [
+        b_total if any(config.batch_stats[1::2]) else 0
+    ] * 2
+    return [out, z, *(out.new_empty(n, dtype=acc) for n in counts)]
+
+
+def _scratch(rows: Tensor, columns: int) -> Tensor:
+    return rows.new_empty(rows.shape[0] * columns)
+
+
+def _part(scratch: Tensor, M: int, columns: int, start: int = 0) -> Tensor:
+    """Rows [M, columns] of flat storage, after ``start`` columns of such rows."""
+    return scratch[M * start : M * (start + columns)].view(M, columns)
+
+
+def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    """The buffer [N, C_total, *spatial], then every z, mean, var, z_mean, z_var as ``_allocate`` lays them out."""
+    x, seed = tensors[:2]
+    assert x is not None
+    results = _allocate(config, tensors)
+    out, z_all, mean, var, z_mean, z_var = results
+    ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
+    layers = list(_layers(tensors))
+    X, M, size = to_rows(out), pixels(out.shape), out.shape
+    stats = mean.numel() > 0
+    C = layers[0].C
+    m, v = (mean[:C], var[:C]) if stats else (None, None)
+    ops.append_features(to_rows(x.to(out.dtype)), X[:, :C], m, v, 0.0, None, 0)
+    scratch = _scratch(X, max(layer.b for layer in layers))
+    for l, layer in enumerate(layers):
+        C, b, k = layer.C, layer.b, layer.k
+        batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
+        prefix = X[:, :C]
+        norm1 = norm_values(layer.norm1, mean[:C], var[:C], batch1, config.eps[2 * l], acc)
+        m2, v2 = (z_mean[layer.z], z_var[layer.z]) if batch2 else (None, None)
+        norm2 = norm_values(layer.norm2, m2, v2, batch2, config.eps[2 * l + 1], acc)  # type: ignore[arg-type]
+        W1 = cast(layer.conv1, acc).view(b, C)
+        a = _part(scratch, M, b)
+        if config.save == "nothing" and not batch2:
+            s2, t2 = _scale_shift(*norm2)
+            ops.bn_relu_conv1x1(prefix, *norm1, W1 * s2[:, None], t2, True, a, None, None)
+        else:
+            z = _part(z_all, M, b, layer.z.start) if config.save == "bottlenecks" else a
+            ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, m2, v2)
+            ops.bn_relu(z, *norm2, a)
+        new = conv_same(a, size, layer.conv2.to(out.dtype))
+        m, v = (mean[C : C + k], var[C : C + k]) if stats else (None, None)
+        ops.append_features(new, X[:, C : C + k], m, v, config.drop_rates[l], seed, l)
+        del new
+    return results
+
+
+def _scale_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    s = (var + eps).rsqrt()
+    if weight is not None:
+        s = weight * s
+    return s, (-mean * s if bias is None else bias - mean * s)
+
+
+def block_backward(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """One gradient or None per tensor; ``results`` as of ``block_forward``. ``grad`` is only read."""
+    out, z_all, mean, var, z_mean, z_var = results
+    assert out is not None and z_all is not None and mean is not None and var is not None
+    assert z_mean is not None and z_var is not None
+    seed = tensors[1]
+    ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
+    layers = list(_layers(tensors))
+    X, M, size = to_rows(out), pixels(out.shape), out.shape
+    incoming = to_rows(grad)
+    copied = incoming.data_ptr() != grad.data_ptr()  # then it is ours to write into
+    stats = mean.numel() > 0
+    gm, gv = (torch.zeros(2, size[1], dtype=acc, device=out.device)).unbind(0)
+    m = mean if stats else gm  # without statistics gm and gv stay zero, and so may m
+    grads: list[Tensor | None] = [None] * len(tensors)
+    wide, growth = max(layer.b for layer in layers), max(layer.k for layer in layers)
+    a_all = _scratch(X, wide)
+    again = _scratch(X, wide) if config.save == "features" else None  # z, computed again
+    g_all = _scratch(X, growth)
+    G: Tensor | None = None
+    for l in reversed(range(len(layers))):
+        layer = layers[l]
+        C, b, k = layer.C, layer.b, layer.k
+        first = 2 + l * _PER_LAYER
+        own = needs[first : first + _PER_LAYER]
+        below = any(needs[:first])  # somebody further down asks
+        if not below and not any(own):
+            break
+        batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
+        prefix, new = X[:, :C], slice(C, C + k)
+        norm1 = norm_values(layer.norm1, mean[:C], var[:C], batch1, config.eps[2 * l], acc)
+        norm2 = norm_values(layer.norm2, z_mean[layer.z], z_var[layer.z], batch2, config.eps[2 * l + 1], acc)
+        W1 = cast(layer.conv1, acc).view(b, C)
+
+        g = (incoming if G is None else G)[:, new]
+        p = config.drop_rates[l]
+        if p > 0 or (stats and G is not None):
+            source, g = g, _part(g_all, M, k)
+            ops.feature_grad(source, X[:, new], m[new], gm[new], gv[new], p, seed, l, g)
+        if again is None:
+            z = _part(z_all, M, b, layer.z.start)
+        else:
+            z = _part(again, M, b)
+            ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, None, None)
+        a = _part(a_all, M, b)
+        if own[9]:
+            ops.bn_relu(z, *norm2, a)
+        beneath = below or any(own[:9])
+        da, dW2 = conv_same_backward(g, a, size, layer.conv2.to(out.dtype), (beneath, own[9]))
+        grads[first + 9] = grad_like(dW2, layer.conv2)
+        if not beneath:
+            break
+        dgamma2 = dbeta2 = None
+        if batch2 or own[5] or own[6]:
+            dgamma2, dbeta2 = mean.new_empty(b), mean.new_empty(b)
+            ops.bn_relu_backward_reduce(da, z, *norm2, dgamma2, dbeta2)
+            grads[first + 5] = grad_like(dgamma2, layer.norm2[0], own[5])
+            grads[first + 6] = grad_like(dbeta2, layer.norm2[1], own[6])
+        if not below and not any(own[:5]):
+            break
+        sums2 = (dgamma2, dbeta2) if batch2 else (None, None)
+        grad_in = None
+        if G is None:
+            G = incoming
+            if not copied:
+                grad_in, G = incoming[:, :C], X.new_empty(M, C)
+        dW1 = mean.new_empty(b, C) if own[4] else None
+        dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
+        sums = (gm[:C], gv[:C]) if batch1 else (None, None)
+        ops.bn_relu_conv1x1_backward(
+            prefix, *norm1, W1, da, z, *norm2, *sums2, grad_in, grad_in is None, G[:, :C], dW1, dgamma1, dbeta1, *sums
+        )
+        del da
+        grads[first] = grad_like(dgamma1, layer.norm1[0], own[0])
+        grads[first + 1] = grad_like(dbeta1, layer.norm1[1], own[1])
+        grads[first + 4] = grad_like(dW1, layer.conv1)
+    if needs[0]:
+        assert G is not None
+        del a_all, again, g_all
+        C = layers[0].C
+        grads[0] = x_grad = new_features(out, (size[0], C, *size[2:]))
+        dx = to_rows(x_grad)
+        if stats:
+            ops.feature_grad(G[:, :C], X[:, :C], mean[:C], gm[:C], gv[:C], 0.0, None, 0, dx)
+        else:
+            dx.copy_(G[:, :C])
+    return grads
+
+
+def _reference(config: Config, tensors: Tensors) -> Tensor:
+    x, seed = tensors[:2]
+    assert x is not None
+    layers, factors = [], []
+    for l, t in enumerate(_layers(tensors)):
+        norm1 = frozen_norm(t.norm1, config.batch_stats[2 * l], config.eps[2 * l])
+        norm2 = frozen_norm(t.norm2, config.batch_stats[2 * l + 1], config.eps[2 * l + 1])
+        p, factor = config.drop_rates[l], None
+        if p > 0:
+            assert seed is not None
+            factor = from_rows(kernels.plain.dropout_factor(seed, l, pixels(x.shape), t.k, p, x.dtype), x.shape)
+        layers.append(Layer(norm1, t.conv1, norm2, t.conv2, p))
+        factors.append(factor)
+    return reference.dense_block(x, layers, factors=factors, update=False)
+
+
+def _restore(tensors: Tensors, out: Tensor) -> Tensor:
+    """The block's input, from its result: the first C_0 columns."""
+    return out[:, : next(_layers(tensors)).C]
+
+
+BLOCK = Unit("block", _allocate, block_forward, block_backward, _reference, _restore)

@@ -1,0 +1,85 @@
+"""Head: BN, ReLU, global average, in one read of x; the backward pass reads x twice, as the transition's does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from densenet_ext import kernels, reference
+from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.norm import Norm, check_count
+from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size
+from densenet_ext.algorithm.unit import (
+    Config,
+    Tensors,
+    Unit,
+    cast,
+    frozen_norm,
+    grad_like,
+    is_empty,
+    norm_tensors,
+    norm_values,
+    run,
+)
+
+
+def head(x: Tensor, norm: Norm) -> Tensor:
+    """[N, C], the average over the pixels of relu(bn(x)), of x [N, C, *spatial].
+
+    Raises PyTorch's own ValueError for one value per channel in training.
+    """
+    check_count(norm, x.shape)
+    if is_empty(x):
+        return reference.head(x, norm)
+    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, cached=True)
+    out, mean, var = run(HEAD, config, [x, *norm_tensors(norm)])
+    move(norm, x.shape, mean, var)
+    return out
+
+
+def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
+    x = tensors[0]
+    assert x is not None
+    return [x.new_empty(x.shape[:2]), *allocate_stats(config, x, x.shape[1])]
+
+
+def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    x = tensors[0]
+    assert x is not None
+    out, mean, var = results = _allocate(config, tensors)
+    rows, size, batch = to_rows(x), rows_size(x), config.batch_stats[0]
+    if batch:
+        fill_stats(config, x, rows, mean, var)
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    kernels.select(x).bn_relu_avg_pool(rows, size, size[1:], *norm, out)
+    return results
+
+
+def _backward(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    x, mean, var = tensors[0], *results[1:]
+    assert x is not None and mean is not None and var is not None
+    ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    rows, size, g = to_rows(x), rows_size(x), cast(grad, x.dtype)
+    dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if batch or needs[1] or needs[2]:
+        ops.bn_relu_avg_pool_backward_reduce(g, rows, size, size[1:], *norm, None, dgamma, dbeta)
+        grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
+    if needs[0]:
+        grads[0] = dx = new_features(x, x.shape)
+        sums = (dgamma, dbeta) if batch else (None, None)
+        ops.bn_relu_avg_pool_backward(g, rows, size, size[1:], *norm, *sums, to_rows(dx))
+    return grads
+
+
+def _reference(config: Config, tensors: Tensors) -> Tensor:
+    x = tensors[0]
+    assert x is not None
+    return reference.head(x, frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0]), update=False)
+
+
+HEAD = Unit("head", _allocate, _forward, _backward, _reference)

@@ -1,0 +1,118 @@
+"""Feature maps [N, C, *spatial] as rows [M, C]: pixels of the whole batch, channels contiguous (channels_last).
+
+Also the statistics of a tensor that travel beside it from the unit that wrote it to the unit that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def channels_last_stride(size: Sequence[int], pitch: int | None = None) -> list[int]:
+    """Strides in elements of [N, C, *spatial] with channels fastest; rows lie ``pitch`` apart, C if None."""
+    stride = [0] * len(size)
+    stride[1] = 1
+    step = max(1, size[1] if pitch is None else pitch)
+    for d in (*range(len(size) - 1, 1, -1), 0):
+        stride[d] = step
+        step *= max(1, size[d])
+    return stride
+
+
+def new_features(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised feature map of ``size`` [N, C, *spatial], channels_last in memory, on the device of ``like``."""
+    # not a permuted view: what a Function returns has to be its own base
+    return torch.empty_strided(size, channels_last_stride(size), dtype=dtype or like.dtype, device=like.device)
+
+
+def row_pitch(x: Tensor) -> int | None:
+    """The distance of two rows in elements when x [N, C, *spatial] can be read as rows without a copy, else None."""
+    size, stride = x.shape, x.stride()
+    if size[1] > 1 and stride[1] != 1:
+        return None
+    pitch = expected = 0
+    for d in (*range(len(size) - 1, 1, -1), 0):
+        if size[d] == 1:
+            continue
+        if pitch == 0:
+            pitch = expected = stride[d]
+            if pitch < size[1]:
+                return None
+        elif stride[d] != expected:
+            return None
+        expected *= size[d]
+    return pitch or size[1]
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """x [N, C, *spatial] as rows [M, C]: a view when its memory allows it, else of a channels_last copy."""
+    pitch = row_pitch(x)
+    if pitch is None:
+        x = new_features(x, x.shape).copy_(x)
+        pitch = x.shape[1]
+    M = x.shape[0]
+    for n in x.shape[2:]:
+        M *= n
+    return x.as_strided((M, x.shape[1]), (pitch, 1))
+
+
+def from_rows(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """Rows [M, C] as [N, C, *spatial], a view; ``size`` gives N and the spatial sizes, its channel entry is not
+    read."""
+    shape = (size[0], rows.shape[1], *size[2:])
+    return rows.as_strided(shape, channels_last_stride(shape, rows.stride(0)))
+
+
+def pixels(size: Sequence[int]) -> int:
+    """M of a feature map of ``size`` [N, C, *spatial]."""
+    M = size[0]
+    for n in size[2:]:
+        M *= n
+    return M
+
+
+def joined(features: Sequence[Tensor]) -> Tensor | None:
+    """The features as one tensor without a copy, when they lie side by side in one buffer; else None."""
+    first = features[0]
+    if len(features) == 1:
+        return first
+    pitch = row_pitch(first)
+    channels = 0
+    for x in features:
+        if (
+            pitch is None
+            or x.data_ptr() != first.data_ptr() + channels * first.element_size()
+            or x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or x.dtype != first.dtype
+            or row_pitch(x) != pitch
+        ):
+            return None
+        channels += x.shape[1]
+    if pitch is None or channels > pitch:
+        return None
+    size = (first.shape[0], channels, *first.shape[2:])
+    return first.as_strided(size, channels_last_stride(size, pitch))
+
+
+_statistics = WeakTensorKeyDictionary()
+
+
+def remember_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Notes mean and biased variance [C] of x's values; forgotten when x changes in place or dies.
+
+    Only of computed tensors: what a user made may be refilled through ``.data``, which counts no version.
+    """
+    if x.grad_fn is not None:
+        _statistics[x] = (x._version, mean, var)
+
+
+def recall_stats(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance [C] that were noted for exactly this tensor in exactly this version, or None."""
+    noted = _statistics.get(x)
+    if noted is None or noted[0] != x._version:
+        return None
+    return noted[1], noted[2]

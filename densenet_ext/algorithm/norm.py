@@ -1,0 +1,115 @@
+"""BatchNorm as values: what a norm contributes to a fused unit, and its running statistics."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Norm(NamedTuple):
+    """One BatchNorm over C channels, as it stands at this call.
+
+    ``batch_stats``: it normalises with the batch's own statistics, else with the running ones. ``update``: the running
+    statistics move. ``momentum`` None: they are the plain average over all batches.
+    """
+
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    running_mean: Tensor | None  # [C]
+    running_var: Tensor | None  # [C]
+    num_batches_tracked: Tensor | None  # [] int64
+    batch_stats: bool
+    update: bool
+    momentum: float | None
+    eps: float
+
+
+def norm_of(module: _BatchNorm) -> Norm:
+    """The rules of ``nn.BatchNorm``: which statistics it uses now, and whether the running ones move."""
+    mean, var = module.running_mean, module.running_var
+    training = module.training
+    batch_stats = training or (mean is None and var is None)
+    update = training and module.track_running_stats
+    return Norm(
+        module.weight,
+        module.bias,
+        mean,
+        var,
+        module.num_batches_tracked,
+        batch_stats,
+        update,
+        module.momentum,
+        module.eps,
+    )
+
+
+def check_count(norm: Norm, size: Sequence[int]) -> None:
+    """PyTorch's own ValueError when a norm in training sees one value per channel of an input of ``size``."""
+    if norm.batch_stats:
+        M = size[0]
+        for n in size[2:]:
+            M *= n
+        if M == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
+
+
+def update_running_stats(norms: Sequence[Norm], means: Sequence[Tensor], vars: Sequence[Tensor], count: int) -> None:
+    """Moves the running statistics of all ``norms`` once, with the batch's means and biased variances [C] in acc.
+
+    running = (1 - momentum) running + momentum batch, with the unbiased variance, as ``nn.BatchNorm``. A norm that
+    occurs twice moves twice. Momentum None: the factor 1 / num_batches_tracked stays on the device.
+    """
+    moving = [(n, m, v) for n, m, v in zip(norms, means, vars, strict=True) if n.update and n.batch_stats]
+    while moving:
+        # norms that occur again wait for the next round: within one the order of the steps is free
+        seen: set[int] = set()
+        now: list[tuple[Norm, Tensor, Tensor]] = []
+        later: list[tuple[Norm, Tensor, Tensor]] = []
+        for entry in moving:
+            key = id(entry[0].running_mean if entry[0].running_mean is not None else entry[0].num_batches_tracked)
+            (later if key in seen else now).append(entry)
+            seen.add(key)
+        _move_once(now, count)
+        moving = later
+
+
+def _move_once(moving: list[tuple[Norm, Tensor, Tensor]], count: int) -> None:
+    counters = [n.num_batches_tracked for n, _, _ in moving if n.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    unbiased = count / (count - 1) if count > 1 else float("nan")
+    alike: dict[float, list[list[Any]]] = defaultdict(lambda: [[], [], [], []])
+    for norm, mean, var in moving:
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        if norm.momentum is not None and norm.running_mean.dtype == norm.running_var.dtype == mean.dtype:
+            group = alike[norm.momentum]
+            group[0].append(norm.running_mean)
+            group[1].append(mean)
+            group[2].append(norm.running_var)
+            group[3].append(var)
+        else:
+            factor = _factor(norm, mean)
+            _move_one(norm.running_mean, mean, factor)
+            _move_one(norm.running_var, var * unbiased, factor)
+    for momentum, (running_means, batch_means, running_vars, batch_vars) in alike.items():
+        torch._foreach_mul_(running_means + running_vars, 1 - momentum)
+        torch._foreach_add_(running_means, batch_means, alpha=momentum)
+        torch._foreach_add_(running_vars, batch_vars, alpha=momentum * unbiased)
+
+
+def _factor(norm: Norm, mean: Tensor) -> Tensor | float:
+    if norm.momentum is not None:
+        return norm.momentum
+    if norm.num_batches_tracked is None:
+        return 0.0
+    return norm.num_batches_tracked.to(mean.dtype).reciprocal()
+
+
+def _move_one(running: Tensor, batch: Tensor, factor: Tensor | float) -> None:
+    running.copy_(running.to(batch.dtype) * (1 - factor) + batch * factor)

@@ -1,0 +1,114 @@
+"""Stem: BN, ReLU and max-pooling of the first convolution's output, in one read of it.
+
+Kept for the backward pass: x, and per result one byte, the position of the maximum in its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from densenet_ext import kernels, reference
+from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.norm import Norm, check_count
+from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size, volume
+from densenet_ext.algorithm.unit import (
+    Config,
+    Tensors,
+    Unit,
+    frozen_norm,
+    grad_like,
+    is_empty,
+    norm_tensors,
+    norm_values,
+    run,
+)
+
+
+def stem(
+    x: Tensor,
+    norm: Norm,
+    kernel_size: int | tuple[int, ...] = 3,
+    stride: int | tuple[int, ...] = 2,
+    padding: int | tuple[int, ...] = 1,
+) -> Tensor:
+    """[N, C, *pooled] of x [N, C, *spatial], channels_last in memory; ties and NaN as PyTorch's max-pooling.
+
+    Raises PyTorch's own ValueError for one value per channel in training.
+    """
+    check_count(norm, x.shape)
+    dims = x.dim() - 2
+    window = volume(dims, kernel_size, 1)
+    if is_empty(x) or prod(window) > 256:  # the position has one byte
+        return reference.stem(x, norm, kernel_size, stride, padding)
+    config = Config(
+        (norm.batch_stats,),
+        (norm.eps,),
+        x.dtype,
+        window=window,
+        stride=volume(dims, stride, 1),
+        padding=volume(dims, padding, 0),
+        cached=True,
+    )
+    out, mean, var, _ = run(STEM, config, [x, *norm_tensors(norm)])
+    move(norm, x.shape, mean, var)
+    return out
+
+
+def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
+    x = tensors[0]
+    assert x is not None
+    front = 5 - x.dim()
+    geometry = zip(x.shape[2:], config.window[front:], config.stride[front:], config.padding[front:], strict=True)
+    size = (x.shape[0], x.shape[1], *((n + 2 * p - w) // s + 1 for n, w, s, p in geometry))
+    index = x.new_empty(0, dtype=torch.uint8) if config.save == "nothing" else new_features(x, size, torch.uint8)
+    return [new_features(x, size), *allocate_stats(config, x, x.shape[1]), index]
+
+
+def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    x = tensors[0]
+    assert x is not None
+    out, mean, var, index = results = _allocate(config, tensors)
+    rows, batch = to_rows(x), config.batch_stats[0]
+    if batch:
+        fill_stats(config, x, rows, mean, var)
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    positions = None if config.save == "nothing" else to_rows(index)
+    geometry = (rows_size(x), config.window, config.stride, config.padding)
+    kernels.select(x).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
+    return results
+
+
+def _backward(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    x, mean, var, index = tensors[0], *results[1:]
+    assert x is not None and mean is not None and var is not None and index is not None
+    ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
+    geometry = (rows_size(x), config.window, config.stride, config.padding)
+    dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if batch or needs[1] or needs[2]:
+        ops.bn_relu_max_pool_backward_reduce(g, positions, rows, *geometry, *norm, dgamma, dbeta)
+        grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
+    if needs[0]:
+        grads[0] = dx = new_features(x, x.shape)
+        sums = (dgamma, dbeta) if batch else (None, None)
+        ops.bn_relu_max_pool_backward(g, positions, rows, *geometry, *norm, *sums, to_rows(dx))
+    return grads
+
+
+def _reference(config: Config, tensors: Tensors) -> Tensor:
+    x = tensors[0]
+    assert x is not None
+    front = 5 - x.dim()
+    norm = frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0])
+    return reference.stem(x, norm, config.window[front:], config.stride[front:], config.padding[front:], update=False)
+
+
+STEM = Unit("stem", _allocate, _forward, _backward, _reference)

@@ -1,0 +1,117 @@
+"""Transition: BN, ReLU, 1x1 convolution, average pooling.
+
+Pooling is linear and acts per channel, so it goes first: one read of x gives pooled = pool(relu(x s + t)), and the
+convolution is as many times smaller as a window has pixels. The backward pass reads x twice: for the two sums (pooled
+is recomputed on the way), and to write
+
+    dx = s (dy - sum(dy) / M - (x - m) r^2 sum(dy (x - m)) / M)         dy: the pooled gradient spread, where x s + t >
+    0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from densenet_ext import kernels, reference
+from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
+from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.norm import Norm, check_count
+from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size, volume
+from densenet_ext.algorithm.unit import (
+    Config,
+    Tensors,
+    Unit,
+    frozen_norm,
+    grad_like,
+    is_empty,
+    norm_tensors,
+    norm_values,
+    result_dtype,
+    run,
+)
+
+
+def transition(x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[int, ...] = 2) -> Tensor:
+    """[N, C_out, *spatial // window] of x [N, C, *spatial] and conv_weight [C_out, C, 1...], channels_last in memory.
+
+    Raises PyTorch's own ValueError for one value per channel in training.
+    """
+    check_count(norm, x.shape)
+    if is_empty(x):
+        return reference.transition(x, norm, conv_weight, window)
+    size = volume(x.dim() - 2, window, 1)
+    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, cached=True)
+    out, mean, var = run(TRANSITION, config, [x, *norm_tensors(norm), conv_weight])
+    move(norm, x.shape, mean, var)
+    return out
+
+
+def _pooled_size(config: Config, x: Tensor) -> list[int]:
+    spatial = [n // w for n, w in zip(x.shape[2:], config.window[5 - x.dim() :], strict=True)]
+    return [x.shape[0], x.shape[1], *spatial]
+
+
+def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
+    x, conv = tensors[0], tensors[5]
+    assert x is not None and conv is not None
+    size = _pooled_size(config, x)
+    size[1] = conv.shape[0]
+    return [new_features(x, size, config.dtype), *allocate_stats(config, x, x.shape[1])]
+
+
+def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    x, conv = tensors[0], tensors[5]
+    assert x is not None and conv is not None
+    rows, batch = to_rows(x), config.batch_stats[0]
+    mean, var = allocate_stats(config, x, x.shape[1])
+    if batch:
+        fill_stats(config, x, rows, mean, var)
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    size = _pooled_size(config, x)
+    pooled = to_rows(new_features(x, size))
+    kernels.select(x).bn_relu_avg_pool(rows, rows_size(x), config.window, *norm, pooled)
+    return [conv_same_features(pooled.to(config.dtype), size, conv.to(config.dtype)), mean, var]
+
+
+def _backward(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    x, conv, mean, var = tensors[0], tensors[5], *results[1:]
+    assert x is not None and conv is not None and mean is not None and var is not None
+    ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
+    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    size, window = rows_size(x), config.window
+    rows, g, W = to_rows(x), to_rows(grad), conv.to(config.dtype)
+    pooled = to_rows(new_features(x, _pooled_size(config, x)))
+    dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if any(needs[:3]):
+        # the dgrad looks at the shape of `pooled` only; the next step fills it
+        dpooled, _ = conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (True, False))
+        assert dpooled is not None
+        dpooled = dpooled.to(x.dtype)
+        again = pooled if needs[5] else None
+        ops.bn_relu_avg_pool_backward_reduce(dpooled, rows, size, window, *norm, again, dgamma, dbeta)
+        grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
+    elif needs[5]:
+        ops.bn_relu_avg_pool(rows, size, window, *norm, pooled)
+    if needs[5]:
+        grads[5] = grad_like(conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (False, True))[1], conv)
+    del pooled
+    if needs[0]:
+        grads[0] = dx = new_features(x, x.shape)
+        sums = (dgamma, dbeta) if batch else (None, None)
+        ops.bn_relu_avg_pool_backward(dpooled, rows, size, window, *norm, *sums, to_rows(dx))
+    return grads
+
+
+def _reference(config: Config, tensors: Tensors) -> Tensor:
+    x, conv = tensors[0], tensors[5]
+    assert x is not None and conv is not None
+    norm = frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0])
+    return reference.transition(x, norm, conv, config.window[5 - x.dim() :], update=False)
+
+
+TRANSITION = Unit("transition", _allocate, _forward, _backward, _reference)

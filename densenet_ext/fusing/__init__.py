@@ -1,0 +1,7 @@
+"""`fuse`, `unfuse`, `report` and `verify`: the DenseNets that people already have, over one buffer per dense block."""
+
+from densenet_ext.fusing.install import fuse, unfuse
+from densenet_ext.fusing.report import Report, Row, report
+from densenet_ext.fusing.verify import Errors, Verification, verify
+
+__all__ = ["Errors", "Report", "Row", "Verification", "fuse", "report", "unfuse", "verify"]

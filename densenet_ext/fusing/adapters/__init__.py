@@ -1,0 +1,13 @@
+"""One small file per library: how it spells a dense block, a layer, a transition, a stem and a head."""
+
+from __future__ import annotations
+
+from densenet_ext.fusing.adapters.efficient import Efficient
+from densenet_ext.fusing.adapters.own import Own
+from densenet_ext.fusing.adapters.torchvision import Torchvision
+from densenet_ext.fusing.matching import Adapter
+
+ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient())
+"""Asked in this order; the first that recognises a module has it."""
+
+__all__ = ["ADAPTERS", "Efficient", "Own", "Torchvision"]

@@ -1,0 +1,179 @@
+"""What a class's ``forward`` does, found out by running it on tensors without data, with stand-ins for the children.
+
+A class that is spelled like a known one may still compute something else. So ``forward`` runs once on the meta device;
+every call of a child and every function on tensors is written down, and the record is compared with what a fused unit
+computes. The module itself is not touched: the probe is an empty object of its class that shares its attributes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+RATE = 0.25
+"""The drop rate that a probed layer is given."""
+
+
+class Step(NamedTuple):
+    """One call: ``what`` is a child's name or a function; ``inputs`` the tensors that it was given, in order."""
+
+    what: Any
+    inputs: tuple[Tensor, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+class _Record(TorchFunctionMode):
+    """Writes down every function whose result is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+
+    def note(self, what: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given: list[Any] = []
+        for value in (*args, *kwargs.values()):
+            given.extend(value if isinstance(value, (list, tuple)) else [value])
+        inputs = tuple(value for value in given if isinstance(value, Tensor))
+        self.steps.append(Step(what, inputs, args, kwargs, output))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self.note(func, args, kwargs or {}, output)
+        return output
+
+
+class _Child(nn.Module):
+    """Stands for a child: notes that it was called and with what."""
+
+    def __init__(self, name: str, record: _Record) -> None:
+        super().__init__()
+        self.name, self.record, self.output = name, record, feature()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.record.note(self.name, args, kwargs, self.output)
+        return self.output
+
+
+def feature(channels: int = 3) -> Tensor:
+    """Feature maps without data."""
+    return torch.empty((2, channels, 4, 4), device="meta")
+
+
+def record(module: nn.Module, args: Sequence[Any], training: bool, **attributes: Any) -> tuple[list[Step], Any] | str:
+    """The steps of ``type(module).forward`` on ``args`` and its result; or in words what went wrong."""
+    log = _Record()
+    children = {name: _Child(name, log) for name in module._modules}
+    probe = object.__new__(type(module))
+    probe.__dict__.update(module.__dict__, **attributes, _modules=children, training=training)
+    before = dict(probe.__dict__)
+    try:
+        with torch.no_grad(), log:
+            result = type(module).forward(probe, *args)
+    except Exception as error:  # a stranger's code: whatever it raises, the answer is that it is not known
+        return f"it could not be followed ({type(error).__name__}: {error})"
+    changed = [name for name, value in probe.__dict__.items() if name not in before or before[name] is not value]
+    if changed or list(children) != list(module._modules):
+        return f"it changes {', '.join(changed) or 'its children'}"
+    return log.steps, result
+
+
+def differs_from_layer(layer: nn.Module, unpacks: bool, names: Sequence[str]) -> str | None:
+    """What ``forward`` of a layer does other than cat, norm, ReLU, 1x1, norm, ReLU, 3x3, dropout; None when it is that.
+
+    ``names``: of the six children in this order. ``unpacks``: it takes features as arguments rather than as a list.
+    """
+    for training in (True, False):
+        features = [feature(5), feature(3)]
+        found = record(layer, features if unpacks else [features], training, drop_rate=RATE)
+        if isinstance(found, str):
+            return found
+        steps, result = found
+        reason = _not_a_cat(steps[:1], features) or _not_a_chain(steps, result, [torch.cat, *names, F.dropout])
+        if reason is not None:
+            return reason
+        dropout = inspect.signature(F.dropout).bind(*steps[-1].args, **steps[-1].kwargs)
+        dropout.apply_defaults()
+        if dropout.arguments["p"] != RATE or bool(dropout.arguments["training"]) != training:
+            return "its dropout follows other rules than drop_rate and training"
+    return None
+
+
+def differs_from_block(block: nn.Module, unpacks: bool) -> str | None:
+    """What ``forward`` of a block does other than giving each layer all features so far and joining all; None: that."""
+    names = list(block._modules)
+    for training in (True, False):
+        x = feature()
+        found = record(block, [x], training)
+        if isinstance(found, str):
+            return found
+        steps, result = found
+        if [step.what for step in steps[:-1]] != names:
+            return f"it runs {_words(step.what for step in steps)}"
+        features = [x]
+        for step in steps[:-1]:
+            as_list = len(step.args) == 1 and isinstance(step.args[0], (list, tuple))
+            if not _same(step.inputs, features) or step.kwargs or as_list == unpacks:
+                return f"{step.what} is not given all features before it"
+            features.append(step.output)
+        reason = _not_a_cat(steps[-1:], features)
+        if reason is not None or result is not steps[-1].output:
+            return reason or "it returns something else than all features"
+    return None
+
+
+def differs_from_head(model: nn.Module) -> str | None:
+    """What ``forward`` of a model does other than features, ReLU, global average, flatten, classifier; None: that."""
+    for training in (True, False):
+        x = feature()
+        found = record(model, [x], training)
+        if isinstance(found, str):
+            return found
+        steps, result = found
+        chain: list[Any] = ["features", F.relu, F.adaptive_avg_pool2d, torch.flatten, "classifier"]
+        reason = _not_a_chain(steps, result, chain)
+        if reason is not None or not _same(steps[0].inputs, [x]):
+            return reason or "features is not given the input"
+        pool, flatten = steps[2], steps[3]
+        size = [*pool.args[1:], *pool.kwargs.values()]
+        if size not in ([1], [(1, 1)], [[1, 1]]) or flatten.output.dim() != 2:
+            return "it does not average over the whole image"
+    return None
+
+
+def _not_a_cat(steps: Sequence[Step], features: Sequence[Tensor]) -> str | None:
+    if len(steps) != 1 or steps[0].what is not torch.cat:
+        return f"it runs {_words(step.what for step in steps)} where a concatenation is expected"
+    step = steps[0]
+    dim = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
+    if dim != 1 or not _same(step.inputs, features):
+        return "it does not join all features along the channels"
+    return None
+
+
+def _not_a_chain(steps: Sequence[Step], result: Any, whats: Sequence[str | Callable[..., Any]]) -> str | None:
+    if [step.what for step in steps] != list(whats):
+        return f"it runs {_words(step.what for step in steps)}"
+    for before, step in zip(steps, steps[1:], strict=False):
+        if not _same(step.inputs, [before.output]):
+            return f"{_words([step.what])} is not given the result of {_words([before.what])}"
+    return None if result is steps[-1].output else "it returns something else than the last result"
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
+
+
+def _words(whats: Iterable[Any]) -> str:
+    return (
+        ", ".join(what if isinstance(what, str) else getattr(what, "__name__", repr(what)) for what in whats)
+        or "nothing"
+    )

@@ -1,0 +1,145 @@
+"""What stands in the way of running a module inside a fused unit, which never calls the module itself.
+
+A fused unit reads parameters and settings of the modules that it stands for. Whatever acts through a module's own call
+would be lost without a sound: hooks, parametrisations, a replaced ``forward``, the code of a subclass. These checks run
+at every call, so the way without an obstacle is short; words are made only where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+_CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_AVG_POOL: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_MAX_POOL: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_KNOWN = frozenset((*_CONV, *_NORM, *_AVG_POOL, *_MAX_POOL, nn.ReLU))
+_BASES = (_BatchNorm, _ConvNd, nn.ReLU, *_AVG_POOL, *_MAX_POOL)
+
+
+def unfusable(modules: Iterable[nn.Module]) -> str | None:
+    """Why these modules cannot be run without being called, in words, or None when they can.
+
+    The reasons: hooks of any kind (on a module, or on all modules), a parametrisation, a ``forward`` replaced on the
+    instance, a subclass of a known class (``SyncBatchNorm``, lazy and quantised modules), a weight that is no plain
+    tensor.
+    """
+    for module in modules:
+        reason = obstacle(module)
+        if reason is not None:
+            return f"a {type(module).__name__} {reason}"
+    return hooks_on_all_modules()
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """As :func:`unfusable` for one module, as a phrase that follows its name: "has a forward hook"."""
+    reason = hook_on(module)
+    if reason is not None:
+        return reason
+    if "forward" in module.__dict__:
+        return "has a forward that was replaced on the instance"
+    kind = type(module)
+    if kind in _KNOWN:
+        weight = module._parameters.get("weight")
+        if weight is not None and hasattr(weight, "__tensor_flatten__"):
+            return f"has a weight that is a {type(weight).__name__}"
+        return None
+    if "parametrizations" in module._modules:
+        return "is parametrised"
+    if isinstance(module, _BASES):
+        return f"is a {kind.__name__}, which has code of its own"
+    return None
+
+
+def hook_on(module: nn.Module) -> str | None:
+    """Which kind of hook ``module`` has, as a phrase: "has a forward hook"; None when it has none."""
+    if module._forward_hooks:
+        return "has a forward hook"
+    if module._forward_pre_hooks:
+        return "has a forward pre-hook"
+    if module._backward_hooks:
+        return "has a backward hook"
+    if module._backward_pre_hooks:
+        return "has a backward pre-hook"
+    return None
+
+
+def hooks_on_all_modules() -> str | None:
+    """Says so when hooks are registered for every module (``register_module_forward_hook`` and kin); None otherwise."""
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "hooks are registered for all modules"
+    return None
+
+
+def other_norm(norm: nn.Module, dims: int) -> str | None:
+    """Why ``norm`` is not the batch normalisation that fused units of ``dims`` spatial dimensions compute, or None."""
+    expected = _NORM[dims - 1]
+    return None if type(norm) is expected else f"is a {type(norm).__name__}, not a {expected.__name__}"
+
+
+def other_relu(relu: nn.Module) -> str | None:
+    """Why ``relu`` is not the activation that fused units compute, or None when it is."""
+    return None if type(relu) is nn.ReLU else f"is a {type(relu).__name__}, not a ReLU"
+
+
+def other_conv(conv: nn.Module, dims: int, kernel_size: int) -> str | None:
+    """Why ``conv`` is not the bias-free convolution of stride 1 that fused units compute, or None when it is."""
+    expected = _CONV[dims - 1]
+    if type(conv) is not expected or not isinstance(conv, _ConvNd):
+        return f"is a {type(conv).__name__}, not a {expected.__name__}"
+    ones = (1,) * dims
+    if conv.kernel_size != (kernel_size,) * dims:
+        return f"has kernel size {conv.kernel_size}, not {kernel_size}"
+    if conv.stride != ones or conv.dilation != ones:
+        return f"has stride {conv.stride} and dilation {conv.dilation}, not 1"
+    if conv.padding != (kernel_size // 2,) * dims and conv.padding != "same":
+        return f"has padding {conv.padding}, not {kernel_size // 2}"
+    if conv.padding_mode != "zeros" and kernel_size > 1:
+        return f"pads with {conv.padding_mode}, not with zeros"
+    if conv.groups != 1:
+        return f"has {conv.groups} groups"
+    return "has a bias" if conv.bias is not None else None
+
+
+def other_avg_pool(pool: nn.Module, dims: int) -> str | None:
+    """Why ``pool`` is not the average pooling of window and stride 2 of a transition, or None when it is."""
+    expected = _AVG_POOL[dims - 1]
+    if type(pool) is not expected or not isinstance(pool, _AVG_POOL):
+        return f"is a {type(pool).__name__}, not a {expected.__name__}"
+    window, stride, padding = (_each(value, dims) for value in (pool.kernel_size, pool.stride, pool.padding))
+    if window != (2,) * dims or stride != window or padding != (0,) * dims:
+        return f"has window {pool.kernel_size}, stride {pool.stride} and padding {pool.padding}, not 2, 2 and 0"
+    if pool.ceil_mode or getattr(pool, "divisor_override", None) is not None:
+        return "has ceil_mode or a divisor of its own"
+    return None
+
+
+def other_max_pool(pool: nn.Module, dims: int) -> str | None:
+    """Why ``pool`` is not a max-pooling that the fused stem computes, or None when it is."""
+    expected = _MAX_POOL[dims - 1]
+    if type(pool) is not expected or not isinstance(pool, _MAX_POOL):
+        return f"is a {type(pool).__name__}, not a {expected.__name__}"
+    if _each(pool.dilation, dims) != (1,) * dims or pool.ceil_mode or pool.return_indices:
+        return "has dilation, ceil_mode or return_indices"
+    return None
+
+
+def dimensions_of(conv: nn.Module) -> int | None:
+    """The spatial dimensions of a plain convolution, 1 to 3; None for any other module."""
+    kind = type(conv)
+    return _CONV.index(kind) + 1 if kind in _CONV else None
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * dims

@@ -1,0 +1,241 @@
+"""DenseNet models with torchvision's parameter names, order and initialisation, and the keywords of both worlds."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from densenet_ext import checks
+from densenet_ext.algorithm.dispatch import plain_reason
+from densenet_ext.algorithm.head import head
+from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.stem import stem
+from densenet_ext.inspection import obstacle, other_max_pool, other_norm, other_relu
+from densenet_ext.modules import DenseBlock, Transition, unfused_child
+from densenet_ext.state_dict import adapt_state_dict
+
+_STEM = ("norm0", "relu0", "pool0")
+
+
+class Features(nn.Sequential):
+    """The convolutional part of a DenseNet: a Sequential that runs norm0, relu0 and pool0 as one pass."""
+
+    def stem_unfused_reason(self) -> str | None:
+        """Why the stem's norm, ReLU and max-pooling run one by one, or None when they are fused."""
+        if tuple(self._modules)[1:4] != _STEM:
+            return "there are no norm0, relu0 and pool0 behind the first convolution"
+        norm, relu, pool = (self.get_submodule(name) for name in _STEM)
+        mismatches = (other_norm(norm, 2), other_relu(relu), other_max_pool(pool, 2))
+        return unfused_child(self, tuple(zip(_STEM, mismatches, strict=True)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised feature maps [N, C, H', W'] of ``input`` [N, in_channels, H, W]; contiguous when that is."""
+        out = self.run(input, tuple(self._modules))
+        # Fused units give channels_last tensors; who passes a contiguous one may go on with view().
+        return out.contiguous() if plain_reason(input) is None and input.is_contiguous() else out
+
+    def run(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """``x`` through the children of these names, in order, with the stem fused where it can be."""
+        fused_stem = self.stem_unfused_reason() is None
+        if plain_reason(x) is None and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # then conv0 gives what the next unit reads in place
+        for name in names:
+            if not (fused_stem and name in _STEM):
+                x = self.get_submodule(name)(x)
+            elif name == "norm0":
+                x = self._stem(x)
+        return x
+
+    def _stem(self, x: Tensor) -> Tensor:
+        norm, relu, pool = (cast(Any, self.get_submodule(name)) for name in _STEM)
+        if plain_reason(x) is not None:
+            return pool(relu(norm(x)))
+        return stem(x, norm_of(norm), pool.kernel_size, pool.stride, pool.padding)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC over one buffer per dense block.
+
+    Source: Huang et al., "Densely Connected Convolutional Networks" (CVPR 2017), table 1 and section 4.
+
+    Args:
+        growth_rate: k, the number of features that a layer adds.
+        block_config: layers per dense block.
+        num_init_features: features of the first convolution.
+        bn_size: bottleneck features per new feature.
+        drop_rate: probability of dropping a value of a layer's new features.
+        num_classes: classes; 0 leaves the classifier out, and the model returns the pooled features.
+        compression: the paper's theta: a transition keeps ``int(compression * features)``.
+        small_inputs: True is the form for 32x32 images: a single 3x3 convolution as stem, the paper's initialisation.
+        in_channels: channels of the images.
+        save: what the blocks keep for the backward pass, "bottlenecks" (default) or "features".
+        memory_efficient, efficient: torchvision's and the efficient implementation's keyword; either True means
+            ``save="features"``. A ``save`` that is given wins.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        *,
+        compression: float = 0.5,
+        small_inputs: bool = False,
+        in_channels: int = 3,
+        save: str | None = None,
+        memory_efficient: bool | None = None,
+        efficient: bool | None = None,
+    ) -> None:
+        super().__init__()
+        checks.integer("growth_rate", growth_rate, 1)
+        checks.integer("num_init_features", num_init_features, 1)
+        checks.integer("num_classes", num_classes, 0)
+        checks.compression_factor("compression", compression)
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        level = checks.save_level(save, memory_efficient, efficient)
+
+        channels = num_init_features
+        self.features = Features(_stem_modules(in_channels, channels, small_inputs))
+        depths = _block_depths(block_config)
+        for i, depth in enumerate(depths, start=1):
+            block = DenseBlock(depth, channels, bn_size, growth_rate, drop_rate, save=level)
+            self.features.add_module(f"denseblock{i}", block)
+            channels += depth * growth_rate
+            if i < len(depths):
+                compressed = int(channels * compression)
+                if compressed < 1:
+                    raise ValueError(
+                        f"compression: expected to keep at least one of {channels} features, got {compression}"
+                    )
+                self.features.add_module(f"transition{i}", Transition(channels, compressed))
+                channels = compressed
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.num_features = channels
+        self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self._save = level
+        self._initialise(small_inputs)
+        self.register_load_state_dict_pre_hook(adapt_state_dict)
+
+    def _initialise(self, as_in_the_paper: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and as_in_the_paper:
+                fan_out = math.prod(module.kernel_size) * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @property
+    def save(self) -> str:
+        """The level of saving, "bottlenecks" or "features"; setting it sets that of every dense block."""
+        return self._save
+
+    @save.setter
+    def save(self, level: str) -> None:
+        self._save = checks.choice("save", level, checks.LEVELS)
+        for module in self.features.children():
+            if isinstance(module, DenseBlock):
+                module.save = level
+
+    def head_unfused_reason(self) -> str | None:
+        """Why the final norm, ReLU and average run one by one, or None when they are fused."""
+        names = tuple(self.features._modules)
+        if type(self.features) is not Features or names[-1:] != ("norm5",):
+            return "the features do not end in norm5"
+        reason = obstacle(self.features)
+        if reason is not None:
+            return f"features {reason}"
+        return unfused_child(self.features, (("norm5", other_norm(self.features.get_submodule("norm5"), 2)),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [N, num_classes] of images [N, in_channels, H, W] of the parameters' dtype and device.
+
+        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, size, dtype or device.
+        """
+        checks.tensor("x", x)
+        plain = plain_reason(x) is not None
+        if not plain:
+            self._check(x)
+        if plain or self.head_unfused_reason() is not None:
+            out = torch.flatten(F.adaptive_avg_pool2d(F.relu(self.features(x), inplace=True), (1, 1)), 1)
+        else:
+            maps = self.features.run(x, tuple(self.features._modules)[:-1])
+            out = head(maps, norm_of(cast(_BatchNorm, self.features.get_submodule("norm5"))))
+        return self.classifier(out)
+
+    def _check(self, x: Tensor) -> None:
+        first = self.features._modules.get("conv0")
+        if type(first) is nn.Conv2d:
+            checks.feature_maps("x", x, first.in_channels, 2, first.weight)
+
+
+def _stem_modules(in_channels: int, channels: int, small_inputs: bool) -> OrderedDict[str, nn.Module]:
+    if small_inputs:
+        return OrderedDict(conv0=nn.Conv2d(in_channels, channels, kernel_size=3, stride=1, padding=1, bias=False))
+    return OrderedDict(
+        conv0=nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
+        norm0=nn.BatchNorm2d(channels),
+        relu0=nn.ReLU(inplace=True),
+        pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+    )
+
+
+def _block_depths(block_config: Any) -> tuple[int, ...]:
+    expected = "expected a sequence of integers of at least 1, the layers of each block"
+    if isinstance(block_config, (str, bytes)) or not isinstance(block_config, Sequence):
+        raise TypeError(f"block_config: {expected}, got {block_config!r}")
+    if not block_config:
+        raise ValueError(f"block_config: {expected}, got an empty one")
+    return tuple(checks.integer(f"block_config[{i}]", depth, 1) for i, depth in enumerate(block_config))
+
+
+def densenet121(**kwargs: Any) -> DenseNet:
+    """DenseNet-121 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    return DenseNet(32, (6, 12, 24, 16), 64, **kwargs)
+
+
+def densenet161(**kwargs: Any) -> DenseNet:
+    """DenseNet-161 (k = 48, the authors' published model); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    return DenseNet(48, (6, 12, 36, 24), 96, **kwargs)
+
+
+def densenet169(**kwargs: Any) -> DenseNet:
+    """DenseNet-169 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    return DenseNet(32, (6, 12, 32, 32), 64, **kwargs)
+
+
+def densenet201(**kwargs: Any) -> DenseNet:
+    """DenseNet-201 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    return DenseNet(32, (6, 12, 48, 32), 64, **kwargs)
+
+
+def densenet264(**kwargs: Any) -> DenseNet:
+    """DenseNet-264 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    return DenseNet(32, (6, 12, 64, 48), 64, **kwargs)
+
+
+def densenet_bc(depth: int = 100, growth_rate: int = 12, **kwargs: Any) -> DenseNet:
+    """DenseNet-BC for 32x32 images: three blocks of ``(depth - 4) / 6`` layers, 2 k first features, ten classes.
+
+    Source: Huang et al. (CVPR 2017), section 4. ``depth`` counts the convolutions and the classifier: 100 has 16 layers
+    a block. Keywords as :class:`DenseNet`; ``small_inputs=True`` and ``num_classes=10`` unless given.
+
+    Raises ValueError when ``depth`` is not 6 n + 4 with n of at least 1, or for what :class:`DenseNet` refuses.
+    """
+    checks.bc_depth("depth", depth)
+    checks.integer("growth_rate", growth_rate, 1)
+    defaults = {"small_inputs": True, "num_classes": 10, "num_init_features": 2 * growth_rate}
+    return DenseNet(growth_rate, ((depth - 4) // 6,) * 3, **{**defaults, **kwargs})

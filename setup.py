@@ -1,0 +1,45 @@
+"""Builds the compiled part of densenet_ext with the torch that is installed; the metadata stand in pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+from build_backend import environment
+from build_backend.extension import extension
+
+ROOT = Path(__file__).resolve().parent
+
+
+def options() -> dict[str, Any]:
+    """What setuptools is told besides pyproject.toml; prints what was decided and why."""
+    environment.check()
+    environment.put_ninja_on_path()
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError as error:
+        raise environment.BuildError(f"the installed torch cannot be imported: {error}.") from error
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except RuntimeError as error:
+                raise environment.BuildError(f"{error}; the compiler's own message stands above.") from error
+
+    module, cuda = extension(ROOT)
+    print(f"densenet_ext: torch {torch.__version__}, C++ compiler {environment.cxx_compiler()}")
+    print(f"densenet_ext: GPU kernels: {'yes' if cuda.build else 'no'} ({cuda.why})")
+    if cuda.build:
+        print(f"densenet_ext: GPU architectures: {cuda.architectures}")
+    print(f"densenet_ext: {environment.find_ninja() or 'no ninja: one file at a time, everything each time'}")
+    sys.stdout.flush()
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+with environment.one_sentence():
+    setup(**options())

@@ -1,0 +1,296 @@
+"""`fuse` on torchvision's DenseNet: the same numbers, and the usual code where something stands in the way."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import densenet_ext.fusing as dx
+from densenet_ext.fusing.forwards import installed
+
+BLOCKS = ["features.denseblock1", "features.denseblock2", "features.denseblock3"]
+
+
+def small(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"growth_rate": 8, "block_config": (2, 2, 2), "num_init_features": 16, "num_classes": 10, **kwargs}
+    return peers.torchvision_densenet().DenseNet(**settings).double()
+
+
+def images(n: int = 2, size: int = 64) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def three_steps(model: nn.Module, x: Tensor) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x + step), torch.arange(len(x)) % 10)
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def assert_same_state(got: nn.Module, wanted: nn.Module) -> None:
+    for (name, a), b in zip(got.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def rows(model: nn.Module) -> dict[str, dx.Row]:
+    return {row.name: row for row in dx.report(model)}
+
+
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+def test_three_steps_equal_the_unfused(save: str) -> None:
+    plain = small()
+    fused = dx.fuse(copy.deepcopy(plain), save=save)
+    x = images()
+    assert_same_state(three_steps(fused, x), three_steps(plain, x))
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+    assert [row.kind for row in dx.report(fused) if not row.fused] == []
+
+
+def test_densenet121_three_steps_equal_the_unfused() -> None:
+    torch.manual_seed(0)
+    plain = peers.torchvision_densenet().densenet121(num_classes=10).double()
+    fused = dx.fuse(copy.deepcopy(plain))
+    x = images(3, 48)
+    assert_same_state(three_steps(fused, x), three_steps(plain, x))
+
+
+def test_memory_efficient_model_saves_features_and_moves_statistics_once() -> None:
+    plain, fused = small(), dx.fuse(small(memory_efficient=True))
+    assert {rows(fused)[name].save for name in BLOCKS} == {"features"}
+    x = images()
+    # not equal to torchvision's own memory mode, whose recomputation moves the running statistics again
+    assert_same_state(three_steps(fused, x), three_steps(plain, x))
+    explicit = dx.fuse(small(memory_efficient=True), save="bottlenecks")
+    assert {rows(explicit)[name].save for name in BLOCKS} == {"bottlenecks"}
+
+
+def test_evaluation_and_frozen_norms_equal_the_unfused() -> None:
+    plain = small(drop_rate=0.3)
+    fused = dx.fuse(copy.deepcopy(plain))
+    x = images()
+    for model in (plain, fused):
+        model.eval()
+        model.features.denseblock2.denselayer1.norm1.train()  # one norm alone goes on counting
+    outs = [model(x) for model in (fused, plain)]
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_state(fused, plain)
+
+
+def test_dropout_follows_the_seed_and_the_layers_mode() -> None:
+    model = dx.fuse(small(drop_rate=0.5))
+    x = images()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(model(x))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    for layer in model.modules():
+        if hasattr(layer, "drop_rate"):
+            layer.drop_rate = 0.0  # it is read at every call
+    assert torch.equal(model(x), model(x))
+
+
+def _hook(model: Any) -> None:
+    model.features.denseblock1.denselayer2.conv2.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def _elu(model: Any) -> None:
+    model.features.denseblock1.denselayer2.relu2 = nn.ELU()
+
+
+def _bias(model: Any) -> None:
+    model.features.denseblock1.denselayer1.conv1 = nn.Conv2d(16, 32, 1).double()
+
+
+def _groups(model: Any) -> None:
+    model.features.denseblock1.denselayer2.conv2 = nn.Conv2d(32, 8, 3, padding=1, groups=2, bias=False).double()
+
+
+def _group_norm(model: Any) -> None:
+    model.features.denseblock1.denselayer1.norm1 = nn.GroupNorm(4, 16).double()
+
+
+def _parametrised(model: Any) -> None:
+    parametrizations.weight_norm(model.features.denseblock1.denselayer1.conv2)
+
+
+def _pruned(model: Any) -> None:
+    prune.l1_unstructured(model.features.denseblock1.denselayer1.conv1, "weight", 0.3)
+
+
+def _replaced_forward(model: Any) -> None:
+    relu = model.features.denseblock1.denselayer1.relu1
+    relu.forward = lambda x: x.clamp(0, 6)
+
+
+class Squeeze(nn.Module):
+    def __init__(self, features: list[Tensor]) -> None:
+        super().__init__()
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return features[-1][:, :8] * 0.1
+
+
+def _replaced_layer(model: Any) -> None:
+    model.features.denseblock1.denselayer2 = Squeeze([])
+
+
+def _backward_hook(model: Any) -> None:
+    model.features.denseblock1.denselayer1.relu2.inplace = False
+    model.features.denseblock1.denselayer1.relu2.register_full_backward_hook(lambda module, grad_in, out: (out[0] * 2,))
+
+
+ALTERATIONS = [
+    (_hook, "denselayer2.conv2 has a forward hook"),
+    (_elu, "denselayer2.relu2 is a ELU, not a ReLU"),
+    (_bias, "denselayer1.conv1 has a bias"),
+    (_groups, "denselayer2.conv2 has 2 groups"),
+    (_group_norm, "denselayer1.norm1 is a GroupNorm, not a BatchNorm2d"),
+    (_parametrised, "denselayer1.conv2 is parametrised"),
+    (_pruned, "denselayer1.conv1 has a forward pre-hook"),
+    (_replaced_forward, "denselayer1.relu1 has a forward that was replaced on the instance"),
+    (_replaced_layer, "denselayer2 is a Squeeze"),
+    (_backward_hook, "denselayer1.relu2 has a backward hook"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("alter", "reason"), ALTERATIONS, ids=[alter.__name__ for alter, _ in ALTERATIONS])
+def test_an_altered_block_runs_unfused_and_says_why(alter: Any, reason: str, when: str) -> None:
+    models = [small(), small()]
+    if when == "after":
+        dx.fuse(models[0])
+    for model in models:
+        torch.manual_seed(3)
+        alter(model)
+    if when == "before":
+        dx.fuse(models[0])
+    found = rows(models[0])
+    assert reason in (found["features.denseblock1"].reason or "")
+    assert found["features.denseblock2"].fused and found["features.transition1"].fused
+    x = images()
+    outs = [model(x) for model in models]
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_other_units_say_why_they_are_not_fused() -> None:
+    model = dx.fuse(small())
+    model.features.pool0 = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+    model.features.transition1.pool = nn.MaxPool2d(2)
+    model.features.norm5.register_forward_hook(lambda module, args, out: None)
+    found = rows(model)
+    assert found["features"].reason == "pool0 has dilation, ceil_mode or return_indices"
+    assert found["features.transition1"].reason == "pool is a MaxPool2d, not a AvgPool2d"
+    assert found[""].reason == "norm5 has a forward hook"
+    x = images()
+    torch.testing.assert_close(model(x), dx.unfuse(model)(x))
+
+
+def test_sync_batch_norm_runs_unfused() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(dx.fuse(small()))
+    assert "SyncBatchNorm" in (rows(model)["features.denseblock1"].reason or "")
+    x = images()
+    torch.testing.assert_close(model.eval()(x), dx.unfuse(model)(x))
+
+
+def test_a_subclass_with_its_own_forward_stays_unfused() -> None:
+    module = peers.torchvision_densenet()
+
+    class Layer(module._DenseLayer):
+        def forward(self, input: Any) -> Tensor:
+            return super().forward(input) * 2
+
+    class Block(module._DenseBlock):
+        def forward(self, init_features: Tensor) -> Tensor:
+            return super().forward(init_features).relu()
+
+    class Net(module.DenseNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.features(x).amax((2, 3))
+
+    model = small()
+    torch.manual_seed(0)
+    net = Net(8, (2, 2, 2), 16, num_classes=10).double()
+    net.features.denseblock1.denselayer1.__class__ = Layer
+    net.features.denseblock2.__class__ = Block
+    plain = copy.deepcopy(net)
+    found = rows(dx.fuse(net))
+    assert found[""].reason == "Net has a forward of its own"
+    assert found["features.denseblock1"].reason == "denselayer1 is a Layer, not a _DenseLayer as when it was fused"
+    assert found["features.denseblock2"].reason == "Block has a forward of its own"
+    assert found["features.denseblock3"].fused
+    x = images()
+    torch.testing.assert_close(net(x), plain(x))
+    assert type(model) is module.DenseNet
+
+
+def test_a_class_that_is_only_spelled_alike_stays_unfused() -> None:
+    module = peers.torchvision_densenet()
+
+    class _DenseLayer(module._DenseLayer):
+        def forward(self, input: Any) -> Tensor:
+            x = torch.cat(input, 1)
+            return self.conv2(self.relu2(self.norm2(self.conv1(self.norm1(self.relu1(x))))))
+
+    class _DenseBlock(module._DenseBlock):
+        def forward(self, init_features: Tensor) -> Tensor:
+            features = [init_features]
+            for layer in self.values():
+                features.append(layer(features[-1:]))
+            return torch.cat(features, 1)
+
+    class Remembers(module._DenseLayer):
+        def forward(self, input: Any) -> Tensor:
+            self.seen = super().forward(input)
+            return self.seen
+
+    Remembers.forward.__qualname__ = "_DenseLayer.forward"
+    model = small()
+    for layer in model.features.denseblock1.children():
+        layer.__class__ = _DenseLayer
+    model.features.denseblock2.__class__ = _DenseBlock
+    for layer in model.features.denseblock3.children():
+        layer.__class__ = Remembers
+    with pytest.warns(UserWarning, match="none of the 3 dense blocks"):
+        found = rows(dx.fuse(model))
+    assert "it runs cat, relu1, norm1" in (found["features.denseblock1"].reason or "")
+    assert "denselayer2 is not given all features" in (found["features.denseblock2"].reason or "")
+    assert "it changes seen" in (found["features.denseblock3"].reason or "")
+    assert not any(installed(module) for module in model.modules())
+
+
+def test_a_dense_block_inside_of_another_model() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = small().features
+            self.classifier = nn.Linear(28, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.backbone(x).relu().mean((2, 3)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = dx.fuse(Net())
+    assert rows(model)["backbone.denseblock1"].fused and rows(model)["backbone"].fused
+    x = images()
+    torch.testing.assert_close(model.eval()(x), dx.unfuse(model)(x))

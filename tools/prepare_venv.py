@@ -1,0 +1,132 @@
+"""Makes a virtual environment ready to train or to develop: python3 tools/prepare_venv.py FOLDER train|dev
+
+Needs only Python. A torch that this Python imports is used; otherwise the one that constraints.txt names is installed.
+Nothing is fetched that is already there, so that without network it works wherever everything needed is importable.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from build_backend import environment  # noqa: E402
+
+# torchvision's models serve the tests. Each of its releases belongs to one of torch.
+TORCHVISION = {"2.11": "0.26.0", "2.13": "0.28.0"}
+
+
+def usable_torch(python: str) -> bool:
+    """Whether `python` imports a torch that is new enough; silently, whatever the reason if not."""
+    code = "import torch; print(torch.__version__)"
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    version = re.findall(r"\d+", run.stdout.strip().splitlines()[-1])[:2] if run.returncode == 0 else []
+    return tuple(map(int, version)) >= environment.MINIMUM_TORCH
+
+
+def create(folder: Path) -> None:
+    """A new environment at `folder`, which sees this Python's packages if a usable torch is among them."""
+    shared = usable_torch(sys.executable)
+    print(f"new environment {folder}" + (f", with the torch of {sys.executable}" if shared else ""), flush=True)
+    venv.create(folder, with_pip=True, system_site_packages=shared, symlinks=True, clear=True)
+    if shared and not usable_torch(str(folder / "bin" / "python")):
+        # This Python is in a virtual environment itself, and "system" means the one below it.
+        packages = next((folder / "lib").glob("python*")) / "site-packages"
+        (packages / "shared_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+
+
+def pip(*arguments: str) -> bool:
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def wanted(extra: str) -> dict[str, str]:
+    """The distributions of an extra of pyproject.toml, with their versions in constraints.txt ("" for any)."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    names = re.search(rf"^{extra} = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert names is not None, f"pyproject.toml has no extra {extra}"
+    return {name: pins.get(name, "") for name in [*re.findall(r'"([\w-]+)"', names[1]), "ninja"]}
+
+
+def installed(name: str) -> str | None:
+    if name == "ninja" and environment.find_ninja():
+        return "present"
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install(extra: str) -> None:
+    """Brings what is missing into the environment that runs this, torch first and the package itself last."""
+    pins = wanted(extra)
+    pinned_torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if not usable_torch(sys.executable):
+        assert pinned_torch is not None, "constraints.txt names no torch"
+        print(f"installing {pinned_torch[0]}")
+        if not pip(pinned_torch[0]):
+            raise SystemExit(f"{pinned_torch[0]} could not be installed; see pip's message above.")
+    missing = {name: pin for name, pin in pins.items() if installed(name) is None or (pin and installed(name) != pin)}
+    if missing:
+        requirements = [f"{name}=={pin}" if pin else name for name, pin in missing.items()]
+        print("installing " + ", ".join(requirements))
+        if not pip(*requirements):
+            absent = [name for name in missing if installed(name) is None]
+            if absent:
+                raise SystemExit(f"could not be installed, see pip's message above: {', '.join(absent)}")
+            print("not installed; going on with what is there: " + ", ".join(f"{n} {installed(n)}" for n in missing))
+    if extra == "dev":
+        install_torchvision()
+        for command in ("ruff", "clang-format"):
+            link_command(command)
+    print("building densenet_ext")
+    if not pip("--no-deps", "--editable", "."):
+        raise SystemExit("densenet_ext could not be built; see the message above.")
+
+
+def install_torchvision() -> None:
+    """Optional: the tests that compare with torchvision's models skip themselves without it."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    release = ".".join((environment.torch_version() or "").split(".")[:2])
+    version = TORCHVISION.get(release)
+    if version is None:
+        print(f"no torchvision is known for torch {release}: the tests that need it will skip")
+    elif not pip("--no-deps", f"torchvision=={version}"):
+        print(f"torchvision {version} could not be installed: the tests that need it will skip")
+
+
+def link_command(name: str) -> None:
+    """Makes a program of a shared package callable: it lies beside the Python that it was installed with."""
+    if shutil.which(name):
+        return
+    for file in importlib.metadata.files(name) or []:
+        if file.name == name and os.access(path := file.locate(), os.X_OK):
+            (Path(sys.prefix) / "bin" / name).symlink_to(Path(path).resolve())
+            return
+
+
+def main() -> None:
+    folder, extra = Path(sys.argv[1]).absolute(), sys.argv[2]
+    python = folder / "bin" / "python"
+    if Path(sys.prefix).resolve() == folder.resolve():
+        install(extra)
+        return
+    if not python.exists():
+        create(folder)
+    os.execv(python, [str(python), __file__, str(folder), extra])
+
+
+if __name__ == "__main__":
+    main()
