@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def options() -> dict[str, Any]:
         raise environment.BuildError(f"the installed torch cannot be imported: {error}.") from error
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Installs, editable or not, otherwise compile in a temporary folder, everything each time.
+            self.build_temp = str(ROOT / "build" / f"temp-{sysconfig.get_config_var('SOABI')}")
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is loaded: the profiler else announces every session
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the profiler else announces every session
 
 import torch
 import typer
@@ -17,7 +17,7 @@ import typer
 from benchmarks import peers, table
 from benchmarks.run import run
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Choice(str, Enum):

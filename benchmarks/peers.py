@@ -18,6 +18,7 @@ import densenet_ext as dx
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LEVELS = ("bottlenecks", "features")
+PLAIN = "plain"  # the usual formulation, nothing recomputed: what memory is compared with
 COMPILED = "torch.compile"
 LOOK_ALIKE = "efficient (look-alike)"
 _LOOK_ALIKE_FILE = Path(__file__).parent.parent / "tests" / "lookalikes.py"
@@ -114,18 +115,12 @@ def contenders(network: Network, efficient: Path | None = None, compiled: bool =
     for save in LEVELS:
         yield Contender(f"fuse({whose})", save, "contiguous", True, functools.partial(fused, save))
     if not network.small_inputs:
-        yield from each(torchvisions, "plain", False, torchvision, False)
+        yield from each(torchvisions, PLAIN, False, torchvision, False)
         yield from each(torchvisions, "memory_efficient=True", False, torchvision, True)
-    yield from each(efficients, "plain", False, pleiss, False)
+    yield from each(efficients, PLAIN, False, pleiss, False)
     yield from each(efficients, "efficient=True", False, pleiss, True)
     if compiled:
         yield Contender(whose, COMPILED, "channels_last", False, compiled_original)
-
-
-def plain_peer(network: Network, efficient: Path | None = None) -> str:
-    """The name of the contender in the usual formulation, with which memory is compared."""
-    made = contenders(network, efficient)
-    return next(each.name for each in made if not each.ours and each.how == "plain")
 
 
 @functools.cache

@@ -117,7 +117,11 @@ def _against_the_fastest(run: Run) -> str | None:
     if peer is None:
         return None
     factors = [f"{ratio['median']:.2f} (`{save}`)" for save, ratio in peer["ratios"].items()]
-    return f"The fastest peer is {peer['contender']}: its step takes {' and '.join(factors)} times ours."
+    text = f"The fastest peer is {peer['contender']}: its step takes {' and '.join(factors)} times ours."
+    rounds = {len(row["seconds_per_round"]) - row["seconds_per_round"].count(None) for row in run["rows"]}
+    if min(rounds) < run["rounds"]:
+        text += f" Peers that the first round showed to be far slower than that ran in {min(rounds)} rounds."
+    return text
 
 
 def _left_out(run: Run) -> str | None:

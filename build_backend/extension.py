@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from build_backend.environment import BuildError
 
-# The oldest torch whose stable ABI the sources use; a library built so also loads in every later torch.
-TORCH_TARGET_VERSION = "0x020b000000000000"
 CUDA_SOURCES = "csrc/cuda/*.cu"
 
 
@@ -118,7 +116,7 @@ def extension(root: Path) -> tuple[Any, Cuda]:
     toolkit = find_toolkit()
     forced = os.environ.get("DENSENET_EXT_CUDA")
     cuda = decide_cuda(forced, torch.version.cuda, toolkit, any(root.glob(CUDA_SOURCES)))
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    macros: list[tuple[str, str | None]] = []
     include_dirs, library_dirs, libraries = [str(root / "csrc")], [], []
     if cuda.build and toolkit is not None:
         # torch guesses the toolkit from nvcc's path, and does not look for one when it is built without CUDA.

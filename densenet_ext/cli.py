@@ -63,7 +63,7 @@ def train(
     save: Annotated[str, _SAVE] = "bottlenecks",
     seed: Annotated[int, _SEED] = 0,
     out: Annotated[Path, _OUT] = Path("runs/digits"),
-    depth: Annotated[int, _DEPTH] = 40,
+    depth: Annotated[int, _DEPTH] = 22,
     growth_rate: Annotated[int, _GROWTH_RATE] = 12,
 ) -> None:
     """Trains a small DenseNet-BC on the handwritten digits inside scikit-learn."""

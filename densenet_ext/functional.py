@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from densenet_ext import checks, reference
+from densenet_ext import reference
 from densenet_ext.algorithm import concat
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import Norm
@@ -86,6 +87,9 @@ def bottleneck(
     if list(conv_weight.shape[1:]) != [channels, *ones]:
         expected = ", ".join(map(str, ["b", channels, *ones]))
         raise ValueError(f"conv_weight: expected shape [{expected}], got {list(conv_weight.shape)}")
+    dtype = concat.promoted(maps)
+    if conv_weight.dtype != dtype and not torch.is_autocast_enabled(maps[0].device.type):
+        raise TypeError(f"conv_weight: expected {dtype}, the dtype of the features, got {conv_weight.dtype}")
     if plain_reason(*maps) is not None:
         return reference.bottleneck(maps, conv_weight, norm)
     return concat.bottleneck(maps, conv_weight, norm)
@@ -140,8 +144,11 @@ def _checked_norm(
             raise ValueError(f"{name}: expected a tensor of shape [{channels}] when training=False, got None")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one of them")
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum: expected a number, got {momentum!r}")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
     update = training and running_mean is not None
     return Norm(
         weight,
@@ -152,5 +159,5 @@ def _checked_norm(
         bool(training),
         update,
         float(momentum),
-        checks.positive("eps", eps),
+        float(eps),
     )

@@ -12,13 +12,13 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from densenet_ext import checks
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.concat import bottleneck, cat_bn_relu
 from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.norm import Norm, norm_of
+from densenet_ext.algorithm.layer import dense_layer
+from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.transition import transition
 from densenet_ext.inspection import (
     hooks_on_all_modules,
@@ -40,8 +40,9 @@ def unfused_child(module: nn.Module, mismatches: Sequence[tuple[str, str | None]
 
     ``mismatches``: names of children, each with what makes it another operation than the fused one, or None.
     """
+    children = module._modules
     for name, mismatch in mismatches:
-        reason = mismatch or obstacle(module.get_submodule(name))
+        reason = mismatch or obstacle(cast(nn.Module, children[name]))
         if reason is not None:
             return f"{name} {reason}"
     return hooks_on_all_modules()
@@ -142,36 +143,11 @@ class DenseLayer(nn.Module):
             raise ValueError(f"features: expected {self.num_input_features} channels in all, got {channels}")
 
     def _fused(self, features: list[Tensor]) -> Tensor:
-        norm1, norm2 = norm_of(self.norm1), norm_of(self.norm2)
-        weight1 = self.conv1.weight
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.conv2(cat_bn_relu([bottleneck(features, weight1, norm1)], norm2))
-        # What eager keeps of the second half, and at the "features" level the 1x1 convolution's output, is made again
-        # in the backward pass. The module's running statistics move in the first pass only.
-        moved = False
-
-        def first_half(*inputs: Tensor) -> Tensor:
-            return bottleneck(inputs, weight1, _with_copies(norm1) if moved else norm1)
-
-        def second_half(z: Tensor) -> Tensor:
-            return self.conv2(cat_bn_relu([z], _with_copies(norm2) if moved else norm2))
-
-        def both(*inputs: Tensor) -> Tensor:
-            return second_half(first_half(*inputs))
-
-        if self.save == "features":
-            new = checkpoint(both, *features, use_reentrant=False, preserve_rng_state=False)
-        else:
-            new = checkpoint(second_half, first_half(*features), use_reentrant=False, preserve_rng_state=False)
-        moved = True
-        return new
-
-
-def _with_copies(norm: Norm) -> Norm:
-    """``norm`` with running statistics of its own: what runs again takes the same path and moves nobody's."""
-    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    mean, var, count = (None if buffer is None else buffer.clone() for buffer in buffers)
-    return norm._replace(running_mean=mean, running_var=var, num_batches_tracked=count)
+        layer = self.as_layer()
+        if torch.compiler.is_compiling():  # the compiler decides what is kept, from operations that it knows
+            z = bottleneck(features, layer.conv1, layer.norm1)
+            return self.conv2(cat_bn_relu([z], layer.norm2))
+        return dense_layer(features, layer, self.save)
 
 
 class DenseBlock(nn.ModuleDict):

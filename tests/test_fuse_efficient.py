@@ -7,10 +7,10 @@ import copy
 import lookalikes
 import pytest
 import torch
-from test_fuse_torchvision import assert_same_state, rows, three_steps
+from fusing_helpers import assert_same_state, rows, three_steps
 from torch import Tensor, nn
 
-import densenet_ext.fusing as dx
+import densenet_ext as dx
 
 
 def small(**kwargs: object) -> lookalikes.DenseNet:

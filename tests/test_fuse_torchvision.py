@@ -9,10 +9,11 @@ from typing import Any
 import peers
 import pytest
 import torch
+from fusing_helpers import assert_same_state, rows, three_steps
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-import densenet_ext.fusing as dx
+import densenet_ext as dx
 from densenet_ext.fusing.forwards import installed
 
 BLOCKS = ["features.denseblock1", "features.denseblock2", "features.denseblock3"]
@@ -26,25 +27,6 @@ def small(**kwargs: Any) -> nn.Module:
 
 def images(n: int = 2, size: int = 64) -> Tensor:
     return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def three_steps(model: nn.Module, x: Tensor) -> nn.Module:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for step in range(3):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x + step), torch.arange(len(x)) % 10)
-        loss.backward()
-        optimizer.step()
-    return model
-
-
-def assert_same_state(got: nn.Module, wanted: nn.Module) -> None:
-    for (name, a), b in zip(got.state_dict().items(), wanted.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def rows(model: nn.Module) -> dict[str, dx.Row]:
-    return {row.name: row for row in dx.report(model)}
 
 
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])
@@ -61,7 +43,7 @@ def test_densenet121_three_steps_equal_the_unfused() -> None:
     torch.manual_seed(0)
     plain = peers.torchvision_densenet().densenet121(num_classes=10).double()
     fused = dx.fuse(copy.deepcopy(plain))
-    x = images(3, 48)
+    x = images(4, 64)  # 16 values per channel at the end: with three, rounding is amplified beyond any comparison
     assert_same_state(three_steps(fused, x), three_steps(plain, x))
 
 
@@ -283,7 +265,7 @@ def test_a_dense_block_inside_of_another_model() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.backbone = small().features
-            self.classifier = nn.Linear(28, 3).double()
+            self.classifier = nn.Linear(32, 3).double()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(self.backbone(x).relu().mean((2, 3)))

@@ -56,7 +56,7 @@ def test_block_is_the_usual_block(dims, save, training):
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_is_the_usual_layer(dims, save, training):
+def test_layer_is_the_usual_layer(dims, save, training, backend):
     torch.manual_seed(dims)
     layer = dx.DenseLayer(10, 3, 2, 0.0, dims=dims, save=save).double().train(training)
     shape = SHAPES[dims]
@@ -64,6 +64,63 @@ def test_layer_is_the_usual_layer(dims, save, training):
     y = torch.randn((shape[0], 4, *shape[2:]), dtype=torch.float64)
     compare(lambda m, *xs: m(list(xs)), usual_layer, copy.deepcopy(layer), x, y)
     compare(lambda m, xs: m(xs), usual_layer, layer, torch.cat([x, y], 1))
+
+
+@pytest.mark.parametrize("frozen", ["norm1", "norm2"])
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+def test_layer_with_one_frozen_norm(frozen, save):
+    layer = dx.DenseLayer(6, 3, 2, 0.0, save=save).double()
+    layer.get_submodule(frozen).eval()
+    compare(lambda m, x: m(x), usual_layer, layer, torch.randn(2, 6, 5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("asked", [[], ["conv2.weight"], ["norm2.bias"], ["conv1.weight"], ["norm1.weight"], ["x"]])
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_computes_the_gradients_that_are_asked_for(asked, training):
+    layer = dx.DenseLayer(6, 3, 2, 0.0).double().train(training)
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name in asked)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad="x" in asked)
+    out = layer(x)
+    assert out.requires_grad == bool(asked)
+    if asked:
+        wanted = [x if name == "x" else layer.get_parameter(name) for name in asked]
+        cotangent = torch.randn_like(out)
+        ours = torch.autograd.grad(out, wanted, cotangent)
+        theirs = torch.autograd.grad(usual_layer(layer, x), wanted, cotangent)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        assert all(p.grad is None for p in layer.parameters())
+
+
+def test_layer_under_no_grad_is_the_layer_with_gradients():
+    layer = dx.DenseLayer(6, 3, 2, 0.0).double().eval()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        folded = layer(x)
+    torch.testing.assert_close(folded, layer(x), rtol=1e-10, atol=1e-12)
+    assert not folded.requires_grad and layer(x).requires_grad
+
+
+def test_layer_in_low_precision():
+    layer = dx.DenseLayer(6, 3, 2, 0.0)
+    features = [torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)]
+    expected = layer(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer([features[0].bfloat16(), features[1]])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+    out = layer.bfloat16()([x.bfloat16() for x in features])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_layer_takes_empty_batches_and_refuses_one_value_per_channel():
+    layer = dx.DenseLayer(6, 3, 2, 0.0)
+    out = layer(torch.zeros(0, 6, 5, 4))
+    out.sum().backward()
+    assert out.shape == (0, 3, 5, 4) and layer.conv1.weight.grad is not None
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        layer(torch.zeros(1, 6, 1, 1))
 
 
 def test_layers_make_a_block():
@@ -81,7 +138,7 @@ def test_layers_make_a_block():
 
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])
 @pytest.mark.parametrize("training", [True, False])
-def test_derivatives_of_the_layer(save, training):
+def test_derivatives_of_the_layer(save, training, backend):
     torch.manual_seed(1)
     layer = dx.DenseLayer(5, 2, 2, 0.0, save=save).double().train(training)
     inputs = [torch.randn(2, c, 3, 2, dtype=torch.float64, requires_grad=True) for c in (2, 3)]
@@ -109,28 +166,29 @@ def test_two_forwards_before_a_backward():
 
 
 def kept_elements(run) -> int:
-    """Elements of distinct storages that autograd keeps for the backward pass of ``run()``."""
+    """Elements of the distinct storages that autograd keeps for the backward pass of ``run()``."""
     kept = {}
 
-    def pack(t):
-        if t.grad_fn is not None or not t.requires_grad:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
-        return t
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = run()
     out.sum().backward()
     return sum(kept.values())
 
 
-def test_layer_keeps_less_at_each_level():
-    x = torch.randn(2, 32, 8, 8, requires_grad=True)
-    layer = dx.DenseLayer(32, 8, 4, 0.0)
-    usual = kept_elements(lambda: usual_layer(layer, x))
-    bottlenecks = kept_elements(lambda: layer(x))
+def test_what_a_layer_keeps():
+    C, k, b, M = 32, 8, 32, 2 * 8 * 8
+    x = torch.randn(2, C, 8, 8, requires_grad=True)
+    layer = dx.DenseLayer(C, k, 4, 0.0)
+    parameters = sum(p.numel() for p in layer.parameters())
+    statistics = 2 * C + 2 * b
+    assert kept_elements(lambda: layer(x)) == M * (C + b) + parameters + statistics
     layer.save = "features"
-    features = kept_elements(lambda: layer(x))
-    assert features < bottlenecks < usual
+    assert kept_elements(lambda: layer(x)) == M * C + parameters + statistics
+    assert kept_elements(lambda: usual_layer(layer, x)) > M * (2 * C + 2 * b)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -39,7 +39,7 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
     check_together(grad_mean, grad_var, "grad_mean and grad_var");
     STD_TORCH_CHECK(!z || (z_mean && z_var), "densenet_ext: z_mean and z_var: expected with z, got None");
     const int64_t M = x.size(0), C = x.size(1), N = grad_out.size(1);
-    cpu::BnReluConv1x1Backward<T> p = {};
+    BnReluConv1x1Backward<T> p = {};
     p.M = M, p.C = C, p.N = N;
     p.x = rows<T>(x, "x", M, C);
     p.norm = norm<A>(mean, var, weight, bias, eps, C);

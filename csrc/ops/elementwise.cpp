@@ -12,8 +12,8 @@ void check_dropout(double rate, const OptionalTensor& seed) {
     STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
                     "densenet_ext: seed: expected an int64 CPU tensor of one element, got shape ", shape_of(*seed));
 }
-int64_t seed_value(const OptionalTensor& seed) {
-  return seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
+const int64_t* seed_of(const OptionalTensor& seed) {
+  return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
 }
 
 void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
@@ -36,7 +36,7 @@ void append_features(const Tensor& src, const Tensor& out, const OptionalTensor&
     check_together(mean, var, "mean and var");
     cpu::kernels<T>().append_features(
         {M, C, rows<T>(src, "src", M, C), rows_out<T>(out, "out", M, C), dense_out<A>(mean, "mean", C),
-         dense_out<A>(var, "var", C), drop_rate, seed_value(seed), layer},
+         dense_out<A>(var, "var", C), drop_rate, seed_of(seed), layer},
         pool(M * C));
   });
 }
@@ -62,7 +62,7 @@ void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const
     check_dropout(drop_rate, seed);
     cpu::kernels<T>().feature_grad({M, C, rows<T>(grad, "grad", M, C), rows<T>(x, "x", M, C), dense<A>(mean, "mean", C),
                                     dense<A>(grad_mean, "grad_mean", C), dense<A>(grad_var, "grad_var", C), drop_rate,
-                                    seed_value(seed), layer, rows_out<T>(out, "out", M, C)},
+                                    seed_of(seed), layer, rows_out<T>(out, "out", M, C)},
                                    pool(M * C));
   });
 }
@@ -103,8 +103,8 @@ void cat_bn_relu(const std::vector<Tensor>& features, const Tensor& mean, const 
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     const int64_t M = out.size(0), C = out.size(1);
-    const cpu::Norm<Acc<T>> whole = norm<Acc<T>>(mean, var, weight, bias, eps, C);
-    const cpu::Rows<T> target = rows_out<T>(out, "out", M, C);
+    const Norm<Acc<T>> whole = norm<Acc<T>>(mean, var, weight, bias, eps, C);
+    const Rows<T> target = rows_out<T>(out, "out", M, C);
     int64_t total = 0;
     for (const Tensor& feature : features) {
       check_two_dims(feature, "features");

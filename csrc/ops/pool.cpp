@@ -15,12 +15,12 @@ void check_entries(const Ints& values, size_t count, int64_t least, const char* 
 }
 
 // size [N, D, H, W]; window, stride, padding [3]; output sizes in floor mode.
-cpu::Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
   check_entries(size, 4, 0, "size");
   check_entries(window, 3, 1, "window");
   check_entries(stride, 3, 1, "stride");
   check_entries(padding, 3, 0, "padding");
-  cpu::Pooling g = {};
+  Pooling g = {};
   g.batch = size[0];
   for (int i = 0; i < 3; ++i) {
     STD_TORCH_CHECK(size[i + 1] + 2 * padding[i] >= window[i], "densenet_ext: window: expected at most ",
@@ -35,9 +35,9 @@ cpu::Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, c
   }
   return g;
 }
-cpu::Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
-cpu::Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
-  const cpu::Pooling g = pooling(size, window, stride, padding);
+Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
+Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+  const Pooling g = pooling(size, window, stride, padding);
   STD_TORCH_CHECK(g.window[0] * g.window[1] * g.window[2] <= 256,
                   "densenet_ext: window: expected at most 256 pixels (positions are kept in a byte), got ",
                   g.window[0] * g.window[1] * g.window[2]);
@@ -46,24 +46,24 @@ cpu::Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, c
 
 // The three passes, for either kind of pooling: `kernel` picks it from the table.
 template <class K>
-void forward(const cpu::Pooling& g, const K& kernel, const Tensor& x, const Tensor& mean, const Tensor& var,
+void forward(const Pooling& g, const K& kernel, const Tensor& x, const Tensor& mean, const Tensor& var,
              const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out,
              const OptionalTensor& index) {
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const int64_t C = x.size(1);
-    const cpu::BnReluPool<T> p = {C,
-                                  g,
-                                  rows<T>(x, "x", g.in_rows(), C),
-                                  norm<Acc<T>>(mean, var, weight, bias, eps, C),
-                                  rows_out<T>(out, "out", g.out_rows(), C),
-                                  index ? rows_out<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<uint8_t>{}};
+    const BnReluPool<T> p = {C,
+                             g,
+                             rows<T>(x, "x", g.in_rows(), C),
+                             norm<Acc<T>>(mean, var, weight, bias, eps, C),
+                             rows_out<T>(out, "out", g.out_rows(), C),
+                             index ? rows_out<uint8_t>(*index, "index", g.out_rows(), C) : Rows<uint8_t>{}};
     kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
   });
 }
 
 template <class K>
-void backward_reduce(const cpu::Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
+void backward_reduce(const Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
                      const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                      const OptionalTensor& bias, double eps, const OptionalTensor& pooled, const Tensor& grad_weight,
                      const Tensor& grad_bias) {
@@ -71,14 +71,14 @@ void backward_reduce(const cpu::Pooling& g, const K& kernel, const Tensor& grad_
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t C = x.size(1);
-    const cpu::BnReluPoolBackwardReduce<T> p = {
+    const BnReluPoolBackwardReduce<T> p = {
         C,
         g,
         rows<T>(grad_out, "grad_out", g.out_rows(), C),
-        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<const uint8_t>{},
+        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
         rows<T>(x, "x", g.in_rows(), C),
         norm<A>(mean, var, weight, bias, eps, C),
-        pooled ? rows_out<T>(*pooled, "pooled", g.out_rows(), C) : cpu::Rows<T>{},
+        pooled ? rows_out<T>(*pooled, "pooled", g.out_rows(), C) : Rows<T>{},
         dense_out<A>(grad_weight, "grad_weight", C),
         dense_out<A>(grad_bias, "grad_bias", C)};
     kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
@@ -86,25 +86,23 @@ void backward_reduce(const cpu::Pooling& g, const K& kernel, const Tensor& grad_
 }
 
 template <class K>
-void backward(const cpu::Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
-              const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
-              const OptionalTensor& bias, double eps, const OptionalTensor& grad_weight,
-              const OptionalTensor& grad_bias, const Tensor& grad_x) {
+void backward(const Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index, const Tensor& x,
+              const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+              double eps, const OptionalTensor& grad_weight, const OptionalTensor& grad_bias, const Tensor& grad_x) {
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t C = x.size(1);
     check_together(grad_weight, grad_bias, "grad_weight and grad_bias");
-    const cpu::BnReluPoolBackward<T> p = {
-        C,
-        g,
-        rows<T>(grad_out, "grad_out", g.out_rows(), C),
-        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : cpu::Rows<const uint8_t>{},
-        rows<T>(x, "x", g.in_rows(), C),
-        norm<A>(mean, var, weight, bias, eps, C),
-        dense<A>(grad_weight, "grad_weight", C),
-        dense<A>(grad_bias, "grad_bias", C),
-        rows_out<T>(grad_x, "grad_x", g.in_rows(), C)};
+    const BnReluPoolBackward<T> p = {C,
+                                     g,
+                                     rows<T>(grad_out, "grad_out", g.out_rows(), C),
+                                     index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
+                                     rows<T>(x, "x", g.in_rows(), C),
+                                     norm<A>(mean, var, weight, bias, eps, C),
+                                     dense<A>(grad_weight, "grad_weight", C),
+                                     dense<A>(grad_bias, "grad_bias", C),
+                                     rows_out<T>(grad_x, "grad_x", g.in_rows(), C)};
     kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
   });
 }

@@ -2,17 +2,14 @@
 // and what came. Checks read sizes, strides and dtypes, never data.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../cpu/parallel.h"
+#include "../params.h"
+#include "stable.h"
 
 namespace dx::ops {
 
@@ -69,12 +66,12 @@ inline int64_t check_rows(const Tensor& t, const char* name, int64_t M, int64_t 
   return M <= 1 ? C : t.stride(0);
 }
 template <class T>
-inline cpu::Rows<const T> rows(const Tensor& t, const char* name, int64_t M, int64_t C) {
+inline Rows<const T> rows(const Tensor& t, const char* name, int64_t M, int64_t C) {
   const int64_t pitch = check_rows<T>(t, name, M, C);
   return {static_cast<const T*>(t.const_data_ptr()), pitch};
 }
 template <class T>
-inline cpu::Rows<T> rows_out(const Tensor& t, const char* name, int64_t M, int64_t C) {
+inline Rows<T> rows_out(const Tensor& t, const char* name, int64_t M, int64_t C) {
   const int64_t pitch = check_rows<T>(t, name, M, C);
   return {static_cast<T*>(t.mutable_data_ptr()), pitch};
 }
@@ -111,8 +108,8 @@ inline void check_together(const OptionalTensor& a, const OptionalTensor& b, con
 
 // The five arguments of a BatchNorm.
 template <class A>
-inline cpu::Norm<A> norm(const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
-                         const OptionalTensor& bias, double eps, int64_t C) {
+inline Norm<A> norm(const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+                    double eps, int64_t C) {
   return {dense<A>(mean, "mean", C), dense<A>(var, "var", C), dense<A>(weight, "weight", C), dense<A>(bias, "bias", C),
           eps};
 }

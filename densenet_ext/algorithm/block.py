@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_ext import kernels, reference
+from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
@@ -61,6 +61,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
     computed again). The dtype is that of eager's concatenation: promote(x, a convolution's result). Raises PyTorch's
     own ValueError for one value per channel in training.
     """
+    checks.choice("save", save, checks.LEVELS)
     if not layers or is_empty(x):
         return reference.dense_block(x, layers)
     N, *spatial = x.shape[0], *x.shape[2:]
@@ -172,7 +173,7 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         W1 = cast(layer.conv1, acc).view(b, C)
         a = _part(scratch, M, b)
         if config.save == "nothing" and not batch2:
-            s2, t2 = _scale_shift(*norm2)
+            s2, t2 = scale_shift(*norm2)
             ops.bn_relu_conv1x1(prefix, *norm1, W1 * s2[:, None], t2, True, a, None, None)
         else:
             z = _part(z_all, M, b, layer.z.start) if config.save == "bottlenecks" else a
@@ -185,9 +186,10 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     return results
 
 
-def _scale_shift(
+def scale_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """s and t of a norm in x s + t."""
     s = (var + eps).rsqrt()
     if weight is not None:
         s = weight * s

@@ -40,10 +40,10 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
-    size = _checked_size(features, norm)
+    size = checked_size(features, norm)
     if pixels(size) == 0:
         return reference.cat_bn_relu(features, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), _promoted(features), features=len(features), cached=True)
+    config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
     out, mean, var = run(CAT_BN_RELU, config, [*features, *norm_tensors(norm)])
     move(norm, size, mean, var)
     return out
@@ -54,27 +54,29 @@ def bottleneck(features: Sequence[Tensor], conv_weight: Tensor, norm: Norm) -> T
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
-    size = _checked_size(features, norm)
+    size = checked_size(features, norm)
     if pixels(size) == 0:
         return reference.bottleneck(features, conv_weight, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), _promoted(features), features=len(features), cached=True)
+    config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
     out, mean, var = run(BOTTLENECK, config, [*features, *norm_tensors(norm), conv_weight])
     move(norm, size, mean, var)
     return out.to(result_dtype(out))
 
 
-def _checked_size(features: Sequence[Tensor], norm: Norm) -> list[int]:
+def checked_size(features: Sequence[Tensor], norm: Norm) -> list[int]:
+    """The size of the features' concatenation; PyTorch's own ValueError for one value per channel in training."""
     size = list(features[0].shape)
     size[1] = sum(x.shape[1] for x in features)
     check_count(norm, size)
     return size
 
 
-def _promoted(features: Sequence[Tensor]) -> torch.dtype:
+def promoted(features: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the features' concatenation."""
     return reduce(torch.promote_types, (x.dtype for x in features))
 
 
-def _split(config: Config, tensors: Tensors) -> tuple[list[Tensor], list[int]]:
+def split(config: Config, tensors: Tensors) -> tuple[list[Tensor], list[int]]:
     """The feature maps in the dtype of their concatenation, and the size of that."""
     features = [x.to(config.dtype) for x in tensors[: config.features] if x is not None]
     size = list(features[0].shape)
@@ -82,15 +84,17 @@ def _split(config: Config, tensors: Tensors) -> tuple[list[Tensor], list[int]]:
     return features, size
 
 
-def _columns(features: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+def columns(features: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Each feature map with its columns in the concatenation."""
     start = 0
     for x in features:
         yield x, slice(start, start + x.shape[1])
         start += x.shape[1]
 
 
-def _fill_stats(config: Config, features: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
-    for x, new in _columns(features):
+def fill_feature_stats(config: Config, features: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
+    """Mean and variance [sum C_i] of the concatenation, each feature map's taken once and noted beside it."""
+    for x, new in columns(features):
         known = recall_stats(x) if config.cached else None
         if known is None:
             kernels.select(x).channel_stats(to_rows(x), mean[new], var[new])
@@ -114,11 +118,11 @@ def _cat_allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 
 def _cat_forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    features, _ = _split(config, tensors)
+    features, _ = split(config, tensors)
     out, mean, var = results = _cat_allocate(config, tensors)
     n, batch = config.features, config.batch_stats[0]
     if batch:
-        _fill_stats(config, features, mean, var)
+        fill_feature_stats(config, features, mean, var)
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     ops = kernels.select(out)
     together = joined(features)
@@ -135,13 +139,13 @@ def _cat_backward(
     n, batch = config.features, config.batch_stats[0]
     mean, var = results[1:]
     assert mean is not None and var is not None
-    features, size = _split(config, tensors)
+    features, size = split(config, tensors)
     ops = kernels.select(features[0])
     m, v, weight, bias, eps = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     dgamma, dbeta = mean.new_empty(size[1]), mean.new_empty(size[1])
     grads: list[Tensor | None] = [None] * len(tensors)
     g = to_rows(grad)
-    for i, (x, new) in enumerate(_columns(features)):
+    for i, (x, new) in enumerate(columns(features)):
         w, b = (None if t is None else t[new] for t in (weight, bias))
         norm, rows = (m[new], v[new], w, b, eps), to_rows(x)
         if needs[n] or needs[n + 1] or (batch and needs[i]):
@@ -164,14 +168,14 @@ def _cat_reference(config: Config, tensors: Tensors) -> Tensor:
 # ---- and the 1x1 convolution -----------------------------------------------------------------------------------------
 
 
-def _gather(features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def gather(features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     """Rows [M, sum C_i]: in place when the features are neighbours, else in fresh storage."""
     together = joined(features)
     if together is not None:
         return to_rows(together)
     rows = to_rows(new_features(features[0], size))
     ops = kernels.select(rows)
-    for x, new in _columns(features):
+    for x, new in columns(features):
         ops.append_features(to_rows(x), rows[:, new], None, None, 0.0, None, 0)
     return rows
 
@@ -184,15 +188,15 @@ def _bottleneck_allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 
 def _bottleneck_forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    features, size = _split(config, tensors)
+    features, size = split(config, tensors)
     out, mean, var = results = _bottleneck_allocate(config, tensors)
     n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
     assert conv is not None
     if batch:
-        _fill_stats(config, features, mean, var)
+        fill_feature_stats(config, features, mean, var)
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     W = cast(conv, mean.dtype).view(conv.shape[:2])
-    kernels.select(out).bn_relu_conv1x1(_gather(features, size), *norm, W, None, False, to_rows(out), None, None)
+    kernels.select(out).bn_relu_conv1x1(gather(features, size), *norm, W, None, False, to_rows(out), None, None)
     return results
 
 
@@ -202,11 +206,11 @@ def _bottleneck_backward(
     n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
     mean, var = results[1:]
     assert mean is not None and var is not None and conv is not None
-    features, size = _split(config, tensors)
+    features, size = split(config, tensors)
     ops = kernels.select(features[0])
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     b, C = conv.shape[:2]
-    rows = _gather(features, size)
+    rows = gather(features, size)
     G = rows.new_empty(rows.shape[0], C)
     dW = mean.new_empty(b, C) if needs[-1] else None
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
@@ -221,7 +225,7 @@ def _bottleneck_backward(
     grads: list[Tensor | None] = [None] * len(tensors)
     grads[n], grads[n + 1] = grad_like(dgamma, tensors[n], needs[n]), grad_like(dbeta, tensors[n + 1], needs[n + 1])
     grads[-1] = grad_like(dW, conv)
-    for i, (x, new) in enumerate(_columns(features)):
+    for i, (x, new) in enumerate(columns(features)):
         if needs[i]:
             dx = new_features(x, x.shape)
             if batch:

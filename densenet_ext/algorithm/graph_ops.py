@@ -16,6 +16,7 @@ from torch import Tensor
 from densenet_ext.algorithm.block import BLOCK
 from densenet_ext.algorithm.concat import BOTTLENECK, CAT_BN_RELU
 from densenet_ext.algorithm.head import HEAD
+from densenet_ext.algorithm.layer import LAYER
 from densenet_ext.algorithm.layout import new_features
 from densenet_ext.algorithm.stem import STEM
 from densenet_ext.algorithm.transition import TRANSITION
@@ -97,7 +98,7 @@ def _register(unit: Unit) -> Any:
     return getattr(torch.ops.densenet_ext, f"{unit.name}_forward").default
 
 
-UNITS: dict[str, Unit] = {unit.name: unit for unit in (BLOCK, TRANSITION, STEM, HEAD, CAT_BN_RELU, BOTTLENECK)}
+UNITS: dict[str, Unit] = {unit.name: unit for unit in (BLOCK, LAYER, TRANSITION, STEM, HEAD, CAT_BN_RELU, BOTTLENECK)}
 _FORWARD: dict[str, Any] = {name: _register(unit) for name, unit in UNITS.items()}
 
 

@@ -11,6 +11,8 @@ goes.
 
 from __future__ import annotations
 
+import inspect
+import types
 import weakref
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
@@ -124,16 +126,32 @@ class Fused:
         """Why the unit runs unfused as it is now, in words, or None when it runs fused."""
         raise NotImplementedError
 
-    def original(self, x: Any) -> Any:
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the class's own ``forward``: what tools see that look at ``module.forward``."""
+        return inspect.signature(types.MethodType(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """That of the class's own ``forward``: torch.export reads its file and line."""
+        return type(self.module).forward.__code__
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own ``forward``."""
         module = self.module
-        return type(module).forward(module, x)
+        return type(module).forward(module, *args, **kwargs)
 
     def run(self, x: Tensor) -> Tensor:
         """The fused computation; only where :meth:`reason` is None."""
         raise NotImplementedError
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1:
+            args = self.__signature__.bind(*args, **kwargs).args
+        return self.decide(*args)
+
+    def decide(self, x: Any) -> Any:
+        """The fused computation, or the original where something stands in the way."""
         if plain_reason(x) is not None or self.reason() is not None:
             return self.original(x)
         return self.run(x)
@@ -294,7 +312,7 @@ class FusedFeatures(Fused):
                 return f"{name} {other}"
         return hooks_on_all_modules()
 
-    def __call__(self, x: Any) -> Any:
+    def decide(self, x: Any) -> Any:
         # Also where the stem is not fused the units behind it want channels_last memory.
         if plain_reason(x) is not None:
             return self.original(x)

@@ -30,6 +30,9 @@ class Step(NamedTuple):
     output: Tensor
 
 
+_SPELLINGS = {Tensor.flatten: torch.flatten, torch.concat: torch.cat, torch.concatenate: torch.cat, torch.relu: F.relu}
+
+
 class _Record(TorchFunctionMode):
     """Writes down every function whose result is a tensor."""
 
@@ -42,7 +45,7 @@ class _Record(TorchFunctionMode):
         for value in (*args, *kwargs.values()):
             given.extend(value if isinstance(value, (list, tuple)) else [value])
         inputs = tuple(value for value in given if isinstance(value, Tensor))
-        self.steps.append(Step(what, inputs, args, kwargs, output))
+        self.steps.append(Step(_SPELLINGS.get(what, what), inputs, args, kwargs, output))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

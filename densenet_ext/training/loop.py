@@ -36,7 +36,7 @@ class Settings:
     weight_decay: float = 5e-4
     save: str = "bottlenecks"
     seed: int = 0
-    depth: int = 40
+    depth: int = 22
     growth_rate: int = 12
 
 

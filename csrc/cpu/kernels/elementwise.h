@@ -29,7 +29,7 @@ void append_features(const AppendFeatures<T>& p, const Pool& pool) {
   TaskMoments moments(scratch, pool.tasks, p.C);
   A* factors_of_tasks = scratch.take<A>(pool.tasks * Cp);
   const bool drop = p.drop_rate > 0;
-  const Dropout dropout = make_dropout(p.seed, p.layer, p.drop_rate);
+  const Dropout dropout = make_dropout(p.seed ? *p.seed : 0, p.layer, p.drop_rate);
   pool.run([&](int task) {
     MomentsSum sum = moments[task];
     A* factors = factors_of_tasks + task * Cp;
@@ -80,7 +80,7 @@ void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
     offset[c] = p.grad_mean[c] / A(p.M);
   }
   const bool drop = p.drop_rate > 0;
-  const Dropout dropout = make_dropout(p.seed, p.layer, p.drop_rate);
+  const Dropout dropout = make_dropout(p.seed ? *p.seed : 0, p.layer, p.drop_rate);
   pool.run([&](int task) {
     A* factors = factors_of_tasks + task * Cp;
     const Range range = part(p.M, kPanelRows, pool.tasks, task);

@@ -1,0 +1,51 @@
+"""What the tests of `fuse` share: a small network, three steps of training, comparisons, the report by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lookalikes
+import torch
+from torch import Tensor, nn
+
+import densenet_ext as dx
+from densenet_ext.fusing import Row
+
+
+def three_steps(model: nn.Module, x: Tensor) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x + step), torch.arange(len(x)) % 10)
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def assert_same_state(got: nn.Module, wanted: nn.Module) -> None:
+    for (name, a), b in zip(got.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def rows(model: nn.Module) -> dict[str, Row]:
+    return {row.name: row for row in dx.report(model)}
+
+
+def net(**kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {"growth_rate": 4, "num_init_features": 8, "bn_size": 2, "small_inputs": False, **kwargs}
+    return lookalikes.DenseNet(**settings).double()
+
+
+def images(n: int = 2, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(got: nn.Module, wanted: nn.Module) -> None:
+    theirs = gradients(wanted)
+    for name, grad in gradients(got).items():
+        torch.testing.assert_close(grad, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
