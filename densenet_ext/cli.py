@@ -57,7 +57,7 @@ _GROWTH_RATE = _option("Features that a layer adds.", "INTEGER", int, checks.int
 
 @app.command()
 def train(
-    epochs: Annotated[int, _EPOCHS] = 40,
+    epochs: Annotated[int, _EPOCHS] = 30,
     batch_size: Annotated[int, _BATCH_SIZE] = 64,
     lr: Annotated[float, _LR] = 0.1,
     save: Annotated[str, _SAVE] = "bottlenecks",

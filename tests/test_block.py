@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -439,3 +440,20 @@ def test_without_gradient_the_same_values(mode: str, backend: str) -> None:
     assert_equal([got, *buffers(norms_of(layers))], [expected, *buffers(norms_of(others))])
     with torch.inference_mode():
         assert_equal([dense_block(x, layers)], [expected])
+
+
+def test_no_warnings(backend: str) -> None:
+    layers, x = make_layers(), make_input(2, 5, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in parameters(layers)[:9]:
+            t.requires_grad_(False)
+        dense_block(x, layers).sum().backward()
+        dense_block(x.detach(), layers, "features").sum().backward()
+        with torch.no_grad():
+            dense_block(x, layers)
+
+
+def test_an_unknown_level_is_named() -> None:
+    with pytest.raises(ValueError, match="save: expected one of 'bottlenecks', 'features', got 'all'"):
+        dense_block(make_input(2, 5, 4, 3), make_layers(), "all")

@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, few_digits):
 def test_digits_are_split_once_and_for_all():
     first, second = load_digits(), load_digits()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert first.images.shape == (1437, 1, 8, 8) and first.held_out_images.shape == (360, 1, 8, 8)
+    assert first.images.shape == (1437, 1, 16, 16) and first.held_out_images.shape == (360, 1, 16, 16)
     assert abs(first.images.mean()) < 1e-5 and abs(first.images.std() - 1) < 1e-5
     everything = torch.cat([first.images, first.held_out_images]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # no image is on both sides

@@ -23,7 +23,7 @@ class Split(NamedTuple):
 
 
 def load_digits() -> Split:
-    """The 1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits").
+    """The 1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits"), at 16x16.
 
     Raises ModuleNotFoundError with what to install when scikit-learn is missing.
     """
@@ -33,6 +33,8 @@ def load_digits() -> Split:
         raise ModuleNotFoundError("the digits are inside scikit-learn: pip install scikit-learn") from error
     digits = load()
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
+    # Two transitions would leave 2x2 of 8x8 pixels; and a shift by one pixel is half of an original one.
+    images = F.interpolate(images, scale_factor=2, mode="bilinear")
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     held_out, kept = order[:HELD_OUT], order[HELD_OUT:]

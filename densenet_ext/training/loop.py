@@ -30,7 +30,7 @@ class TrainingError(RuntimeError):
 class Settings:
     """What a run is made of; stands in its checkpoint."""
 
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 64
     lr: float = 0.1
     weight_decay: float = 5e-4

@@ -65,6 +65,13 @@ void bn_relu(const BnRelu<T>& p, const Pool& pool) {
   });
 }
 
+// Where no statistics lie behind a column its slope is zero, and a NaN or an infinity of x must not get in by 0 * x.
+template <class A>
+DX_INLINE Vec<A> times_or_zero(Vec<A> slope, Vec<A> x) {
+  const Vec<A> zero = {};
+  return slope == zero ? zero : slope * x;
+}
+
 // g = dropout'(grad + (gm + 2 (x - m) gv) / M): every consumer has contributed, so this gradient is complete.
 template <class T>
 void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
@@ -90,7 +97,8 @@ void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
       T* out = p.out.row(m);
       for_columns<A>(p.C, [&](int64_t c, auto columns) {
         const Vec<A> xc = columns.load(x + c) - load_vec(mean + c);
-        const Vec<A> g = columns.load(grad + c) + (load_vec(offset + c) + xc * load_vec(slope + c));
+        const Vec<A> share = load_vec(offset + c) + times_or_zero<A>(load_vec(slope + c), xc);
+        const Vec<A> g = columns.load(grad + c) + share;
         columns.store(out + c, drop ? g * load_vec(factors + c) : g);
       });
     }
@@ -152,7 +160,8 @@ struct NormBackward {
   }
   DX_INLINE Vec<A> correct(Vec<A> x, Vec<A> masked_dy, int64_t c) const {
     const Vec<A> xc = x - load_vec(mean + c);
-    return load_vec(affine.scale + c) * (masked_dy - load_vec(center + c) - xc * load_vec(slope + c));
+    const Vec<A> share = load_vec(center + c) + times_or_zero<A>(load_vec(slope + c), xc);
+    return load_vec(affine.scale + c) * (masked_dy - share);
   }
 };
 
