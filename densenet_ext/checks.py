@@ -82,6 +82,11 @@ def tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a device type; off for "meta", which ``torch.is_autocast_enabled`` refuses."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def feature_maps(name: str, x: Tensor, channels: int | None, dims: int, weight: Tensor) -> Tensor:
     """``x``, which has to be [N, channels, *spatial] of ``dims`` spatial dimensions, ``weight``'s device and dtype.
 
@@ -95,6 +100,6 @@ def feature_maps(name: str, x: Tensor, channels: int | None, dims: int, weight: 
         raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {list(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"{name}: expected a tensor on {weight.device}, as the parameters, got one on {x.device}")
-    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+    if x.dtype != weight.dtype and not (x.is_floating_point() and autocast_enabled(x.device.type)):
         raise TypeError(f"{name}: expected dtype {weight.dtype}, that of the parameters, got {x.dtype}")
     return x

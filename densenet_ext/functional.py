@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from densenet_ext import reference
+from densenet_ext import checks, reference
 from densenet_ext.algorithm import concat
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import Norm
@@ -88,7 +88,7 @@ def bottleneck(
         expected = ", ".join(map(str, ["b", channels, *ones]))
         raise ValueError(f"conv_weight: expected shape [{expected}], got {list(conv_weight.shape)}")
     dtype = concat.promoted(maps)
-    if conv_weight.dtype != dtype and not torch.is_autocast_enabled(maps[0].device.type):
+    if conv_weight.dtype != dtype and not checks.autocast_enabled(maps[0].device.type):
         raise TypeError(f"conv_weight: expected {dtype}, the dtype of the features, got {conv_weight.dtype}")
     if plain_reason(*maps) is not None:
         return reference.bottleneck(maps, conv_weight, norm)

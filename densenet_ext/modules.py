@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from densenet_ext import checks
 from densenet_ext.algorithm.block import Layer, dense_block
-from densenet_ext.algorithm.concat import bottleneck, cat_bn_relu
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.layer import dense_layer
 from densenet_ext.algorithm.norm import norm_of
@@ -126,7 +125,7 @@ class DenseLayer(nn.Module):
             new = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
         else:
             self._check(tensors)
-            new = self._fused(tensors)
+            new = dense_layer(tensors, self.as_layer(), self.save)
         return F.dropout(new, self.drop_rate, self.training) if self.drop_rate > 0 else new
 
     def _check(self, tensors: list[Tensor]) -> None:
@@ -141,13 +140,6 @@ class DenseLayer(nn.Module):
         channels = sum(x.shape[1] for x in tensors)
         if channels != self.num_input_features:
             raise ValueError(f"features: expected {self.num_input_features} channels in all, got {channels}")
-
-    def _fused(self, features: list[Tensor]) -> Tensor:
-        layer = self.as_layer()
-        if torch.compiler.is_compiling():  # the compiler decides what is kept, from operations that it knows
-            z = bottleneck(features, layer.conv1, layer.norm1)
-            return self.conv2(cat_bn_relu([z], layer.norm2))
-        return dense_layer(features, layer, self.save)
 
 
 class DenseBlock(nn.ModuleDict):

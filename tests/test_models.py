@@ -233,3 +233,12 @@ def test_copies_pickles_and_whole_model_files_work():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), expected)
         other.load_state_dict({f"module.{name}": value for name, value in model.state_dict().items()})
+
+
+def test_meta_tensors_give_shapes():
+    with torch.device("meta"):
+        model, x = dx.DenseNet(**TINY), torch.randn(2, 3, 32, 32)
+    out = model(x)
+    out.sum().backward()
+    assert out.is_meta and out.shape == (2, 5)
+    assert model.features.conv0.weight.grad.shape == model.features.conv0.weight.shape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from densenet_ext.algorithm.layout import pixels
 from densenet_ext.algorithm.norm import Norm
+from densenet_ext.checks import autocast_enabled
 
 Tensors = Sequence[Tensor | None]
 
@@ -93,20 +94,21 @@ def grad_like(grad: Tensor | None, x: Tensor | None, needed: bool = True) -> Ten
     """A parameter's gradient in its shape and dtype, contiguous."""
     if grad is None or x is None or not needed:
         return None
-    return cast(grad, x.dtype).view(x.shape)
+    # dense strides whatever the convolution gave: [b, C, 1, 1] counts as contiguous with others too, which DDP dislikes
+    return cast(grad, x.dtype).view(-1).view(x.shape)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a convolution's result on x: autocast's when it is on."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
     # the units choose their dtypes themselves; entering the context costs, so only when there is something to leave
-    if torch.is_autocast_enabled(kind):
+    if autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
@@ -133,7 +135,8 @@ class _Fused(torch.autograd.Function):
         with _without_autocast(kind):
             results = tuple(unit.forward(config, tensors))
         ctx.unit, ctx.config, ctx.count = unit, config, len(tensors)
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        enabled = autocast_enabled(kind)
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         if unit.restore is None:
             ctx.save_for_backward(*tensors, None, *results[1:])
         else:
@@ -166,11 +169,11 @@ def _differentiable_backward(
     grad: Tensor,
     tensors: Tensors,
     needs: Sequence[bool],
-    autocast: tuple[str, torch.dtype, bool],
+    autocast: tuple[str, torch.dtype | None, bool],
 ) -> list[Tensor | None]:
     """The gradients once more, through the usual formulation, so that autograd can differentiate them."""
     kind, dtype, enabled = autocast
-    with torch.autocast(kind, dtype=dtype, enabled=enabled):
+    with torch.autocast(kind, dtype=dtype) if enabled else _without_autocast(kind):
         # a view each, so that a parameter that occurs twice gets the gradient of each occurrence
         inputs = [x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True)]
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
