@@ -129,7 +129,7 @@ def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) ->
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # a node that holds its own output by way of a hook would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
