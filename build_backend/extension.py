@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from build_backend.environment import BuildError
 
 CUDA_SOURCES = "csrc/cuda/*.cu"
+# What registers the GPU kernels as operators; without it compiling them would only cost minutes.
+CUDA_OPERATORS = "csrc/ops/cuda*.cpp"
 
 
 class Cuda(NamedTuple):
@@ -45,7 +47,7 @@ def find_toolkit() -> Path | None:
     return None
 
 
-def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None, has_sources: bool) -> Cuda:
+def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None, has_operators: bool) -> Cuda:
     """Whether to build the GPU kernels. `forced` is DENSENET_EXT_CUDA: "0", "1", or None to decide by what is there.
 
     A visible GPU is no condition: builds often run on machines without one.
@@ -54,8 +56,8 @@ def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None
         raise BuildError(f"DENSENET_EXT_CUDA must be 0 or 1, and is {forced!r}.")
     if forced == "0":
         return Cuda(False, "DENSENET_EXT_CUDA=0")
-    if not has_sources:
-        return Cuda(False, f"there are no sources {CUDA_SOURCES}")
+    if not has_operators:
+        return Cuda(False, f"no operators use the GPU kernels yet: there is no {CUDA_OPERATORS}")
     if forced == "1":
         if toolkit is None:
             raise BuildError("DENSENET_EXT_CUDA=1, and no CUDA toolkit was found; set CUDA_HOME to its folder.")
@@ -115,7 +117,7 @@ def extension(root: Path) -> tuple[Any, Cuda]:
 
     toolkit = find_toolkit()
     forced = os.environ.get("DENSENET_EXT_CUDA")
-    cuda = decide_cuda(forced, torch.version.cuda, toolkit, any(root.glob(CUDA_SOURCES)))
+    cuda = decide_cuda(forced, torch.version.cuda, toolkit, any(root.glob(CUDA_OPERATORS)))
     macros: list[tuple[str, str | None]] = []
     include_dirs, library_dirs, libraries = [str(root / "csrc")], [], []
     if cuda.build and toolkit is not None:

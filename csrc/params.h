@@ -105,6 +105,7 @@ struct BnReluConv1x1 {
   bool out_relu;
   Rows<T> out;
   Acc<T>*out_mean, *out_var;  // [N] or null
+  bool tf32;                  // float on a GPU: products of TF32 numbers are allowed
 };
 
 template <class T>
@@ -123,6 +124,7 @@ struct BnReluConv1x1Backward {
   Acc<T>* grad_conv_weight;        // [N, C] or null
   Acc<T>*grad_weight, *grad_bias;  // [C]
   Acc<T>*grad_mean, *grad_var;     // [C], subtracted from; both null: norm1 is frozen
+  bool tf32;                       // float on a GPU: products of TF32 numbers are allowed
 };
 
 template <class T>

@@ -195,11 +195,11 @@ TOOLKIT = Path("/toolkit")
 
 
 @pytest.mark.parametrize(
-    ("forced", "torch_cuda", "toolkit", "has_sources", "build", "why"),
+    ("forced", "torch_cuda", "toolkit", "has_operators", "build", "why"),
     [
         (None, "13.0", TOOLKIT, True, True, "torch has CUDA 13.0"),
         (None, "13.0", None, True, False, "no CUDA toolkit was found"),
-        (None, "13.0", TOOLKIT, False, False, "no sources"),
+        (None, "13.0", TOOLKIT, False, False, "no operators use the GPU kernels"),
         (None, None, TOOLKIT, True, False, "torch has no CUDA"),
         ("", None, TOOLKIT, True, False, "torch has no CUDA"),
         ("0", "13.0", TOOLKIT, True, False, "DENSENET_EXT_CUDA=0"),
@@ -207,8 +207,8 @@ TOOLKIT = Path("/toolkit")
         ("1", "13.0", TOOLKIT, True, True, "DENSENET_EXT_CUDA=1"),
     ],
 )
-def test_cuda_decision(forced, torch_cuda, toolkit, has_sources, build, why) -> None:
-    decision = extension.decide_cuda(forced, torch_cuda, toolkit, has_sources)
+def test_cuda_decision(forced, torch_cuda, toolkit, has_operators, build, why) -> None:
+    decision = extension.decide_cuda(forced, torch_cuda, toolkit, has_operators)
     assert decision.build is build and why in decision.why
     assert decision.home == (toolkit if build else None)
 

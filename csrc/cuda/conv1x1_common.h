@@ -1,0 +1,209 @@
+// What the 1x1 convolution's two directions share: the choice of arithmetic and the kernel that prepares a call.
+//
+// The prepared operands lie in the workspace: the weights in the product's own type, [Np, Cp] with zeros around, so
+// that the products copy them to shared memory as they are and look at no edge; and per channel what the prologues
+// need. It moves N C numbers once, against the M C of the product.
+#pragma once
+
+#include <cstdlib>
+
+#include "../params.h"
+#include "gemm_fma.h"
+#include "gemm_mma.h"
+#include "launch.h"
+
+namespace dx::cuda {
+
+// ---- arithmetic: the type of the operands in shared memory, how values become operands, the tile that multiplies them
+template <class A>
+struct PlainMath {
+  using Operand = A;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = FmaTile<A, M, N, THREADS>;
+  template <int E>
+  static __device__ __forceinline__ Piece<A, E> operands(const Piece<A, E>& values) {
+    return values;
+  }
+};
+template <class T>
+struct TensorMath {
+  using Operand = T;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = MmaTile<T, M, N, THREADS, WARPS_DOWN>;
+  template <int E>
+  static __device__ __forceinline__ Piece<T, E> operands(const Piece<float, E>& values) {
+    return Piece<T, E>::narrowed(values);
+  }
+};
+struct Tf32Math {
+  using Operand = float;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = Tf32Tile<M, N, THREADS, WARPS_DOWN>;
+  template <int E>
+  static __device__ __forceinline__ Piece<float, E> operands(const Piece<float, E>& values) {
+    Piece<float, E> piece;
+#pragma unroll
+    for (int e = 0; e < E; ++e) piece.v[e] = as_float(to_tf32(values.v[e]));
+    return piece;
+  }
+};
+
+// max(u, 0) that propagates NaN; and whether the gradient passes, as PyTorch's threshold_backward has it.
+template <class A>
+__device__ __forceinline__ A positive_part(A u) {
+  return A(0) > u ? A(0) : u;
+}
+template <class A>
+__device__ __forceinline__ bool gradient_passes(A u) {
+  return !(u <= A(0));
+}
+
+// How many of a tile's rows exist.
+__device__ __forceinline__ int rows_from(int64_t M, int64_t m0, int tile) { return M - m0 < tile ? int(M - m0) : tile; }
+
+// ---- workspace
+// -------------------------------------------------------------------------------------------------------
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_least_one(int64_t n) { return n > 1 ? n : 1; }  // a grid of no blocks is an error
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Hands out pieces of a workspace, each aligned to 256 bytes; without one it only counts.
+class Carver {
+ public:
+  explicit Carver(void* workspace) : begin_(static_cast<char*>(workspace)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = begin_ ? begin_ + used_ : nullptr;
+    used_ += static_cast<size_t>(round_up(count * int64_t(sizeof(T)), 256));
+    return reinterpret_cast<T*>(at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  size_t used_ = 0;
+};
+
+// ---- preparation
+// -----------------------------------------------------------------------------------------------------
+template <class A, class S>
+struct Prepared {
+  int64_t Np, Cp;  // N and C rounded up to whole tiles
+  S* weight;       // [Np, Cp]
+  A* norm;         // [3, Cp]: scale, shift, mean of the norm in front
+  A* z_norm;       // [5, Np]: scale, shift, mean, center, slope of the norm behind (backward), else null
+};
+
+template <class A, class S>
+struct Prepare {
+  int64_t M, C, N;
+  const A* weight;  // [N, C]
+  Norm<A> norm, z_norm;
+  const A *z_grad_weight, *z_grad_bias;  // [N], or both null: the norm behind is frozen
+  Prepared<A, S> to;
+};
+
+template <class A, class Math>
+__global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ Prepare<A, typename Math::Operand> p) {
+  const auto& to = p.to;
+  const int64_t i = int64_t(block_x()) * block_dim() + thread_x();
+  const auto value = [](const A* values, int64_t at, A without) { return values ? load_one(values + at) : without; };
+  if (i < to.Np * to.Cp / 2) {
+    const int64_t n = 2 * i / to.Cp, c = 2 * i % to.Cp;
+    Piece<A, 2> pair = {};
+    if (n < p.N && c < p.C) pair.v[0] = load_one(p.weight + n * p.C + c);
+    if (n < p.N && c + 1 < p.C) pair.v[1] = load_one(p.weight + n * p.C + c + 1);
+    store_piece(to.weight + 2 * i, Math::operands(pair));
+  }
+  if (i < to.Cp) {
+    A scale = 0, shift = 0, mean = 0;
+    if (i < p.C) {
+      mean = load_one(p.norm.mean + i);
+      scale = value(p.norm.weight, i, A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
+      shift = value(p.norm.bias, i, A(0)) - mean * scale;
+    }
+    const A values[] = {scale, shift, mean};
+#pragma unroll
+    for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.Cp + i, values[v]);
+  }
+  if (to.z_norm && i < to.Np) {
+    // dz = s (dy - center - (z - m) slope), with center = sum(dy)/M and slope = r^2 sum(dy (z - m))/M
+    A scale = 0, shift = 0, mean = 0, center = 0, slope = 0;
+    if (i < p.N) {
+      const A rstd = bn_rstd(load_one(p.z_norm.var + i), p.z_norm.eps);
+      mean = load_one(p.z_norm.mean + i);
+      scale = value(p.z_norm.weight, i, A(1)) * rstd;
+      shift = value(p.z_norm.bias, i, A(0)) - mean * scale;
+      center = value(p.z_grad_bias, i, A(0)) / A(p.M);
+      slope = rstd * value(p.z_grad_weight, i, A(0)) / A(p.M);
+    }
+    const A values[] = {scale, shift, mean, center, slope};
+#pragma unroll
+    for (int v = 0; v < 5; ++v) store_one(to.z_norm + v * to.Np + i, values[v]);
+  }
+}
+
+template <class Math, class A>
+cudaError_t launch_prepare(const Prepare<A, typename Math::Operand>& p, Stream stream) {
+  const int64_t Np = p.to.Np, Cp = p.to.Cp, most = Np > Cp ? Np : Cp, pairs = Np * Cp / 2;
+  const int64_t threads = most > pairs ? most : pairs;
+  return launch(prepare_conv1x1<A, Math>, dim3(unsigned(ceil_div(threads, 256))), 256, 0, stream, p);
+}
+
+template <class Math_, int CHANNELS>
+struct Choice {
+  using Math = Math_;
+  static constexpr int kChannels = CHANNELS;
+};
+
+// Whether this device multiplies bf16, fp16 and TF32 matrices (compute capability 8.0 and later).
+#if defined(DX_EMULATE)
+inline bool has_tensor_cores() { return std::getenv("DX_EMULATE_NO_TENSOR_CORES") == nullptr; }
+inline int most_shared_bytes() {
+  const char* bytes = std::getenv("DX_EMULATE_SHARED");
+  return bytes ? std::atoi(bytes) : 227 * 1024;
+}
+// Small shapes have a tile for each block; tests ask for few blocks, so that one works through several tiles.
+inline int64_t most_blocks(int64_t usual) {
+  const char* wanted = std::getenv("DX_EMULATE_BLOCKS");
+  return wanted ? std::atoi(wanted) : usual;
+}
+#else
+inline bool has_tensor_cores() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+}
+inline int64_t most_blocks(int64_t usual) { return usual; }
+// Shared memory that a block of this device can ask for.
+inline int most_shared_bytes() {
+  int device = 0, bytes = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+                 cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess
+             ? bytes
+             : int(kSharedBytesByDefault);
+}
+#endif
+
+// Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB).
+constexpr int kWideShared = 128 * 1024, kNarrowShared = 99 * 1024;
+
+// Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also where speed is not the point
+// (double, and the 16-bit types on GPUs without tensor cores for them).
+template <class T, class F>
+auto choose(int64_t N, bool tf32, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    return f(Choice<PlainMath<double>, 64>{});
+  } else {
+    const bool wide = N > 64 && most_shared_bytes() >= kWideShared;
+    if constexpr (sizeof(T) == 4) {
+      if (tf32 && has_tensor_cores()) return wide ? f(Choice<Tf32Math, 128>{}) : f(Choice<Tf32Math, 64>{});
+      return wide ? f(Choice<PlainMath<float>, 128>{}) : f(Choice<PlainMath<float>, 64>{});
+    } else {
+      if (has_tensor_cores()) return wide ? f(Choice<TensorMath<T>, 128>{}) : f(Choice<TensorMath<T>, 64>{});
+      return f(Choice<PlainMath<float>, 64>{});
+    }
+  }
+}
+
+}  // namespace dx::cuda

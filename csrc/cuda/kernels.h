@@ -1,0 +1,69 @@
+// The launchers of the CUDA kernels, one for each operator (params.h says what they take, schemas.cpp what they are).
+// T: float, double, bfloat16, float16. They queue work on the stream and return the launch's error. A launcher that
+// needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content; sums of
+// several blocks lie there until a second kernel merges them in a fixed order. Results must not overlap arguments,
+// except that bn_relu_backward's grad_x and feature_grad's out may be grad itself.
+#pragma once
+
+#include <cstddef>
+
+#include "../params.h"
+#include "runtime.h"
+
+namespace dx::cuda {
+
+// statistics.cu
+template <class T>
+size_t channel_stats_workspace(const ChannelStats<T>& p);
+template <class T>
+cudaError_t channel_stats(const ChannelStats<T>& p, Stream stream, void* workspace);
+template <class T>
+size_t append_features_workspace(const AppendFeatures<T>& p);  // 0 without statistics
+template <class T>
+cudaError_t append_features(const AppendFeatures<T>& p, Stream stream, void* workspace);
+
+// bn_relu.cu; cat_bn_relu is bn_relu once for each feature, into its columns
+template <class T>
+cudaError_t bn_relu(const BnRelu<T>& p, Stream stream);
+template <class T>
+cudaError_t feature_grad(const FeatureGrad<T>& p, Stream stream);
+template <class T>
+size_t bn_relu_backward_reduce_workspace(const BnReluBackwardReduce<T>& p);
+template <class T>
+cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream stream, void* workspace);
+template <class T>
+cudaError_t bn_relu_backward(const BnReluBackward<T>& p, Stream stream);
+
+// avg_pool.cu
+template <class T>
+cudaError_t bn_relu_avg_pool(const BnReluPool<T>& p, Stream stream);
+template <class T>
+size_t bn_relu_avg_pool_backward_reduce_workspace(const BnReluPoolBackwardReduce<T>& p);
+template <class T>
+cudaError_t bn_relu_avg_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& p, Stream stream, void* workspace);
+template <class T>
+cudaError_t bn_relu_avg_pool_backward(const BnReluPoolBackward<T>& p, Stream stream);
+
+// max_pool.cu
+template <class T>
+cudaError_t bn_relu_max_pool(const BnReluPool<T>& p, Stream stream);
+template <class T>
+size_t bn_relu_max_pool_backward_reduce_workspace(const BnReluPoolBackwardReduce<T>& p);
+template <class T>
+cudaError_t bn_relu_max_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& p, Stream stream, void* workspace);
+template <class T>
+cudaError_t bn_relu_max_pool_backward(const BnReluPoolBackward<T>& p, Stream stream);
+
+// conv1x1.cu
+template <class T>
+size_t bn_relu_conv1x1_workspace(const BnReluConv1x1<T>& p);
+template <class T>
+cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* workspace);
+
+// conv1x1_backward.cu
+template <class T>
+size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p);
+template <class T>
+cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace);
+
+}  // namespace dx::cuda

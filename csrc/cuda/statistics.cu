@@ -1,0 +1,199 @@
+// channel_stats and append_features: each value is read once (and written once, when features are appended); what else
+// moves is two numbers a slab and column. Statistics are those of the values as stored.
+//
+// A thread keeps kRows rows of its columns in registers, as they lie in memory (kRows * 16 bytes: 32 registers, and as
+// much in flight), takes their mean, then the deviations from it, and merges that into its own by Chan's formula. All
+// numbers are taken relative to the column's first value (the pivot): a mean that is large beside the deviation costs
+// no digits on the way.
+#include "kernels.h"
+#include "sums.h"
+
+namespace dx::cuda {
+namespace {
+
+constexpr int kRows = 8;
+static_assert(kRows * 16 / 4 == 32, "registers of the rows in flight");
+// Two blocks on a processor (128 registers a thread) have as much in flight as memory needs.
+constexpr int kResident = 2;
+static_assert(kResident * kThreads * kRows * 16 == 64 * 1024, "bytes in flight on a processor");
+
+template <class T>
+struct MomentsJob {
+  int64_t M, C;
+  Rows<const T> x;
+  Rows<T> out;  // null: statistics of x itself
+  double drop_rate;
+  const int64_t* seed;
+  int64_t layer;
+  Tiling tiling;
+  void* partials;  // null: no statistics
+};
+
+template <class T, int V>
+class Dropped {
+ public:
+  using A = Acc<T>;
+  __device__ __forceinline__ explicit Dropped(double rate, const int64_t* seed, int64_t layer)
+      : any_(rate > 0), dropout_(any_ ? make_dropout(load_one(seed), layer, rate) : Dropout{}) {}
+  // As stored: what lies in `bits` of row m, after dropout.
+  __device__ __forceinline__ Bits<T, V> operator()(const Bits<T, V>& bits, int64_t m, int64_t c) const {
+    if (!any_) return bits;
+    const uint32_t key = dropout_row_key(dropout_, m);
+    A kept[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) kept[v] = element<T, V>(bits, v) * dropout_factor<A>(dropout_, key, c + v);
+    return to_bits<T, V>(kept);
+  }
+
+ private:
+  bool any_;
+  Dropout dropout_;
+};
+
+// The value that a column's moments are relative to. Every block must take the same one.
+template <class A>
+__device__ __forceinline__ A pivot_of(A first) {
+  return first - first == A(0) ? first : A(0);  // not NaN or infinity: the others would all become NaN
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_constant__ MomentsJob<T> p) {
+  using A = Acc<T>;
+  DX_SHARED_BYTES(bytes);
+  const Patch patch(p.tiling, p.M, p.C, V);
+  const int64_t c = patch.column;
+  const Dropped<T, V> drop(p.drop_rate, p.seed, p.layer);
+  MomentSums<A, V> sums;
+  Bits<T, V> pivot = {};
+  if (patch.any && p.M > 0) pivot = drop(load_bits<V>(p.x.row(0) + c), 0, c);
+
+  patch.for_rows<kRows>([&](int64_t m, int rows) {
+    Bits<T, V> x[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (r < rows) x[r] = load_bits<V>(p.x.row(m + r * patch.step) + c);
+    if (p.out) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (r < rows) {
+          x[r] = drop(x[r], m + r * patch.step, c);
+          store_bits<V>(p.out.row(m + r * patch.step) + c, x[r]);
+        }
+    }
+    if (!p.partials) return;
+    const auto share = sums.add_count(A(rows));
+    const A per_row = A(1) / A(rows);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const A base = pivot_of(element<T, V>(pivot, v));
+      A mean = 0, m2 = 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (r < rows) mean += element<T, V>(x[r], v) - base;
+      mean *= per_row;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (r < rows) {
+          const A d = (element<T, V>(x[r], v) - base) - mean;
+          m2 = std::fma(d, d, m2);
+        }
+      sums.merge(v, share, mean, m2);
+    }
+  });
+  if (p.partials) store_block_sums<MomentSums<A, V>, A, V>(sums, patch, bytes, p.C, {p.partials, p.tiling.slabs, p.C});
+}
+
+template <class T>
+struct FinishMoments {
+  MomentsJob<T> job;
+  Acc<T>*mean, *var;  // [C]
+};
+// Merges the slabs: their means weighted by their rows, then their deviations from that mean.
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant__ FinishMoments<T> args) {
+  using A = Acc<T>;
+  DX_SHARED_BYTES(bytes);
+  const Shared<double> shared = shared_as<double>(bytes);
+  const MomentsJob<T>& p = args.job;
+  const Partials<A> partials(p.partials, p.tiling.slabs, p.C);
+  const int64_t c = int64_t(block_x()) * kFinishColumns + thread_x() % kFinishColumns;
+  const int first = thread_x() / kFinishColumns;
+  const int64_t last = p.tiling.slabs - 1, slabs = c < p.C ? p.tiling.slabs : 0;
+  const double whole = double(p.tiling.slab), rest = double(p.M - last * p.tiling.slab);  // rows of a slab, of the last
+
+  double sum = 0;
+  for (int64_t i = first; i < slabs; i += kFinishRows)
+    sum += (i == last ? rest : whole) * double(load_one(partials.a + i * p.C + c));
+  const double mean = finish_tree(shared, sum) / double(p.M);
+  double m2 = 0;
+  for (int64_t i = first; i < slabs; i += kFinishRows) {
+    const double delta = double(load_one(partials.a + i * p.C + c)) - mean;
+    m2 += double(load_one(partials.b + i * p.C + c)) + (i == last ? rest : whole) * delta * delta;
+  }
+  m2 = finish_tree(shared, m2);
+  if (first != 0 || c >= p.C) return;
+  A base = 0;
+  if (p.M > 0) {
+    const Dropped<T, 1> drop(p.drop_rate, p.seed, p.layer);
+    base = pivot_of(element<T, 1>(drop(load_bits<1>(p.x.row(0) + c), 0, c), 0));
+  }
+  store_one(args.mean + c, A(double(base) + mean));
+  store_one(args.var + c, A(m2 / double(p.M)));
+}
+
+template <class T>
+Width<T> width(const MomentsJob<T>& p) {
+  return Width<T>(p.C).with(p.x).with(p.out);
+}
+template <class T>
+MomentsJob<T> job(const ChannelStats<T>& p, void* workspace) {
+  MomentsJob<T> job = {p.M, p.C, p.x, {}, 0.0, nullptr, 0, Tiling(0, 1, 1, 1), workspace};
+  job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
+  return job;
+}
+template <class T>
+MomentsJob<T> job(const AppendFeatures<T>& p, void* workspace) {
+  MomentsJob<T> job = {
+      p.M, p.C, p.src, p.out, p.drop_rate, p.seed, p.layer, Tiling(0, 1, 1, 1), p.mean ? workspace : nullptr};
+  job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
+  return job;
+}
+
+template <class T>
+cudaError_t run(const MomentsJob<T>& p, Acc<T>* mean, Acc<T>* var, Stream stream) {
+  const cudaError_t error = width(p).run([&](auto vector) {
+    constexpr int V = decltype(vector)::value;
+    return launch(moments<T, V>, p.tiling.grid(), kThreads, sums_shared_bytes<Acc<T>, V>(), stream, p);
+  });
+  if (error != cudaSuccess || !p.partials) return error;
+  return launch(finish_moments<T>, dim3(unsigned((p.C + kFinishColumns - 1) / kFinishColumns)), kThreads,
+                kThreads * sizeof(double), stream, FinishMoments<T>{p, mean, var});
+}
+
+}  // namespace
+
+template <class T>
+size_t channel_stats_workspace(const ChannelStats<T>& p) {
+  return p.C > 0 ? Partials<Acc<T>>::bytes(job(p, nullptr).tiling.slabs, p.C) : 0;
+}
+template <class T>
+cudaError_t channel_stats(const ChannelStats<T>& p, Stream stream, void* workspace) {
+  return p.C > 0 ? run(job(p, workspace), p.mean, p.var, stream) : cudaSuccess;
+}
+template <class T>
+size_t append_features_workspace(const AppendFeatures<T>& p) {
+  return p.mean && p.C > 0 ? Partials<Acc<T>>::bytes(job(p, nullptr).tiling.slabs, p.C) : 0;
+}
+template <class T>
+cudaError_t append_features(const AppendFeatures<T>& p, Stream stream, void* workspace) {
+  return p.C > 0 ? run(job(p, workspace), p.mean, p.var, stream) : cudaSuccess;
+}
+
+#define DX_INSTANTIATE(T)                                                       \
+  template size_t channel_stats_workspace<T>(const ChannelStats<T>&);           \
+  template cudaError_t channel_stats<T>(const ChannelStats<T>&, Stream, void*); \
+  template size_t append_features_workspace<T>(const AppendFeatures<T>&);       \
+  template cudaError_t append_features<T>(const AppendFeatures<T>&, Stream, void*);
+DX_FOR_STORAGE_TYPES(DX_INSTANTIATE)
+
+}  // namespace dx::cuda

@@ -1,0 +1,19 @@
+// What the Python tests call (by ctypes) besides the launchers, which are called through launchers.cpp.
+#include <cstring>
+
+#include "emulated.h"
+
+extern "C" {
+
+void dx_add_memory(const void* begin, size_t bytes, int writable, const char* name) {
+  dx::cuda::emulated::add_memory(begin, bytes, writable != 0, name);
+}
+void dx_clear_memory() { dx::cuda::emulated::clear_memory(); }
+void dx_set_order(unsigned order) { dx::cuda::emulated::set_order(order); }
+// Copies the text of the last failure, or "", into `text`.
+void dx_take_error(char* text, size_t size) {
+  std::strncpy(text, dx::cuda::emulated::take_error().c_str(), size - 1);
+  text[size - 1] = 0;
+}
+
+}  // extern "C"

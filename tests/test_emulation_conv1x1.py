@@ -1,0 +1,313 @@
+"""The CUDA kernels of the 1x1 convolution, run by emulation, against the CPU backend and float64.
+
+Every case is executed thread by thread with the emulator's checks on (bounds, alignment, races, barriers, asynchronous
+copies); a result is compared with the same operator in float64 on the values as stored.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from emulation.library import Library, compile_library
+from torch import Tensor
+
+import densenet_ext  # noqa: F401  (registers the operators)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+ops = torch.ops.densenet_ext
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# A product's relative error by the type of its operands; TF32 has 10 bits of fraction.
+TOLERANCE = {F64: 1e-13, F32: 1e-6, BF16: 4e-3, F16: 5e-4, "tf32": 5e-4}
+# name: storage type, TF32 allowed, tensor cores present
+ARITHMETIC = {
+    "double": (F64, False, True),
+    "float": (F32, False, True),
+    "tf32": (F32, True, True),
+    "bf16": (BF16, False, True),
+    "fp16": (F16, False, True),
+    "bf16_plain": (BF16, False, False),
+    "fp16_plain": (F16, False, False),
+}
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(compile_library(tmp_path_factory.mktemp("conv1x1"), ["DX_CONV1X1"]))
+
+
+def acc(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype == F64 else F32
+
+
+def make_rows(M: int, C: int, dtype: torch.dtype, pitch: int = 0, offset: int = 0, scale: float = 1.0) -> Tensor:
+    """Rows [M, C] at ``offset`` of wider ones; what lies around them is NaN."""
+    wide = torch.full((M, max(C + offset, pitch)), float("nan"), dtype=dtype)
+    wide[:, offset : offset + C] = (torch.randn(M, C, dtype=F64) * scale).to(dtype)
+    return wide[:, offset : offset + C]
+
+
+def make_norm(C: int, dtype: torch.dtype, prefix: str = "") -> dict[str, object]:
+    values = {
+        "mean": torch.randn(C, dtype=F64) * 0.3,
+        "var": torch.rand(C, dtype=F64) + 0.5,
+        "weight": torch.rand(C, dtype=F64) + 0.5,
+        "bias": torch.randn(C, dtype=F64) * 0.5,
+    }
+    return {f"{prefix}{k}": v.to(acc(dtype)) for k, v in values.items()} | {f"{prefix}eps": 1e-5}
+
+
+def wide(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Each element against the size of its column's (and the whole result's) values."""
+    assert torch.isfinite(got).all(), name
+    error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.1e}"
+    worst = (got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)
+    assert worst <= 4 * tolerance, (
+        f"{name}: largest error {worst:.2e} of the largest value, allowed {4 * tolerance:.1e}"
+    )
+
+
+def assert_same_in_any_order(kernels: Library, results: dict, run: Callable[[], None], orders: Sequence[int]) -> None:
+    """The bits of what was computed must not depend on the order in which a block's threads run."""
+    first = {name: value.clone() for name, value in results.items() if value is not None}
+    for order in orders:
+        kernels.set_order(order)
+        run()
+        kernels.set_order(0)
+        for name, value in first.items():
+            assert torch.equal(value, results[name]), f"{name} depends on the order of the threads"
+
+
+def use(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, bool, float]:
+    dtype, tf32, tensor_cores = ARITHMETIC[arithmetic]
+    if not tensor_cores:
+        monkeypatch.setenv("DX_EMULATE_NO_TENSOR_CORES", "1")
+    return dtype, tf32, TOLERANCE["tf32" if tf32 else dtype]
+
+
+def run_forward(
+    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, bias=False, stats=True, orders=()
+) -> Tensor:
+    x = make_rows(M, C, dtype, pitch, offset)
+    norm = make_norm(C, dtype)
+    conv_weight = (torch.randn(N, C, dtype=F64) / C**0.5).to(acc(dtype))
+    out = make_rows(M, N, dtype, N + (5 if offset else 0), 3 if offset else 0)
+    out_bias = torch.randn(N, dtype=F64).to(acc(dtype)) if bias else None
+    mean, var = (torch.full((N,), float("nan"), dtype=acc(dtype)) if stats else None for _ in range(2))
+    around = torch.isnan(out.untyped_storage() and out._base).sum() if out._base is not None else 0
+
+    def run() -> None:
+        kernels(
+            "bn_relu_conv1x1", x=x, **norm, conv_weight=conv_weight, out_bias=out_bias, out_relu=bias, out=out,
+            out_mean=mean, out_var=var, tf32=tf32,
+        )  # fmt: skip
+
+    run()
+    assert_same_in_any_order(kernels, {"out": out, "out_mean": mean, "out_var": var}, run, orders)
+    want = torch.empty(M, N, dtype=F64)
+    ops.bn_relu_conv1x1(
+        x.double(), *(wide(v) for v in norm.values()), conv_weight.double(), wide(out_bias), bias, want, None, None
+    )
+    compare("out", out, want, tolerance)
+    if out._base is not None:
+        assert torch.isnan(out._base).sum() == around
+    if stats:
+        stored = out.double()
+        compare("mean", mean, stored.mean(0), 1e-5 if dtype != F64 else 1e-12)
+        assert (
+            (var.double() - stored.var(0, unbiased=False)).abs() <= 1e-5 * stored.var(0, unbiased=False) + 1e-12
+        ).all()
+    return out
+
+
+SHAPES = [(1, 1, 1), (37, 12, 48), (130, 33, 17), (129, 64, 128), (65, 70, 129)]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("M", "C", "N"), SHAPES)
+def test_forward(kernels, monkeypatch, arithmetic, M, C, N) -> None:
+    torch.manual_seed(M * C + N)
+    run_forward(kernels, *use(arithmetic, monkeypatch), M, C, N)
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
+@pytest.mark.parametrize(("pitch", "offset"), [(48, 0), (45, 1), (44, 2), (44, 4), (48, 8)])
+def test_forward_reads_any_alignment(kernels, monkeypatch, arithmetic, pitch, offset) -> None:
+    torch.manual_seed(pitch + offset)
+    run_forward(kernels, *use(arithmetic, monkeypatch), 35, 36, 24, pitch, offset)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_forward_with_bias_and_relu(kernels, monkeypatch, arithmetic) -> None:
+    torch.manual_seed(3)
+    run_forward(kernels, *use(arithmetic, monkeypatch), 40, 20, 30, bias=True, stats=False)
+
+
+def run_backward(
+    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, through_norm=True, frozen_z=False,
+    into="grad_in", wgrad=True, frozen=False, orders=(),
+) -> None:  # fmt: skip
+    A = acc(dtype)
+    x, grad_out = make_rows(M, C, dtype, pitch, offset), make_rows(M, N, dtype, N + offset % 2, offset % 2)
+    norm = make_norm(C, dtype)
+    weight = (torch.randn(N, C, dtype=F64) / N**0.5).to(A)
+    arguments: dict[str, object] = {"x": x, **norm, "conv_weight": weight, "grad_out": grad_out}
+    z_norm = make_norm(N, dtype, "z_")
+    arguments["z"] = make_rows(M, N, dtype, N + offset, offset) if through_norm else None
+    arguments |= z_norm if through_norm else dict.fromkeys(z_norm, None) | {"z_eps": 0.0}
+    with_sums = through_norm and not frozen_z
+    arguments["z_grad_weight"] = torch.randn(N, dtype=A) * M**0.5 if with_sums else None
+    arguments["z_grad_bias"] = torch.randn(N, dtype=A) * M**0.5 if with_sums else None
+    arguments["grad_in"] = make_rows(M, C, dtype, C + offset, offset) if into == "grad_in" else None
+    arguments["accumulate"] = into == "accumulate"
+    results: dict[str, Tensor | None] = {
+        "grad_x": make_rows(M, C, dtype, pitch, offset),
+        "grad_conv_weight": torch.full((N, C), float("nan"), dtype=A) if wgrad else None,
+        "grad_weight": torch.full((C,), float("nan"), dtype=A),
+        "grad_bias": torch.full((C,), float("nan"), dtype=A),
+        "grad_mean": None if frozen else torch.randn(C, dtype=A),
+        "grad_var": None if frozen else torch.randn(C, dtype=A),
+    }
+    wanted = {name: wide(value.clone()) if value is not None else None for name, value in results.items()}
+    ops.bn_relu_conv1x1_backward(*(wide(v) for v in arguments.values()), *wanted.values())
+    old = {name: value.clone() for name, value in results.items() if value is not None}
+
+    def run() -> None:
+        for name, value in old.items():
+            results[name].copy_(value)  # what is accumulated into
+        kernels("bn_relu_conv1x1_backward", **arguments, **results, tf32=tf32)
+
+    run()
+    assert_same_in_any_order(kernels, results, run, orders)
+    for name, value in results.items():
+        if value is not None:
+            compare(name, value, wanted[name], tolerance * (1 if name == "grad_x" else 2))
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("M", "C", "N"), SHAPES)
+def test_backward(kernels, monkeypatch, arithmetic, M, C, N) -> None:
+    torch.manual_seed(M + C * N)
+    run_backward(kernels, *use(arithmetic, monkeypatch), M, C, N)
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
+@pytest.mark.parametrize(("pitch", "offset"), [(48, 0), (45, 1), (44, 2), (44, 4), (48, 8)])
+def test_backward_reads_any_alignment(kernels, monkeypatch, arithmetic, pitch, offset) -> None:
+    torch.manual_seed(pitch + offset)
+    run_backward(kernels, *use(arithmetic, monkeypatch), 35, 36, 24, pitch, offset)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"through_norm": False},
+        {"frozen_z": True},
+        {"into": "accumulate"},
+        {"into": "nothing"},
+        {"wgrad": False},
+        {"frozen": True},
+    ],
+    ids=str,
+)
+def test_backward_cases(kernels, monkeypatch, arithmetic, case) -> None:
+    torch.manual_seed(9)
+    run_backward(kernels, *use(arithmetic, monkeypatch), 70, 20, 30, **case)
+
+
+# ---- blocks that work through several tiles -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("shared", [227, 131, 66], ids="{}KiB".format)
+@pytest.mark.parametrize(("C", "N"), [(30, 40), (260, 100)])
+def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
+    """With 227 KiB of shared memory all weights stay there, with less they stream; with 66 the tiles are narrow."""
+    torch.manual_seed(C)
+    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
+    monkeypatch.setenv("DX_EMULATE_SHARED", str(shared * 1024))
+    run_forward(kernels, *use(arithmetic, monkeypatch), 300, C, N, orders=(5,))
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("C", "N", "wgrad"), [(40, 30, True), (140, 100, True), (40, 150, True), (40, 150, False)])
+@pytest.mark.parametrize("shared", [227, 99], ids="{}KiB".format)
+def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, C, N, wgrad, shared) -> None:
+    torch.manual_seed(C + N)
+    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
+    monkeypatch.setenv("DX_EMULATE_SHARED", str(shared * 1024))
+    run_backward(kernels, *use(arithmetic, monkeypatch), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+
+
+# ---- numbers that are not ordinary -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "tf32", "bf16"])
+def test_forward_nan_and_infinity(kernels, monkeypatch, arithmetic) -> None:
+    """A NaN or infinity reaches the outputs of its row as on the CPU, and no other row."""
+    dtype, tf32, _ = use(arithmetic, monkeypatch)
+    torch.manual_seed(1)
+    x, norm = make_rows(40, 20, dtype), make_norm(20, dtype)
+    x[3, 5], x[7, 19], x[39, 0] = float("nan"), float("inf"), -float("inf")
+    weight = torch.randn(10, 20, dtype=acc(dtype))
+    got, want = torch.zeros(40, 10, dtype=dtype), torch.zeros(40, 10, dtype=dtype)
+    kernels(
+        "bn_relu_conv1x1", x=x, **norm, conv_weight=weight, out_bias=None, out_relu=False, out=got, out_mean=None,
+        out_var=None, tf32=tf32,
+    )  # fmt: skip
+    ops.bn_relu_conv1x1(x, *norm.values(), weight, None, False, want, None, None)
+    assert torch.equal(got.isnan(), want.isnan()) and got.isnan()[3].all()
+    assert torch.equal(got.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "tf32", "bf16", "fp16_plain"])
+def test_backward_nan(kernels, monkeypatch, arithmetic) -> None:
+    """The gradient passes where not (u <= 0), so also at a NaN; a NaN of one column stays in its column."""
+    dtype, tf32, _ = use(arithmetic, monkeypatch)
+    torch.manual_seed(2)
+    x, norm, weight = make_rows(40, 20, dtype), make_norm(20, dtype), torch.randn(10, 20, dtype=acc(dtype))
+    grad = make_rows(40, 10, dtype)
+    x[3, 5] = float("nan")
+    arguments = {"x": x, **norm, "conv_weight": weight, "grad_out": grad} | dict.fromkeys(
+        ["z", "z_mean", "z_var", "z_weight", "z_bias"], None
+    )
+    arguments |= {"z_eps": 0.0, "z_grad_weight": None, "z_grad_bias": None, "grad_in": None, "accumulate": False}
+
+    def results() -> dict[str, Tensor]:
+        vectors = {k: torch.zeros(20, dtype=acc(dtype)) for k in ("grad_weight", "grad_bias", "grad_mean", "grad_var")}
+        return {"grad_x": torch.zeros(40, 20, dtype=dtype), "grad_conv_weight": torch.zeros_like(weight)} | vectors
+
+    got, want = results(), results()
+    kernels("bn_relu_conv1x1_backward", **arguments, **got, tf32=tf32)
+    ops.bn_relu_conv1x1_backward(*arguments.values(), *want.values())
+    for name in got:
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "tf32", "double"])
+def test_statistics_of_a_large_mean(kernels, monkeypatch, arithmetic) -> None:
+    """Mean 1e4 and deviation 1: E[x^2] - E[x]^2 would have no correct digit in float."""
+    dtype, tf32, _ = use(arithmetic, monkeypatch)
+    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
+    torch.manual_seed(4)
+    x, norm, weight = make_rows(700, 16, dtype), make_norm(16, dtype), torch.randn(9, 16, dtype=acc(dtype))
+    out, mean, var = (
+        torch.empty(700, 9, dtype=dtype),
+        torch.empty(9, dtype=acc(dtype)),
+        torch.empty(9, dtype=acc(dtype)),
+    )
+    kernels(
+        "bn_relu_conv1x1", x=x, **norm, conv_weight=weight, out_bias=torch.full((9,), 1e4, dtype=acc(dtype)),
+        out_relu=False, out=out, out_mean=mean, out_var=var, tf32=tf32,
+    )  # fmt: skip
+    stored = out.double()
+    assert ((mean.double() - stored.mean(0)).abs() <= 2e-3).all()
+    assert ((var.double() / stored.var(0, unbiased=False) - 1).abs() <= 1e-5).all()
