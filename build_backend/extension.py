@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from build_backend.environment import BuildError
 
-CUDA_SOURCES = "csrc/cuda/*.cu"
-# What registers the GPU kernels as operators; without it compiling them would only cost minutes.
-CUDA_OPERATORS = "csrc/ops/cuda*.cpp"
+# The GPU kernels and what registers them as operators.
+CUDA_SOURCES = ("csrc/ops/cuda.cpp", "csrc/cuda/*.cu")
 
 
 class Cuda(NamedTuple):
@@ -27,7 +26,8 @@ class Cuda(NamedTuple):
 
 def sources(root: Path, cuda: bool) -> list[str]:
     """The source files, relative to `root` (as setuptools wants them), in a fixed order."""
-    patterns = ["csrc/module.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"] + ([CUDA_SOURCES] if cuda else [])
+    patterns = ["csrc/module.cpp", "csrc/ops/schemas.cpp", "csrc/ops/cpu.cpp", "csrc/cpu/*.cpp"]
+    patterns += CUDA_SOURCES if cuda else ()
     return [str(path.relative_to(root)) for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
@@ -47,27 +47,40 @@ def find_toolkit() -> Path | None:
     return None
 
 
-def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None, has_operators: bool) -> Cuda:
+def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None) -> Cuda:
     """Whether to build the GPU kernels. `forced` is DENSENET_EXT_CUDA: "0", "1", or None to decide by what is there.
 
-    A visible GPU is no condition: builds often run on machines without one.
+    A visible GPU is no condition: builds often run on machines without one. Raises `BuildError` when "1" cannot be.
     """
     if forced not in (None, "", "0", "1"):
         raise BuildError(f"DENSENET_EXT_CUDA must be 0 or 1, and is {forced!r}.")
     if forced == "0":
         return Cuda(False, "DENSENET_EXT_CUDA=0")
-    if not has_operators:
-        return Cuda(False, f"no operators use the GPU kernels yet: there is no {CUDA_OPERATORS}")
+    other_major = _other_major(torch_cuda, toolkit)
     if forced == "1":
         if toolkit is None:
             raise BuildError("DENSENET_EXT_CUDA=1, and no CUDA toolkit was found; set CUDA_HOME to its folder.")
+        if other_major:
+            raise BuildError(f"DENSENET_EXT_CUDA=1, and {other_major}; set CUDA_HOME to a toolkit that fits.")
         loads = "" if torch_cuda else "; this torch has no CUDA, so that the result compiles and does not load here"
         return Cuda(True, f"DENSENET_EXT_CUDA=1, toolkit in {toolkit}{loads}", toolkit)
     if torch_cuda is None:
         return Cuda(False, "the installed torch has no CUDA")
     if toolkit is None:
         return Cuda(False, f"torch has CUDA {torch_cuda}, but no CUDA toolkit was found (CUDA_HOME, nvcc on PATH)")
+    if other_major:
+        return Cuda(False, other_major)
     return Cuda(True, f"torch has CUDA {torch_cuda}, toolkit in {toolkit}", toolkit)
+
+
+def _other_major(torch_cuda: str | None, toolkit: Path | None) -> str | None:
+    """In words that the toolkit's major version is not the one that torch was built with, or None."""
+    if torch_cuda is None or toolkit is None:
+        return None
+    major, minor = toolkit_version(toolkit)
+    if int(torch_cuda.split(".")[0]) == major:
+        return None
+    return f"torch has CUDA {torch_cuda}, but the toolkit in {toolkit} is {major}.{minor}, of another major version"
 
 
 def default_architectures(toolkit_version: tuple[int, int]) -> str:
@@ -117,7 +130,7 @@ def extension(root: Path) -> tuple[Any, Cuda]:
 
     toolkit = find_toolkit()
     forced = os.environ.get("DENSENET_EXT_CUDA")
-    cuda = decide_cuda(forced, torch.version.cuda, toolkit, any(root.glob(CUDA_OPERATORS)))
+    cuda = decide_cuda(forced, torch.version.cuda, toolkit)
     macros: list[tuple[str, str | None]] = []
     include_dirs, library_dirs, libraries = [str(root / "csrc")], [], []
     if cuda.build and toolkit is not None:
@@ -134,6 +147,7 @@ def extension(root: Path) -> tuple[Any, Cuda]:
         "DX_BUILD_TORCH": torch.__version__,
         "DX_BUILD_CUDA": ".".join(map(str, toolkit_version(toolkit))) if cuda.build and toolkit else "",
         "DX_BUILD_ARCHS": cuda.architectures,
+        "DX_BUILD_NO_CUDA": "" if cuda.build else cuda.why,
     }
     macros += [(name, f'"{value}"') for name, value in facts.items()]
     files = sources(root, cuda.build)

@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/levels.h"
+#if defined(USE_CUDA)
+#include "cuda/kernels.h"
+#endif
 
 namespace {
 
@@ -19,6 +22,7 @@ pybind11::dict build_facts() {
   facts["torch"] = DX_BUILD_TORCH;
   facts["cuda"] = DX_BUILD_CUDA;
   facts["cuda_architectures"] = DX_BUILD_ARCHS;
+  facts["why_no_cuda"] = DX_BUILD_NO_CUDA;
   return facts;
 }
 
@@ -42,4 +46,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (!dx::cpu::set_level(name)) throw pybind11::value_error("no SIMD level '" + name + "' on this processor");
       },
       pybind11::arg("name"), "Use another SIMD level, for tests.");
+#if defined(USE_CUDA)
+  m.def(
+      "why_no_kernel",
+      []() -> pybind11::object {
+        const cudaError_t error = dx::cuda::find_kernel();
+        if (error == cudaSuccess) return pybind11::none();
+        return pybind11::str(cudaGetErrorString(error));
+      },
+      "Why the kernels do not run on the current GPU, or None: the driver finds none for it, say.");
+#endif
 }

@@ -48,6 +48,7 @@ module, why_missing = _load()
 _facts: dict[str, Any] = module.build_facts() if module is not None else {}
 has_cpu: bool = module is not None
 has_cuda: bool = bool(_facts.get("cuda"))
+why_no_cuda: str | None = None if has_cuda else str(_facts.get("why_no_cuda") or why_missing)
 
 
 def build_info() -> dict[str, Any]:
@@ -59,8 +60,8 @@ def build_info() -> dict[str, Any]:
     * ``compiled``: whether the compiled part is loaded, and ``why_missing``: a sentence if it is not, else None;
     * ``torch_built_with``, ``torch_running``: version strings;
     * ``compiler``: the C++ compiler;
-    * ``cuda``: the CUDA version the GPU kernels were compiled with, None without them, and
-      ``cuda_architectures``: a list such as ``["9.0", "9.0+PTX"]``;
+    * ``cuda``: the CUDA version the GPU kernels were compiled with, None without them, and then ``why_no_cuda`` says
+      why; ``cuda_architectures``: a list such as ``["9.0", "9.0+PTX"]``;
     * ``simd``: the SIMD level in use on the CPU, and ``simd_available``: every level this processor runs.
 
     Entries that only the compiled part knows are None (lists: empty) when it is missing.
@@ -73,6 +74,7 @@ def build_info() -> dict[str, Any]:
         "torch_running": str(torch.__version__),
         "compiler": _facts.get("compiler") or None,
         "cuda": _facts.get("cuda") or None,
+        "why_no_cuda": why_no_cuda,
         "cuda_architectures": str(_facts.get("cuda_architectures") or "").replace(";", " ").split(),
         "simd": module.simd_level() if module is not None else None,
         "simd_available": list(module.simd_levels()) if module is not None else [],

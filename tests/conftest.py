@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from emulation import library
 
 from densenet_ext import _extension, kernels
 
@@ -19,13 +23,27 @@ def _seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on the compiled kernels and on plain PyTorch; the former is skipped while nothing is compiled."""
-    if request.param == "compiled":
-        if _extension.module is None:
-            pytest.skip(f"no compiled part: {_extension.why_missing}")
-        yield "compiled"
-    else:
+@pytest.fixture(scope="session")
+def emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The CUDA operators over emulated kernels (tests/emulation), for CPU tensors."""
+    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    torch.ops.load_library(library.compile_operators(tmp_path_factory.mktemp("operators")))
+    return SimpleNamespace(**{name: getattr(torch.ops.densenet_ext_emulated, name).default for name in kernels.OPS})
+
+
+@pytest.fixture(params=["compiled", "plain", "emulated"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on the compiled kernels, on plain PyTorch, and on the GPU's kernels as they are emulated.
+
+    The first is skipped while nothing is compiled.
+    """
+    if request.param == "plain":
         with kernels.force_plain():
             yield "plain"
+        return
+    if _extension.module is None:
+        pytest.skip(f"no compiled part: {_extension.why_missing}")
+    if request.param == "emulated":
+        monkeypatch.setattr(kernels, "_compiled", request.getfixturevalue("emulated_operators"))
+    yield request.param

@@ -195,29 +195,33 @@ TOOLKIT = Path("/toolkit")
 
 
 @pytest.mark.parametrize(
-    ("forced", "torch_cuda", "toolkit", "has_operators", "build", "why"),
+    ("forced", "torch_cuda", "toolkit", "build", "why"),
     [
-        (None, "13.0", TOOLKIT, True, True, "torch has CUDA 13.0"),
-        (None, "13.0", None, True, False, "no CUDA toolkit was found"),
-        (None, "13.0", TOOLKIT, False, False, "no operators use the GPU kernels"),
-        (None, None, TOOLKIT, True, False, "torch has no CUDA"),
-        ("", None, TOOLKIT, True, False, "torch has no CUDA"),
-        ("0", "13.0", TOOLKIT, True, False, "DENSENET_EXT_CUDA=0"),
-        ("1", None, TOOLKIT, True, True, "does not load here"),
-        ("1", "13.0", TOOLKIT, True, True, "DENSENET_EXT_CUDA=1"),
+        (None, "13.0", TOOLKIT, True, "torch has CUDA 13.0"),
+        (None, "13.0", None, False, "no CUDA toolkit was found"),
+        (None, None, TOOLKIT, False, "torch has no CUDA"),
+        ("", None, TOOLKIT, False, "torch has no CUDA"),
+        ("0", "13.0", TOOLKIT, False, "DENSENET_EXT_CUDA=0"),
+        ("1", None, TOOLKIT, True, "does not load here"),
+        ("1", "13.0", TOOLKIT, True, "DENSENET_EXT_CUDA=1"),
+        (None, "12.9", TOOLKIT, False, "is 13.1, of another major version"),
     ],
 )
-def test_cuda_decision(forced, torch_cuda, toolkit, has_operators, build, why) -> None:
-    decision = extension.decide_cuda(forced, torch_cuda, toolkit, has_operators)
+def test_cuda_decision(monkeypatch: pytest.MonkeyPatch, forced, torch_cuda, toolkit, build, why) -> None:
+    monkeypatch.setattr(extension, "toolkit_version", lambda toolkit: (13, 1))
+    decision = extension.decide_cuda(forced, torch_cuda, toolkit)
     assert decision.build is build and why in decision.why
     assert decision.home == (toolkit if build else None)
 
 
-def test_cuda_cannot_be_forced_without_a_toolkit_nor_by_another_word() -> None:
+def test_cuda_cannot_be_forced_without_a_toolkit_nor_by_another_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "toolkit_version", lambda toolkit: (13, 1))
+    with pytest.raises(environment.BuildError, match="of another major version; set CUDA_HOME"):
+        extension.decide_cuda("1", "12.9", TOOLKIT)
     with pytest.raises(environment.BuildError, match="no CUDA toolkit was found; set CUDA_HOME"):
-        extension.decide_cuda("1", "13.0", None, True)
+        extension.decide_cuda("1", "13.0", None)
     with pytest.raises(environment.BuildError, match="must be 0 or 1, and is 'yes'"):
-        extension.decide_cuda("yes", "13.0", TOOLKIT, True)
+        extension.decide_cuda("yes", "13.0", TOOLKIT)
 
 
 def test_a_launcher_on_path_does_not_pass_for_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,17 +1,29 @@
-"""The CUDA kernels compile, and ptxas finds registers for all of them: no spills, no local memory."""
+"""The CUDA backend is built as a user builds it, on a machine that may have no GPU: `pip wheel` with nvcc.
+
+From the same build comes ptxas' report: it found registers for all kernels, without spills and local memory.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-ARCHITECTURES = ("80", "90a")
+from build_backend import extension
+from densenet_ext import kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("8.0", "9.0a")
 
 
 class Kernel(NamedTuple):
@@ -36,16 +48,17 @@ def read_report(text: str) -> list[Kernel]:
         text,
         flags=re.DOTALL,
     )
-    kernels = []
-    for mangled, architecture, stack, stores, loads, registers, rest in found:
+    mangled = "\n".join(entry[0] for entry in found)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    report = []
+    for name, (_, architecture, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
         shared = re.search(r"(\d+) bytes smem", rest)
-        name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
         name = re.sub(r"^void |dx::cuda::|dx::|\(anonymous namespace\)::|\(.*\)$", "", name)
         used = int(stores) + int(loads)
-        kernels.append(
+        report.append(
             Kernel(name, architecture, int(registers), int(stack), used, int(shared.group(1)) if shared else 0)
         )
-    return kernels
+    return report
 
 
 def test_reading_a_report() -> None:
@@ -60,20 +73,75 @@ ptxas info    : Used 30 registers, used 1 barriers, 128 bytes smem, 360 bytes cm
     assert kernel == ("foo<double>", "sm_80", 30, 16, 12, 128) and kernel.is_double
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda p: p.name)
-def test_compiles_without_spills(source: Path, tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("c++filt") is None:
+class Build(NamedTuple):
+    log: str
+    wheel: Path
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    if extension.find_toolkit() is None or shutil.which("c++filt") is None:
         pytest.skip("no CUDA toolkit")
-    command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "warning" not in run.stderr, run.stderr
-    kernels = read_report(run.stderr)
-    assert {kernel.architecture for kernel in kernels} == {f"sm_{a}" for a in ARCHITECTURES}
-    for kernel in sorted(kernels):
-        print(f"{kernel.architecture:7} {kernel.registers:4} registers {kernel.stack:4} B local  {kernel.name}")
-    bad = [kernel for kernel in kernels if (kernel.stack or kernel.spilled) and not kernel.is_double]
+    folder = tmp_path_factory.mktemp("cuda")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "build_backend", "densenet_ext"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    settings = {
+        "DENSENET_EXT_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": ";".join(ARCHITECTURES),
+        "NVCC_APPEND_FLAGS": "-Xptxas=-v",
+    }
+    run = subprocess.run(
+        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert run.returncode == 0, run.stdout[-10000:]
+    (wheel,) = folder.glob("densenet_ext-*.whl")
+    return Build(run.stdout, wheel)
+
+
+@pytest.mark.slow
+def test_the_build_says_what_it_decided(build: Build) -> None:
+    assert "GPU kernels: yes (DENSENET_EXT_CUDA=1" in build.log
+    assert f"GPU architectures: {';'.join(ARCHITECTURES)}" in build.log
+    ours = [line for line in build.log.splitlines() if "warning" in line and "csrc" in line]
+    assert not ours, ours
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(build: Build) -> None:
+    report = read_report(build.log)
+    assert {kernel.architecture for kernel in report} == {f"sm_{a.replace('.', '')}" for a in ARCHITECTURES}
+    for kernel in sorted(report):
+        memory = f"{kernel.stack:4} B local {kernel.shared:6} B static shared"
+        print(f"{kernel.architecture:7} {kernel.registers:4} registers {memory}  {kernel.name}")
+    bad = [kernel for kernel in report if (kernel.stack or kernel.spilled) and not kernel.is_double]
     assert not bad, bad
+
+
+@pytest.mark.slow
+def test_the_result_loads_or_says_why_not(build: Build, tmp_path: Path) -> None:
+    """With a torch that has CUDA every operator is there for GPUs; without, the package goes on in plain PyTorch."""
+    zipfile.ZipFile(build.wheel).extractall(tmp_path)
+    code = """
+        import json, torch, densenet_ext as dx
+        from densenet_ext import kernels
+        info = dx.build_info()
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        registered = [name for name in kernels.OPS if info["compiled"] and has(f"densenet_ext::{name}", "CUDA")]
+        y = dx.DenseBlock(2, 4, 2, 3, 0.0)(torch.randn(2, 4, 5, 5)).sum()
+        print(json.dumps([info["why_missing"], registered, y.isfinite().item(), kernels.why_plain("cuda")]))
+        """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    why_missing, registered, finite, why_plain = json.loads(run.stdout)
+    assert finite
+    if torch.version.cuda is None:
+        assert "does not load with torch" in why_missing and "cuda_stream" in why_missing and why_plain == why_missing
+    else:
+        assert why_missing is None and registered == list(kernels.OPS)
+        assert torch.cuda.is_available() or why_plain == "there is no GPU here"

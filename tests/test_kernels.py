@@ -342,6 +342,35 @@ def test_dropout_is_the_same_hash_everywhere(p: float, level: str) -> None:
 
 
 @compiled_only
+def test_results_must_lie_apart_from_arguments() -> None:
+    """Other columns of the same buffer are apart, and elementwise operations may work in place; else it is an error."""
+    ops, buffer = torch.ops.densenet_ext, torch.randn(9, 20)
+    norm = (torch.zeros(8), torch.ones(8), None, None, 1e-5)
+    expected = torch.empty(9, 8)
+    plain.bn_relu(buffer[:, :8], *norm, expected)
+    ops.bn_relu(buffer[:, :8], *norm, buffer[:, 8:16])
+    assert torch.equal(buffer[:, 8:16], expected)
+    ops.bn_relu(buffer[:, :8], *norm, buffer[:, :8])
+    assert torch.equal(buffer[:, :8], expected)
+    for out in (buffer[:, 4:12], buffer[1:, :8], buffer.view(-1)[18:162].view(9, 16)[:, :8]):
+        with pytest.raises(RuntimeError, match="out: expected storage apart from that of x, got an overlap"):
+            ops.bn_relu(buffer[: len(out), :8], *norm, out)
+    grad = torch.randn(9, 8)
+    with pytest.raises(RuntimeError, match="grad_x: expected storage apart from that of grad_out"):
+        ops.bn_relu_conv1x1_backward(
+            buffer[:, :8], *norm, torch.randn(8, 8), grad, *(None,) * 5, 0.0, *(None,) * 3, False, grad, None,
+            torch.empty(8), torch.empty(8), None, None,
+        )  # fmt: skip
+
+
+@compiled_only
+def test_misaligned_storage_is_an_error() -> None:
+    x = torch.frombuffer(bytearray(33), dtype=torch.float32, offset=1, count=8).view(2, 4)
+    with pytest.raises(RuntimeError, match="x: expected storage aligned to its elements of 4 bytes"):
+        torch.ops.densenet_ext.channel_stats(x, torch.empty(4), torch.empty(4))
+
+
+@compiled_only
 @pytest.mark.parametrize("name", kernels.OPS)
 def test_opcheck(name: str) -> None:
     call = MAKERS[name](7, 5, False)[0]

@@ -97,7 +97,7 @@ struct Chunk {
     for (int i = 0; i < Shape::kXPieces; ++i) {
       Piece<Acc<T>, E> v;
 #pragma unroll
-      for (int e = 0; e < E; ++e) v.v[e] = positive_part(x[i].get(e) * scale.v[e] + shift.v[e]);
+      for (int e = 0; e < E; ++e) v.v[e] = positive_part(affine(Acc<T>(x[i].get(e)), scale.v[e], shift.v[e]));
       store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column(), Math::operands(v));
     }
   }

@@ -72,6 +72,7 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
   const int column = thread_x() % Shape::kDzAcross * E, row = thread_x() / Shape::kDzAcross, n = n0 + column;
   const int left = int(p.of.N) - n, valid = left < E ? left : E;
   const T *grad = p.of.grad_out.row(m0 + row) + n, *z = p.of.z.row(m0 + row) + n;
+  const bool frozen = p.of.z_grad_weight == nullptr;
   Piece<T, E> grads[Shape::kDzPieces], zs[Shape::kDzPieces];
 #pragma unroll
   for (int i = 0; i < Shape::kDzPieces; ++i) {
@@ -95,8 +96,9 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
         A value = grads[i].get(f + e);
         if (p.of.z) {
           const A u = zs[i].get(f + e);
-          const A dy = gradient_passes(u * scale.v[e] + shift.v[e]) ? value : A(0);
-          value = scale.v[e] * (dy - center.v[e] - (u - mean.v[e]) * slope.v[e]);
+          const A dy = gradient_passes(affine(u, scale.v[e], shift.v[e])) ? value : A(0);
+          // a frozen norm2 has no correction, and 0 times an infinite z would be NaN
+          value = scale.v[e] * (frozen ? dy : dy - center.v[e] - (u - mean.v[e]) * slope.v[e]);
         }
         values.v[e] = row + i * D < rows ? value : A(0);
       }
@@ -170,7 +172,7 @@ struct Columns {
         Piece<A, F> v;
 #pragma unroll
         for (int e = 0; e < F; ++e) {
-          const A u = positive_part(x[i].get(f + e) * scale.v[e] + shift.v[e]);
+          const A u = positive_part(affine(A(x[i].get(f + e)), scale.v[e], shift.v[e]));
           v.v[e] = row() + i * Shape::kDown < rows ? u : A(0);
         }
         store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column() + f, Math::operands(v));
@@ -196,7 +198,7 @@ struct Columns {
 #pragma unroll
         for (int e = 0; e < F; ++e) {
           const A u = x[i].get(f + e);
-          const A masked = exists && gradient_passes(u * scale.v[e] + shift.v[e]) ? dy.v[e] : A(0);
+          const A masked = exists && gradient_passes(affine(u, scale.v[e], shift.v[e])) ? dy.v[e] : A(0);
           sum.v[f + e] += masked;
           sum_xc.v[f + e] += masked * (u - mean.v[e]);
           g.v[e] = scale.v[e] * masked + (p.in ? in[i].get(f + e) : A(0));

@@ -48,6 +48,13 @@ struct Tf32Math {
   }
 };
 
+// x s + t with one rounding, whatever the compiler would make of it: a mean that is large beside the deviation leaves
+// digits enough, and what the backward pass computes again is what the forward pass had.
+template <class A>
+__device__ __forceinline__ A affine(A x, A scale, A shift) {
+  return std::fma(x, scale, shift);
+}
+
 // max(u, 0) that propagates NaN; and whether the gradient passes, as PyTorch's threshold_backward has it.
 template <class A>
 __device__ __forceinline__ A positive_part(A u) {
@@ -61,8 +68,7 @@ __device__ __forceinline__ bool gradient_passes(A u) {
 // How many of a tile's rows exist.
 __device__ __forceinline__ int rows_from(int64_t M, int64_t m0, int tile) { return M - m0 < tile ? int(M - m0) : tile; }
 
-// ---- workspace
-// -------------------------------------------------------------------------------------------------------
+// ---- workspace -----------------------------------------------------------------------------------------------------
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_least_one(int64_t n) { return n > 1 ? n : 1; }  // a grid of no blocks is an error
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -84,8 +90,7 @@ class Carver {
   size_t used_ = 0;
 };
 
-// ---- preparation
-// -----------------------------------------------------------------------------------------------------
+// ---- preparation ---------------------------------------------------------------------------------------------------
 template <class A, class S>
 struct Prepared {
   int64_t Np, Cp;  // N and C rounded up to whole tiles
@@ -120,7 +125,7 @@ __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ P
     if (i < p.C) {
       mean = load_one(p.norm.mean + i);
       scale = value(p.norm.weight, i, A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
-      shift = value(p.norm.bias, i, A(0)) - mean * scale;
+      shift = std::fma(-mean, scale, value(p.norm.bias, i, A(0)));
     }
     const A values[] = {scale, shift, mean};
 #pragma unroll
@@ -133,7 +138,7 @@ __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ P
       const A rstd = bn_rstd(load_one(p.z_norm.var + i), p.z_norm.eps);
       mean = load_one(p.z_norm.mean + i);
       scale = value(p.z_norm.weight, i, A(1)) * rstd;
-      shift = value(p.z_norm.bias, i, A(0)) - mean * scale;
+      shift = std::fma(-mean, scale, value(p.z_norm.bias, i, A(0)));
       center = value(p.z_grad_bias, i, A(0)) / A(p.M);
       slope = rstd * value(p.z_grad_weight, i, A(0)) / A(p.M);
     }

@@ -2,7 +2,7 @@
 // T: float, double, bfloat16, float16. They queue work on the stream and return the launch's error. A launcher that
 // needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content; sums of
 // several blocks lie there until a second kernel merges them in a fixed order. Results must not overlap arguments,
-// except that bn_relu_backward's grad_x and feature_grad's out may be grad itself.
+// except that bn_relu's out may be x itself, bn_relu_backward's grad_x and feature_grad's out grad itself.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,9 @@
 #include "runtime.h"
 
 namespace dx::cuda {
+
+// Whether this build has kernels for the current GPU (find_kernel.cu).
+cudaError_t find_kernel();
 
 // statistics.cu
 template <class T>

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,38 +41,72 @@ OPS = (
 """The names of the operations."""
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_DEVICES = frozenset(
-    name for name, compiled in (("cpu", _extension.has_cpu), ("cuda", _extension.has_cuda)) if compiled
-)
 # Overloads rather than packets: resolving the overload would cost a microsecond at every call.
 _compiled: Any = None
+# The same, with the products of float32 numbers on a GPU's tensor cores.
+_compiled_tf32: Any = None
 if _extension.module is not None:
     _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in OPS})
+    _compiled_tf32 = SimpleNamespace(**vars(_compiled))
+    for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
+        setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
     fakes.register(OPS)
 _forced = 0
 
 
+@cache
+def _why_not_on_gpu(index: int) -> str | None:
+    """Why the compiled kernels do not run on this GPU, or None when they do; asked of the driver once."""
+    module = _extension.module
+    if module is None or not _extension.has_cuda:
+        return f"the compiled part has no kernels for cuda ({_extension.why_no_cuda})"
+    major, minor = torch.cuda.get_device_capability(index)
+    with torch.cuda.device(index):
+        error = module.why_no_kernel()
+    if error is None:
+        return None
+    built = f"built for {', '.join(_extension.build_info()['cuda_architectures'])}"
+    return f"no compiled kernel runs on this GPU of compute capability {major}.{minor} ({error}; {built})"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """ "compiled" or "plain": who computes on feature maps of this device and dtype."""
-    usable = torch.device(device).type in _DEVICES and dtype in _DTYPES and not _forced
-    return "compiled" if usable else "plain"
+    return "compiled" if dtype in _DTYPES and why_plain(device) is None else "plain"
 
 
 def why_plain(device: torch.device | str) -> str | None:
     """In words why nothing compiled runs on ``device``, or None when it does."""
-    kind = torch.device(device).type
+    device = torch.device(device)
     if _extension.module is None:
         return _extension.why_missing
-    if kind not in _DEVICES:
-        return f"the compiled part has no kernels for {kind}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the compiled part has no kernels for {device.type}"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no GPU here"
+        reason = _why_not_on_gpu(_index(device))
+        if reason is not None:
+            return reason
     return "plain PyTorch is forced" if _forced else None
 
 
 def select(x: Tensor) -> Any:
-    """The namespace of operations for feature maps like ``x``."""
-    if x.device.type in _DEVICES and x.dtype in _DTYPES and not _forced:
-        return _compiled
-    return plain
+    """The namespace of operations for feature maps like ``x``.
+
+    float32 on a GPU is multiplied as TF32 where PyTorch's convolutions are (``torch.backends.cudnn``).
+    """
+    if x.dtype not in _DTYPES or _forced:
+        return plain
+    if x.is_cpu:
+        return plain if _compiled is None else _compiled
+    if not x.is_cuda or _why_not_on_gpu(_index(x.device)) is not None:
+        return plain
+    cudnn: Any = torch.backends.cudnn
+    return _compiled_tf32 if x.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32" else _compiled
 
 
 @contextmanager

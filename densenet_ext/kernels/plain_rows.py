@@ -207,8 +207,12 @@ def bn_relu_conv1x1(
     out: Tensor,
     out_mean: Tensor | None,
     out_var: Tensor | None,
+    tf32: bool = False,
 ) -> None:
-    """out [M, b] = relu(bn(x [M, C])) @ conv_weight [b, C]^T (+ out_bias [b], then ReLU); its statistics as stored."""
+    """out [M, b] = relu(bn(x [M, C])) @ conv_weight [b, C]^T (+ out_bias [b], then ReLU); its statistics as stored.
+
+    ``tf32``: a GPU may multiply float32 as TF32; here PyTorch's setting for matrix products decides.
+    """
     z = affine(x, mean, var, weight, bias, eps).relu_() @ conv_weight.t()
     if out_bias is not None:
         z += out_bias
@@ -244,6 +248,7 @@ def bn_relu_conv1x1_backward(
     grad_bias: Tensor,
     grad_mean: Tensor | None,
     grad_var: Tensor | None,
+    tf32: bool = False,
 ) -> None:
     """The backward pass of ``bn_relu_conv1x1``, and of the BatchNorm and ReLU on its output when ``z`` [M, b] is given.
 

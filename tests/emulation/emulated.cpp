@@ -261,3 +261,9 @@ void wait_async(size_t groups_in_flight) {
 }
 
 }  // namespace dx::cuda::emulated
+
+const char* cudaGetErrorString(cudaError_t) {
+  static std::string text;
+  text = dx::cuda::emulated::take_error();
+  return text.c_str();
+}

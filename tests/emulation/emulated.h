@@ -18,6 +18,8 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
+// The text of the last failure, whatever the error.
+const char* cudaGetErrorString(cudaError_t error);
 
 struct dim3 {
   unsigned x, y, z;
@@ -68,6 +70,8 @@ unsigned char* shared_bytes();
 // Global memory that kernels may touch from now on.
 void add_memory(const void* begin, size_t bytes, bool writable, const char* name);
 void clear_memory();
+// Whether memory that was not added counts as a kernel's own, unchecked: whole networks have too much of it.
+void trust_memory(bool trusted);
 // Accesses of the running thread, checked; `alignment` 1 asks for none.
 void check_read(const void* p, size_t bytes, size_t alignment);
 void check_write(void* p, size_t bytes, size_t alignment);

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the emulator, and a call of one of them on CPU tensors."""
+"""The CUDA kernels compiled for the emulator, to be called one by one on CPU tensors, or as torch's operators."""
 
 from __future__ import annotations
 
@@ -38,15 +38,37 @@ def _is_new(target: Path) -> bool:
     return all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in files)
 
 
+EMULATOR = ("emulated.cpp", "shadow.cpp", "driver.cpp")
+CALLED_BY_TESTS = ("launchers.cpp", "faults.cpp", "warp.cpp")
+
+
 def compile_library(folder: Path, families: Sequence[str] = tuple(FAMILIES), flags: Sequence[str] = ()) -> Path:
     """Compiles the families' kernels and the emulator with the C++ compiler; returns the library's path.
 
     Objects are kept in the folder and compiled again when a file that they include has changed.
     """
+    return _compile(folder, families, CALLED_BY_TESTS, flags)
+
+
+def compile_operators(folder: Path) -> Path:
+    """Compiles all kernels, the emulator and the CUDA operators over them; returns the library's path.
+
+    ``torch.ops.load_library`` of it registers the operators ``densenet_ext_emulated::*``.
+    """
+    from torch.utils import cpp_extension
+
+    include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    # -Bsymbolic: what operators.cpp stands in for is in torch's libraries too
+    linker = ["-Wl,-Bsymbolic", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
+    return _compile(folder, tuple(FAMILIES), ("operators.cpp",), [*include, abi, "-DUSE_CUDA"], linker)
+
+
+def _compile(
+    folder: Path, families: Sequence[str], others: Sequence[str], flags: Sequence[str], linker: Sequence[str] = ()
+) -> Path:
     sources = [KERNELS / name for family in families for name in FAMILIES[family]]
-    sources += [
-        HERE / name for name in ("emulated.cpp", "shadow.cpp", "driver.cpp", "launchers.cpp", "faults.cpp", "warp.cpp")
-    ]
+    sources += [HERE / name for name in (*EMULATOR, *others)]
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-MMD"]
     # Some distributions' compilers otherwise add checks that take a jump to another fiber's stack for an attack.
     options += ["-U_FORTIFY_SOURCE", "-DDX_EMULATE", f"-I{HERE}"]
@@ -66,7 +88,7 @@ def compile_library(folder: Path, families: Sequence[str] = tuple(FAMILIES), fla
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sources))
     library = folder / f"emulated{os.getpid()}.so"
-    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects)], check=True)
+    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects), *linker], check=True)
     return library
 
 

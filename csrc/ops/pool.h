@@ -1,13 +1,12 @@
 // bn_relu_avg_pool, bn_relu_max_pool and their backward passes
-#include "../cpu/levels.h"
+#pragma once
+
 #include "tensors.h"
 
 namespace dx::ops {
-namespace {
-
 using Ints = std::vector<int64_t>;
 
-void check_entries(const Ints& values, size_t count, int64_t least, const char* name) {
+inline void check_entries(const Ints& values, size_t count, int64_t least, const char* name) {
   STD_TORCH_CHECK(values.size() == count, "densenet_ext: ", name, ": expected ", count, " numbers, got ",
                   values.size());
   for (int64_t value : values)
@@ -15,7 +14,7 @@ void check_entries(const Ints& values, size_t count, int64_t least, const char* 
 }
 
 // size [N, D, H, W]; window, stride, padding [3]; output sizes in floor mode.
-Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+inline Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
   check_entries(size, 4, 0, "size");
   check_entries(window, 3, 1, "window");
   check_entries(stride, 3, 1, "stride");
@@ -35,8 +34,8 @@ Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const 
   }
   return g;
 }
-Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
-Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
+inline Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
+inline Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
   const Pooling g = pooling(size, window, stride, padding);
   STD_TORCH_CHECK(g.window[0] * g.window[1] * g.window[2] <= 256,
                   "densenet_ext: window: expected at most 256 pixels (positions are kept in a byte), got ",
@@ -45,28 +44,31 @@ Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const 
 }
 
 // The three passes, for either kind of pooling: `kernel` picks it from the table.
-template <class K>
+template <class D, class K>
 void forward(const Pooling& g, const K& kernel, const Tensor& x, const Tensor& mean, const Tensor& var,
              const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out,
              const OptionalTensor& index) {
+  const D at(x);
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const int64_t C = x.size(1);
     const BnReluPool<T> p = {C,
                              g,
-                             rows<T>(x, "x", g.in_rows(), C),
-                             norm<Acc<T>>(mean, var, weight, bias, eps, C),
-                             rows_out<T>(out, "out", g.out_rows(), C),
-                             index ? rows_out<uint8_t>(*index, "index", g.out_rows(), C) : Rows<uint8_t>{}};
-    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+                             rows<T>(at, x, "x", g.in_rows(), C),
+                             norm<Acc<T>>(at, mean, var, weight, bias, eps, C),
+                             rows_out<T>(at, out, "out", g.out_rows(), C),
+                             index ? rows_out<uint8_t>(at, *index, "index", g.out_rows(), C) : Rows<uint8_t>{}};
+    check_apart(p.out, g.out_rows(), C, "out", p.x, g.in_rows(), C, "x");
+    kernel(at, p, g.in_rows() * C);
   });
 }
 
-template <class K>
+template <class D, class K>
 void backward_reduce(const Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index,
                      const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                      const OptionalTensor& bias, double eps, const OptionalTensor& pooled, const Tensor& grad_weight,
                      const Tensor& grad_bias) {
+  const D at(x);
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -74,95 +76,109 @@ void backward_reduce(const Pooling& g, const K& kernel, const Tensor& grad_out, 
     const BnReluPoolBackwardReduce<T> p = {
         C,
         g,
-        rows<T>(grad_out, "grad_out", g.out_rows(), C),
-        index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
-        rows<T>(x, "x", g.in_rows(), C),
-        norm<A>(mean, var, weight, bias, eps, C),
-        pooled ? rows_out<T>(*pooled, "pooled", g.out_rows(), C) : Rows<T>{},
-        dense_out<A>(grad_weight, "grad_weight", C),
-        dense_out<A>(grad_bias, "grad_bias", C)};
-    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+        rows<T>(at, grad_out, "grad_out", g.out_rows(), C),
+        index ? rows<uint8_t>(at, *index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
+        rows<T>(at, x, "x", g.in_rows(), C),
+        norm<A>(at, mean, var, weight, bias, eps, C),
+        pooled ? rows_out<T>(at, *pooled, "pooled", g.out_rows(), C) : Rows<T>{},
+        dense_out<A>(at, grad_weight, "grad_weight", C),
+        dense_out<A>(at, grad_bias, "grad_bias", C)};
+    kernel(at, p, g.in_rows() * C);
   });
 }
 
-template <class K>
+template <class D, class K>
 void backward(const Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index, const Tensor& x,
               const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
               double eps, const OptionalTensor& grad_weight, const OptionalTensor& grad_bias, const Tensor& grad_x) {
+  const D at(x);
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t C = x.size(1);
     check_together(grad_weight, grad_bias, "grad_weight and grad_bias");
-    const BnReluPoolBackward<T> p = {C,
-                                     g,
-                                     rows<T>(grad_out, "grad_out", g.out_rows(), C),
-                                     index ? rows<uint8_t>(*index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
-                                     rows<T>(x, "x", g.in_rows(), C),
-                                     norm<A>(mean, var, weight, bias, eps, C),
-                                     dense<A>(grad_weight, "grad_weight", C),
-                                     dense<A>(grad_bias, "grad_bias", C),
-                                     rows_out<T>(grad_x, "grad_x", g.in_rows(), C)};
-    kernel(cpu::kernels<T>())(p, pool(g.in_rows() * C));
+    const BnReluPoolBackward<T> p = {
+        C,
+        g,
+        rows<T>(at, grad_out, "grad_out", g.out_rows(), C),
+        index ? rows<uint8_t>(at, *index, "index", g.out_rows(), C) : Rows<const uint8_t>{},
+        rows<T>(at, x, "x", g.in_rows(), C),
+        norm<A>(at, mean, var, weight, bias, eps, C),
+        dense<A>(at, grad_weight, "grad_weight", C),
+        dense<A>(at, grad_bias, "grad_bias", C),
+        rows_out<T>(at, grad_x, "grad_x", g.in_rows(), C)};
+    check_apart(p.grad_x, g.in_rows(), C, "grad_x", p.x, g.in_rows(), C, "x");
+    check_apart(p.grad_x, g.in_rows(), C, "grad_x", p.grad_out, g.out_rows(), C, "grad_out");
+    kernel(at, p, g.in_rows() * C);
   });
 }
 
+template <class D>
 void bn_relu_avg_pool(const Tensor& x, const Ints& size, const Ints& window, const Tensor& mean, const Tensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out) {
-  forward(
-      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool; }, x, mean, var, weight, bias, eps, out,
-      std::nullopt);
+  forward<D>(
+      average(size, window), [](const D& at, const auto& p, int64_t elements) { at.bn_relu_avg_pool(p, elements); }, x,
+      mean, var, weight, bias, eps, out, std::nullopt);
 }
+template <class D>
 void bn_relu_avg_pool_backward_reduce(const Tensor& grad_out, const Tensor& x, const Ints& size, const Ints& window,
                                       const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                                       const OptionalTensor& bias, double eps, const OptionalTensor& pooled,
                                       const Tensor& grad_weight, const Tensor& grad_bias) {
-  backward_reduce(
-      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool_backward_reduce; }, grad_out, std::nullopt,
-      x, mean, var, weight, bias, eps, pooled, grad_weight, grad_bias);
+  backward_reduce<D>(
+      average(size, window),
+      [](const D& at, const auto& p, int64_t elements) { at.bn_relu_avg_pool_backward_reduce(p, elements); }, grad_out,
+      std::nullopt, x, mean, var, weight, bias, eps, pooled, grad_weight, grad_bias);
 }
+template <class D>
 void bn_relu_avg_pool_backward(const Tensor& grad_out, const Tensor& x, const Ints& size, const Ints& window,
                                const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                                const OptionalTensor& bias, double eps, const OptionalTensor& grad_weight,
                                const OptionalTensor& grad_bias, const Tensor& grad_x) {
-  backward(
-      average(size, window), [](const auto& k) { return k.bn_relu_avg_pool_backward; }, grad_out, std::nullopt, x, mean,
-      var, weight, bias, eps, grad_weight, grad_bias, grad_x);
+  backward<D>(
+      average(size, window),
+      [](const D& at, const auto& p, int64_t elements) { at.bn_relu_avg_pool_backward(p, elements); }, grad_out,
+      std::nullopt, x, mean, var, weight, bias, eps, grad_weight, grad_bias, grad_x);
 }
+template <class D>
 void bn_relu_max_pool(const Tensor& x, const Ints& size, const Ints& window, const Ints& stride, const Ints& padding,
                       const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
                       double eps, const Tensor& out, const OptionalTensor& index) {
-  forward(
-      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool; }, x, mean, var, weight,
+  forward<D>(
+      maximum(size, window, stride, padding),
+      [](const D& at, const auto& p, int64_t elements) { at.bn_relu_max_pool(p, elements); }, x, mean, var, weight,
       bias, eps, out, index);
 }
+template <class D>
 void bn_relu_max_pool_backward_reduce(const Tensor& grad_out, const Tensor& index, const Tensor& x, const Ints& size,
                                       const Ints& window, const Ints& stride, const Ints& padding, const Tensor& mean,
                                       const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
                                       double eps, const Tensor& grad_weight, const Tensor& grad_bias) {
-  backward_reduce(
-      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool_backward_reduce; },
-      grad_out, index, x, mean, var, weight, bias, eps, std::nullopt, grad_weight, grad_bias);
+  backward_reduce<D>(
+      maximum(size, window, stride, padding),
+      [](const D& at, const auto& p, int64_t elements) { at.bn_relu_max_pool_backward_reduce(p, elements); }, grad_out,
+      index, x, mean, var, weight, bias, eps, std::nullopt, grad_weight, grad_bias);
 }
+template <class D>
 void bn_relu_max_pool_backward(const Tensor& grad_out, const Tensor& index, const Tensor& x, const Ints& size,
                                const Ints& window, const Ints& stride, const Ints& padding, const Tensor& mean,
                                const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                const OptionalTensor& grad_weight, const OptionalTensor& grad_bias,
                                const Tensor& grad_x) {
-  backward(
-      maximum(size, window, stride, padding), [](const auto& k) { return k.bn_relu_max_pool_backward; }, grad_out,
-      index, x, mean, var, weight, bias, eps, grad_weight, grad_bias, grad_x);
+  backward<D>(
+      maximum(size, window, stride, padding),
+      [](const D& at, const auto& p, int64_t elements) { at.bn_relu_max_pool_backward(p, elements); }, grad_out, index,
+      x, mean, var, weight, bias, eps, grad_weight, grad_bias, grad_x);
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
-  m.impl("bn_relu_avg_pool", TORCH_BOX(&bn_relu_avg_pool));
-  m.impl("bn_relu_avg_pool_backward_reduce", TORCH_BOX(&bn_relu_avg_pool_backward_reduce));
-  m.impl("bn_relu_avg_pool_backward", TORCH_BOX(&bn_relu_avg_pool_backward));
-  m.impl("bn_relu_max_pool", TORCH_BOX(&bn_relu_max_pool));
-  m.impl("bn_relu_max_pool_backward_reduce", TORCH_BOX(&bn_relu_max_pool_backward_reduce));
-  m.impl("bn_relu_max_pool_backward", TORCH_BOX(&bn_relu_max_pool_backward));
+template <class D>
+void implement_pool(torch::stable::detail::StableLibrary& m) {
+  m.impl("bn_relu_avg_pool", TORCH_BOX(&bn_relu_avg_pool<D>));
+  m.impl("bn_relu_avg_pool_backward_reduce", TORCH_BOX(&bn_relu_avg_pool_backward_reduce<D>));
+  m.impl("bn_relu_avg_pool_backward", TORCH_BOX(&bn_relu_avg_pool_backward<D>));
+  m.impl("bn_relu_max_pool", TORCH_BOX(&bn_relu_max_pool<D>));
+  m.impl("bn_relu_max_pool_backward_reduce", TORCH_BOX(&bn_relu_max_pool_backward_reduce<D>));
+  m.impl("bn_relu_max_pool_backward", TORCH_BOX(&bn_relu_max_pool_backward<D>));
 }
 
 }  // namespace dx::ops

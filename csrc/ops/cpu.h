@@ -1,0 +1,51 @@
+// The CPU as a backend of the operators: its kernels, on torch's own threads.
+#pragma once
+
+#include <algorithm>
+
+#include "../cpu/levels.h"
+#include "tensors.h"
+
+namespace dx::ops {
+
+class Cpu : public Place {
+ public:
+  explicit Cpu(const Tensor& first) : Place(first) {}
+
+// `elements`: of all feature maps, the measure of the work
+#define DX_RUN(name, Params)                              \
+  template <class T>                                      \
+  void name(const Params<T>& p, int64_t elements) const { \
+    cpu::kernels<T>().name(p, pool(elements));            \
+  }
+  DX_RUN(channel_stats, ChannelStats)
+  DX_RUN(append_features, AppendFeatures)
+  DX_RUN(bn_relu, BnRelu)
+  DX_RUN(feature_grad, FeatureGrad)
+  DX_RUN(bn_relu_backward_reduce, BnReluBackwardReduce)
+  DX_RUN(bn_relu_backward, BnReluBackward)
+  DX_RUN(bn_relu_conv1x1, BnReluConv1x1)
+  DX_RUN(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
+  DX_RUN(bn_relu_avg_pool, BnReluPool)
+  DX_RUN(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
+  DX_RUN(bn_relu_avg_pool_backward, BnReluPoolBackward)
+  DX_RUN(bn_relu_max_pool, BnReluPool)
+  DX_RUN(bn_relu_max_pool_backward_reduce, BnReluPoolBackwardReduce)
+  DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
+#undef DX_RUN
+
+ private:
+  // As many of torch's threads as the work is worth.
+  static cpu::Pool pool(int64_t elements) {
+    constexpr int64_t kElementsPerTask = 16384;
+    const int64_t worth = std::max<int64_t>(1, elements / kElementsPerTask);
+    return {int(std::min<int64_t>(torch::stable::get_num_threads(), worth)),
+            [](int tasks, void (*body)(void*, int), void* context) {
+              torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) body(context, int(i));
+              });
+            }};
+  }
+};
+
+}  // namespace dx::ops

@@ -1,0 +1,12 @@
+// The operators for CUDA tensors.
+#include "cuda.h"
+
+#include "conv1x1.h"
+#include "elementwise.h"
+#include "pool.h"
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
+  dx::ops::implement_elementwise<dx::ops::Cuda>(m);
+  dx::ops::implement_conv1x1<dx::ops::Cuda>(m);
+  dx::ops::implement_pool<dx::ops::Cuda>(m);
+}

@@ -1,0 +1,71 @@
+// A GPU as a backend of the operators: its kernels, on the current stream of the tensors' device. Nothing waits for the
+// GPU, and all memory is torch's, so that the operators can be captured in a CUDA graph.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/kernels.h"
+#include "tensors.h"
+
+namespace dx::ops {
+
+class Cuda : public Place {
+ public:
+  explicit Cuda(const Tensor& first) : Place(first), first_(first), guard_(device().index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device().index(), &stream));
+    stream_ = static_cast<cuda::Stream>(stream);
+  }
+
+#define DX_RUN(name, Params)                     \
+  template <class T>                             \
+  void name(const Params<T>& p, int64_t) const { \
+    check_launch(#name, cuda::name(p, stream_)); \
+  }
+#define DX_RUN_WITH_WORKSPACE(name, Params)                                  \
+  template <class T>                                                         \
+  void name(const Params<T>& p, int64_t) const {                             \
+    const Tensor scratch = workspace(#name, cuda::name##_workspace(p));      \
+    check_launch(#name, cuda::name(p, stream_, scratch.mutable_data_ptr())); \
+  }
+  DX_RUN_WITH_WORKSPACE(channel_stats, ChannelStats)
+  DX_RUN_WITH_WORKSPACE(append_features, AppendFeatures)
+  DX_RUN(bn_relu, BnRelu)
+  DX_RUN(feature_grad, FeatureGrad)
+  DX_RUN_WITH_WORKSPACE(bn_relu_backward_reduce, BnReluBackwardReduce)
+  DX_RUN(bn_relu_backward, BnReluBackward)
+  DX_RUN_WITH_WORKSPACE(bn_relu_conv1x1, BnReluConv1x1)
+  DX_RUN_WITH_WORKSPACE(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
+  DX_RUN(bn_relu_avg_pool, BnReluPool)
+  DX_RUN_WITH_WORKSPACE(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
+  DX_RUN(bn_relu_avg_pool_backward, BnReluPoolBackward)
+  DX_RUN(bn_relu_max_pool, BnReluPool)
+  DX_RUN_WITH_WORKSPACE(bn_relu_max_pool_backward_reduce, BnReluPoolBackwardReduce)
+  DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
+#undef DX_RUN
+#undef DX_RUN_WITH_WORKSPACE
+
+ protected:
+  // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only
+  // behind the kernels that were launched by then.
+  Tensor workspace(const char* name, size_t bytes) const {
+    try {
+      return torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
+    } catch (const std::exception&) {
+      // The stable ABI drops the allocator's own text, and who looks for the largest batch looks for these words.
+      STD_TORCH_CHECK(false, "CUDA out of memory. densenet_ext: ", name, " tried to allocate ", bytes, " bytes");
+    }
+  }
+
+ private:
+  static void check_launch(const char* name, cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "densenet_ext: ", name, ": CUDA error: ", cudaGetErrorString(error));
+  }
+
+  const Tensor& first_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_;
+};
+
+}  // namespace dx::ops

@@ -1,0 +1,48 @@
+// The operators' schemas, the same for every backend. All of them write into their (a!) arguments and return nothing.
+#pragma once
+
+#include "stable.h"
+
+namespace dx::ops {
+
+// BatchNorm's five arguments, wherever an operator takes a norm.
+#define NORM "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps"
+
+inline void define_operators(torch::stable::detail::StableLibrary& m) {
+  m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "append_features(Tensor src, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, float drop_rate, Tensor? seed, "
+      "int layer) -> ()");
+  m.def("bn_relu(Tensor x, " NORM ", Tensor(a!) out) -> ()");
+  m.def("cat_bn_relu(Tensor[] features, " NORM ", Tensor(a!) out) -> ()");
+  m.def("bn_relu_conv1x1(Tensor x, " NORM
+        ", Tensor conv_weight, Tensor? out_bias, bool out_relu, Tensor(a!) out, Tensor(b!)? out_mean, "
+        "Tensor(c!)? out_var, bool tf32=False) -> ()");
+  m.def(
+      "feature_grad(Tensor grad, Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_var, float drop_rate, "
+      "Tensor? seed, int layer, Tensor(a!) out) -> ()");
+  m.def("bn_relu_backward_reduce(Tensor grad, Tensor x, " NORM ", Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
+  m.def("bn_relu_backward(Tensor grad, Tensor x, " NORM
+        ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
+  m.def("bn_relu_conv1x1_backward(Tensor x, " NORM
+        ", Tensor conv_weight, Tensor grad_out, Tensor? z, Tensor? z_mean, Tensor? z_var, Tensor? z_weight, "
+        "Tensor? z_bias, float z_eps, Tensor? z_grad_weight, Tensor? z_grad_bias, Tensor? grad_in, bool accumulate, "
+        "Tensor(a!) grad_x, Tensor(b!)? grad_conv_weight, Tensor(c!) grad_weight, Tensor(d!) grad_bias, "
+        "Tensor(e!)? grad_mean, Tensor(f!)? grad_var, bool tf32=False) -> ()");
+  m.def("bn_relu_avg_pool(Tensor x, int[] size, int[] window, " NORM ", Tensor(a!) out) -> ()");
+  m.def("bn_relu_avg_pool_backward_reduce(Tensor grad_out, Tensor x, int[] size, int[] window, " NORM
+        ", Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
+  m.def("bn_relu_avg_pool_backward(Tensor grad_out, Tensor x, int[] size, int[] window, " NORM
+        ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
+  m.def("bn_relu_max_pool(Tensor x, int[] size, int[] window, int[] stride, int[] padding, " NORM
+        ", Tensor(a!) out, Tensor(b!)? index) -> ()");
+  m.def(
+      "bn_relu_max_pool_backward_reduce(Tensor grad_out, Tensor index, Tensor x, int[] size, int[] window, "
+      "int[] stride, int[] padding, " NORM ", Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
+  m.def(
+      "bn_relu_max_pool_backward(Tensor grad_out, Tensor index, Tensor x, int[] size, int[] window, int[] stride, "
+      "int[] padding, " NORM ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
+}
+#undef NORM
+
+}  // namespace dx::ops
