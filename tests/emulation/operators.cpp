@@ -1,8 +1,7 @@
 // The CUDA operators (csrc/ops/cuda.h) over emulated kernels, as densenet_ext_emulated::<name> for CPU tensors: torch
 // calls them as it calls the GPU's, and what stands between torch and the kernels runs here as it runs there.
-#include "../../csrc/ops/cuda.h"
-
 #include "../../csrc/ops/conv1x1.h"
+#include "../../csrc/ops/cuda.h"
 #include "../../csrc/ops/elementwise.h"
 #include "../../csrc/ops/pool.h"
 #include "../../csrc/ops/schemas.h"
