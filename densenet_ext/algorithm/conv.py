@@ -1,4 +1,8 @@
-"""PyTorch's own convolutions of stride 1 over rows, and what they give back."""
+"""PyTorch's own convolutions of stride 1 over rows, and what they give back.
+
+They run some hundred times a step, so that what Python adds to each counts: shapes are worked out once
+(``layout.from_rows``), and the bindings of ``torch`` are called, which cost less than those of ``torch.ops``.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,24 @@ from torch import Tensor
 
 from densenet_ext.algorithm.layout import channels_last_stride, from_rows, new_features, to_rows
 
-_convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
-def _image(rows: Tensor, size: Sequence[int], weight: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def _image(rows: Tensor, size: Sequence[int], weight: Tensor) -> tuple[Tensor, Tensor]:
     # 1-D runs as 2-D of height 1: only then does PyTorch keep channels_last
     if len(size) == 3:
         size, weight = (size[0], size[1], 1, size[2]), weight.unsqueeze(2)
-    return from_rows(rows, size), weight, [n // 2 for n in weight.shape[2:]]
+    return from_rows(rows, size), weight
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [n // 2 for n in weight.shape[2:]]
 
 
 def _conv(rows: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
-    x, weight, padding = _image(rows, size, weight)
-    ones = [1] * len(padding)
-    return _convolution(x, weight, None, ones, padding, ones, False, [0] * len(padding), 1)
+    x, weight = _image(rows, size, weight)
+    convolution = torch.conv3d if weight.dim() == 5 else torch.conv2d
+    return convolution(x, weight, None, 1, _padding(weight))
 
 
 def conv_same(rows: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
@@ -48,9 +55,12 @@ def conv_same_backward(
     grad: rows [M, C_out]. The values of ``rows`` are read for the weight's gradient only.
     """
     shape = weight.shape
-    x, weight, padding = _image(rows, size, weight)
+    x, weight = _image(rows, size, weight)
     g = from_rows(grad, x.shape)
-    ones = [1] * len(padding)
+    ones = [1] * (weight.dim() - 2)
+    zeros = [0] * len(ones)
     mask = [wants[0], wants[1], False]
-    dx, dw, _ = _convolution_backward(g, x, weight, None, ones, padding, ones, False, [0] * len(padding), 1, mask)
-    return to_rows(dx) if wants[0] else None, dw.reshape(shape) if wants[1] else None
+    dx, dw, _ = _convolution_backward(g, x, weight, None, ones, _padding(weight), ones, False, zeros, 1, mask)
+    if wants[1] and dw.shape != shape:
+        dw = dw.reshape(shape)
+    return to_rows(dx) if wants[0] else None, dw if wants[1] else None

@@ -61,7 +61,7 @@ def _register(unit: Unit) -> Any:
         if unit.restore is not None:
             tensors = [unit.restore(tensors, results[0]), *tensors[1:]]  # type: ignore[arg-type]
         needed = [(i, x) for i, x in enumerate(tensors) if needs[i] and x is not None]
-        return [new_features(x, x.shape) if i < count else x.new_empty(x.shape) for i, x in needed]
+        return [new_features(x, x.shape) if i < count else torch.empty_like(x) for i, x in needed]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.given, *ctx.config = inputs

@@ -6,6 +6,7 @@ Also the statistics of a tensor that travel beside it from the unit that wrote i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,6 +51,9 @@ def row_pitch(x: Tensor) -> int | None:
 
 def to_rows(x: Tensor) -> Tensor:
     """x [N, C, *spatial] as rows [M, C]: a view when its memory allows it, else of a channels_last copy."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # the usual case, without a look at strides
+        C = x.shape[1]
+        return x.as_strided((x.numel() // C, C), (C, 1))
     pitch = row_pitch(x)
     if pitch is None:
         x = new_features(x, x.shape).copy_(x)
@@ -63,8 +67,14 @@ def to_rows(x: Tensor) -> Tensor:
 def from_rows(rows: Tensor, size: Sequence[int]) -> Tensor:
     """Rows [M, C] as [N, C, *spatial], a view; ``size`` gives N and the spatial sizes, its channel entry is not
     read."""
-    shape = (size[0], rows.shape[1], *size[2:])
-    return rows.as_strided(shape, channels_last_stride(shape, rows.stride(0)))
+    return rows.as_strided(*_image(tuple(size), rows.shape[1], rows.stride(0)))
+
+
+@lru_cache(maxsize=1024)
+def _image(size: tuple[int, ...], channels: int, pitch: int) -> tuple[tuple[int, ...], list[int]]:
+    """Shape and strides of rows seen as an image; a network asks for the same few again and again."""
+    shape = (size[0], channels, *size[2:])
+    return shape, channels_last_stride(shape, pitch)
 
 
 def pixels(size: Sequence[int]) -> int:

@@ -91,11 +91,12 @@ def norm_values(
 
 
 def grad_like(grad: Tensor | None, x: Tensor | None, needed: bool = True) -> Tensor | None:
-    """A parameter's gradient in its shape and dtype, contiguous."""
+    """A parameter's gradient in its shape, dtype and layout (which autograd and DDP want, and else copy to)."""
     if grad is None or x is None or not needed:
         return None
-    # dense strides whatever the convolution gave: [b, C, 1, 1] counts as contiguous with others too, which DDP dislikes
-    return cast(grad, x.dtype).view(-1).view(x.shape)
+    if grad.dtype == x.dtype and grad.shape == x.shape and grad.stride() == x.stride():
+        return grad
+    return torch.empty_like(x).copy_(grad.view(x.shape))
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
