@@ -123,9 +123,17 @@ def contenders(network: Network, efficient: Path | None = None, compiled: bool =
         yield Contender(whose, COMPILED, "channels_last", False, compiled_original)
 
 
-@functools.cache
 def torchvision_densenet() -> ModuleType:
     """The module torchvision.models.densenet. Raises Unavailable where it can't be imported."""
+    return peer("torchvision.models.densenet")
+
+
+@functools.cache
+def peer(name: str) -> ModuleType:
+    """The module ``name`` of torchvision or of a library that needs it. Raises Unavailable where it can't be imported.
+
+    Known are torchvision.models.densenet, timm.models.densenet, monai.networks.nets.densenet, torchxrayvision.models.
+    """
     try:
         torch.ops.torchvision.nms  # noqa: B018
     except AttributeError:
@@ -135,9 +143,9 @@ def torchvision_densenet() -> ModuleType:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
     try:
-        return importlib.import_module("torchvision.models.densenet")
+        return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
-        raise Unavailable("torchvision can't be imported") from error
+        raise Unavailable(f"{name.partition('.')[0]} can't be imported") from error
 
 
 @functools.cache

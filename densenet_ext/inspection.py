@@ -19,8 +19,10 @@ _CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _AVG_POOL: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _MAX_POOL: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_KNOWN = frozenset((*_CONV, *_NORM, *_AVG_POOL, *_MAX_POOL, nn.ReLU))
-_BASES = (_BatchNorm, _ConvNd, nn.ReLU, *_AVG_POOL, *_MAX_POOL)
+_GLOBAL_AVG_POOL: tuple[type[nn.Module], ...] = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_CHANNEL_DROPOUT = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_KNOWN = frozenset((*_CONV, *_NORM, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.ReLU, nn.Flatten, nn.Dropout))
+_BASES = (_BatchNorm, _ConvNd, nn.ReLU, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.Flatten, nn.Dropout)
 
 
 def unfusable(modules: Iterable[nn.Module]) -> str | None:
@@ -52,9 +54,32 @@ def obstacle(module: nn.Module) -> str | None:
         return None
     if "parametrizations" in module._modules:
         return "is parametrised"
+    if activates(module):
+        return _obstacle_inside(module)
     if isinstance(module, _BASES):
         return f"is a {kind.__name__}, which has code of its own"
     return None
+
+
+def activates(module: nn.Module) -> bool:
+    """Whether ``module`` is timm's ``BatchNormAct2d``: batch normalisation, then its children ``drop`` and ``act``."""
+    kind = type(module)
+    return (
+        kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.") and isinstance(module, nn.BatchNorm2d)
+    )
+
+
+def _obstacle_inside(norm: nn.Module) -> str | None:
+    drop, act = norm._modules.get("drop"), norm._modules.get("act")
+    if len(norm._modules) != 2 or drop is None or act is None:
+        return f"has the children {', '.join(norm._modules)}, not drop and act"
+    reason = hook_on(drop)
+    if reason is None and (type(drop) is not nn.Identity or "forward" in drop.__dict__):
+        reason = f"is a {type(drop).__name__}, not a plain Identity"
+    if reason is not None:
+        return f"has a drop that {reason}"
+    reason = obstacle(act) or other_relu(act)
+    return None if reason is None else f"has an act that {reason}"
 
 
 def hook_on(module: nn.Module) -> str | None:
@@ -85,12 +110,28 @@ def hooks_on_all_modules() -> str | None:
 def other_norm(norm: nn.Module, dims: int) -> str | None:
     """Why ``norm`` is not the batch normalisation that fused units of ``dims`` spatial dimensions compute, or None."""
     expected = _NORM[dims - 1]
-    return None if type(norm) is expected else f"is a {type(norm).__name__}, not a {expected.__name__}"
+    if type(norm) is expected or (dims == 2 and activates(norm)):
+        return None
+    return f"is a {type(norm).__name__}, not a {expected.__name__}"
 
 
 def other_relu(relu: nn.Module) -> str | None:
-    """Why ``relu`` is not the activation that fused units compute, or None when it is."""
-    return None if type(relu) is nn.ReLU else f"is a {type(relu).__name__}, not a ReLU"
+    """Why ``relu`` is not the activation that fused units compute, or None when it is, or is a norm that has it."""
+    return None if type(relu) is nn.ReLU or activates(relu) else f"is a {type(relu).__name__}, not a ReLU"
+
+
+def other_dropout(dropout: nn.Module) -> str | None:
+    """Why ``dropout`` drops otherwise than fused layers do, value by value; None when it does so, or drops nothing."""
+    if type(dropout) is nn.Dropout:
+        return None
+    if not isinstance(dropout, _CHANNEL_DROPOUT):
+        return f"is a {type(dropout).__name__}, not a Dropout"
+    return f"is a {type(dropout).__name__}, which drops whole channels" if drop_rate_of(dropout) > 0 else None
+
+
+def drop_rate_of(dropout: Any) -> float:
+    """The probability with which a dropout module drops now: 0 when it is not training."""
+    return float(dropout.p) if dropout.training else 0.0
 
 
 def other_conv(conv: nn.Module, dims: int, kernel_size: int) -> str | None:
@@ -133,6 +174,41 @@ def other_max_pool(pool: nn.Module, dims: int) -> str | None:
     if _each(pool.dilation, dims) != (1,) * dims or pool.ceil_mode or pool.return_indices:
         return "has dilation, ceil_mode or return_indices"
     return None
+
+
+def other_global_average(pool: nn.Module, dims: int) -> str | None:
+    """Why ``pool`` is not the average over all pixels that the fused head computes, or None when it is."""
+    expected = _GLOBAL_AVG_POOL[dims - 1]
+    if type(pool) is not expected:
+        return f"is a {type(pool).__name__}, not a {expected.__name__}"
+    size: Any = pool.output_size
+    return None if _each(size, dims) == (1,) * dims else f"has output size {size}, not 1"
+
+
+def other_flatten(flatten: nn.Module) -> str | None:
+    """Why ``flatten`` does not join all dimensions behind the first, or None when it does."""
+    if not isinstance(flatten, nn.Flatten) or type(flatten) is not nn.Flatten:
+        return f"is a {type(flatten).__name__}, not a Flatten"
+    ends = flatten.start_dim, flatten.end_dim
+    return None if ends == (1, -1) else f"flattens dimensions {ends[0]} to {ends[1]}, not 1 to -1"
+
+
+def other_sequence(sequence: nn.Module, members: Iterable[nn.Module | None]) -> str | None:
+    """Why ``sequence`` is not a Sequential of just these members in this order, or None when it is."""
+    if not isinstance(sequence, nn.Sequential):
+        return f"is a {type(sequence).__name__}, not a Sequential"
+    children, members = list(sequence._modules.values()), list(members)
+    if len(children) != len(members) or any(a is not b for a, b in zip(children, members, strict=True)):
+        return f"has other children than expected: {', '.join(sequence._modules)}"
+    return None
+
+
+def norm_dimensions(norm: nn.Module) -> int | None:
+    """The spatial dimensions of a batch normalisation that can be fused, 1 to 3; None for any other module."""
+    kind = type(norm)
+    if kind in _NORM:
+        return _NORM.index(kind) + 1
+    return 2 if activates(norm) else None
 
 
 def dimensions_of(conv: nn.Module) -> int | None:

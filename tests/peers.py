@@ -1,4 +1,4 @@
-"""torchvision's DenseNet, for tests that compare with it."""
+"""The libraries whose DenseNets are fused, for tests against the real thing; skips the test where one is missing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,27 @@ from benchmarks import peers
 
 
 def torchvision_densenet() -> ModuleType:
-    """The module torchvision.models.densenet; skips the test where torchvision is not installed."""
+    """The module torchvision.models.densenet."""
+    return _peer("torchvision.models.densenet")
+
+
+def timm_densenet() -> ModuleType:
+    """The module timm.models.densenet."""
+    return _peer("timm.models.densenet")
+
+
+def monai_densenet() -> ModuleType:
+    """The module monai.networks.nets.densenet."""
+    return _peer("monai.networks.nets.densenet")
+
+
+def torchxrayvision_models() -> ModuleType:
+    """The module torchxrayvision.models."""
+    return _peer("torchxrayvision.models")
+
+
+def _peer(name: str) -> ModuleType:
     try:
-        return peers.torchvision_densenet()
+        return peers.peer(name)
     except peers.Unavailable as reason:
         pytest.skip(str(reason))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext import kernels
-from densenet_ext.fusing import forwards
+from densenet_ext.fusing import surroundings
 from densenet_ext.fusing.verify import _error
 
 
@@ -70,7 +70,9 @@ def test_verify_of_memory_mode_and_of_own_models() -> None:
 
 
 def test_verify_finds_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwards, "transition", lambda x, *args: nn.functional.avg_pool2d(x[:, : args[1].shape[0]], 2))
+    monkeypatch.setattr(
+        surroundings, "transition", lambda x, *args: nn.functional.avg_pool2d(x[:, : args[1].shape[0]], 2)
+    )
     result = dx.verify(net(), images())
     assert result.max_output > 1e-3 and result.gradients["features.transition1.conv.weight"] == float("inf")
 

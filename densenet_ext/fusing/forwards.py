@@ -16,34 +16,30 @@ import types
 import weakref
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.norm import norm_of
-from densenet_ext.algorithm.stem import stem
-from densenet_ext.algorithm.transition import transition
 from densenet_ext.inspection import (
     dimensions_of,
-    hook_on,
+    drop_rate_of,
     hooks_on_all_modules,
     obstacle,
-    other_avg_pool,
     other_conv,
-    other_max_pool,
+    other_dropout,
     other_norm,
     other_relu,
+    other_sequence,
 )
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayerParts(NamedTuple):
-    """What a dense layer consists of, whatever its library calls it; None where a part is missing."""
+    """What a dense layer consists of, whatever its library calls it; None where a part is missing.
+
+    A norm that has its ReLU inside stands for both.
+    """
 
     norm1: nn.Module | None
     relu1: nn.Module | None
@@ -52,18 +48,12 @@ class LayerParts(NamedTuple):
     relu2: nn.Module | None
     conv2: nn.Module | None
     drop_rate: float
+    dropout: nn.Module | None = None  # drops the new features instead of ``drop_rate``
+    sequence: nn.Module | None = None  # runs all its children one after another: they have to be just these parts
 
 
 class Spelling(Protocol):
-    """How a library spells its parts: all that a functor knows of it. Stateless and picklable."""
-
-    @property
-    def stem(self) -> tuple[str, str, str]:
-        """Names of norm, ReLU and pooling behind the first convolution, among the children of ``features``."""
-
-    @property
-    def final_norm(self) -> str:
-        """Name of the last norm, among the children of ``features``."""
+    """How a library spells its dense blocks: all that their functor knows of it. Stateless and picklable."""
 
     def layers(self, block: nn.Module) -> dict[str, nn.Module]:
         """The layers of ``block`` by name, in the order in which they run."""
@@ -77,9 +67,8 @@ class Fused:
 
     kind: ClassVar[str]
 
-    def __init__(self, module: nn.Module, spelling: Spelling) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self.spelling = spelling
 
     @property
     def module(self) -> nn.Module:
@@ -169,7 +158,8 @@ class FusedBlock(Fused):
     kind = "dense block"
 
     def __init__(self, module: nn.Module, spelling: Spelling, layer_type: type[nn.Module], save: str) -> None:
-        super().__init__(module, spelling)
+        super().__init__(module)
+        self.spelling = spelling
         self.layer_type = layer_type
         self.save = save
 
@@ -191,7 +181,7 @@ class FusedBlock(Fused):
             reason = layer_reason(parts, channels, dims)
             if reason is not None:
                 return f"{name}.{reason}"
-            reason = obstacle(layer)
+            reason = obstacle(layer) or _other_children(layer, parts)
             if reason is not None:
                 return f"{name} {reason}"
             weight1, weight2 = _weight(parts.conv1), _weight(parts.conv2)
@@ -215,9 +205,23 @@ def _weight(conv: Any) -> Tensor:
     return conv.weight
 
 
+def _other_children(layer: nn.Module, parts: LayerParts) -> str | None:
+    sequence = parts.sequence
+    if sequence is None:
+        return None
+    reason = other_sequence(sequence, (*parts[:6], *([] if parts.dropout is None else [parts.dropout])))
+    if reason is None and sequence is not layer:
+        reason = obstacle(sequence)
+        if type(sequence) is not nn.Sequential:
+            reason = f"is a {type(sequence).__name__}, not a plain Sequential"
+    return reason if reason is None or sequence is layer else f"holds a Sequential that {reason}"
+
+
 def as_layer(parts: Any, training: bool) -> Layer:
     """The layer as the algorithm takes it."""
     drop_rate = float(parts.drop_rate) if training else 0.0
+    if parts.dropout is not None:
+        drop_rate = drop_rate_of(parts.dropout)
     return Layer(norm_of(parts.norm1), parts.conv1.weight, norm_of(parts.norm2), parts.conv2.weight, drop_rate)
 
 
@@ -229,14 +233,18 @@ def layer_reason(parts: LayerParts, channels: int, dims: int) -> str | None:
         reason = obstacle(part)
         if reason is not None:
             return f"{name} {reason}"
-    known: Any = parts
-    norm1, relu1, conv1, norm2, relu2, conv2, _ = known
+    if parts.dropout is not None:
+        reason = obstacle(parts.dropout) or other_dropout(parts.dropout)
+        if reason is not None:
+            return f"dropout {reason}"
+    known: Any = parts[:6]
+    norm1, relu1, conv1, norm2, relu2, conv2 = known
     for name, other in (
         ("norm1", other_norm(norm1, dims)),
-        ("relu1", other_relu(relu1)),
+        ("norm1" if relu1 is norm1 else "relu1", other_relu(relu1)),
         ("conv1", other_conv(conv1, dims, 1)),
         ("norm2", other_norm(norm2, dims)),
-        ("relu2", other_relu(relu2)),
+        ("norm2" if relu2 is norm2 else "relu2", other_relu(relu2)),
         ("conv2", other_conv(conv2, dims, 3)),
     ):
         if other is not None:
@@ -247,139 +255,3 @@ def layer_reason(parts: LayerParts, channels: int, dims: int) -> str | None:
     if conv2.weight.shape[1] != width or norm2.num_features != width:
         return f"norm2 and conv2 take {norm2.num_features} and {conv2.weight.shape[1]} features, where {width} come"
     return None
-
-
-class FusedTransition(Fused):
-    """Norm, ReLU, 1x1 convolution and average pooling, pooled first; children norm, relu, conv, pool."""
-
-    kind = "transition"
-
-    def reason(self) -> str | None:
-        children = self.module._modules
-        if tuple(children) != ("norm", "relu", "conv", "pool"):
-            return f"its children are {', '.join(children)}, not norm, relu, conv, pool"
-        for name, child in children.items():
-            reason = "is missing" if child is None else obstacle(child)
-            if reason is not None:
-                return f"{name} {reason}"
-        known: Any = children.values()
-        norm, relu, conv, pool = known
-        dims = dimensions_of(conv)
-        if dims is None:
-            return f"conv is a {type(conv).__name__}"
-        for name, other in (
-            ("norm", other_norm(norm, dims)),
-            ("relu", other_relu(relu)),
-            ("conv", other_conv(conv, dims, 1)),
-            ("pool", other_avg_pool(pool, dims)),
-        ):
-            if other is not None:
-                return f"{name} {other}"
-        if norm.num_features != conv.weight.shape[1]:
-            return f"norm has {norm.num_features} features, conv takes {conv.weight.shape[1]}"
-        return hooks_on_all_modules()
-
-    def run(self, x: Tensor) -> Tensor:
-        children: Any = self.module._modules
-        weight = children["conv"].weight
-        x = checks.feature_maps("input", x, weight.shape[1], weight.dim() - 2, weight)
-        if min(x.shape[2:]) < 2:
-            raise ValueError(f"input: expected at least 2 pixels along every dimension, got shape {list(x.shape)}")
-        return transition(x, norm_of(children["norm"]), weight, 2)
-
-
-class FusedFeatures(Fused):
-    """The convolutional part: channels_last inside, and the stem's norm, ReLU and max-pooling in one pass."""
-
-    kind = "stem"
-
-    def reason(self) -> str | None:
-        children = self.module._modules
-        names = tuple(children)
-        norm, relu, pool = (children.get(name) for name in self.spelling.stem)
-        if norm is None or relu is None or pool is None:
-            return "there are no norm, ReLU and pooling behind the first convolution"
-        at = names.index(self.spelling.stem[0])
-        if names[at : at + 3] != self.spelling.stem:
-            return f"{', '.join(self.spelling.stem)} do not follow one another"
-        for name, child in zip(self.spelling.stem, (norm, relu, pool), strict=True):
-            reason = obstacle(child)
-            if reason is not None:
-                return f"{name} {reason}"
-        others = (other_norm(norm, 2), other_relu(relu), other_max_pool(pool, 2))
-        for name, other in zip(self.spelling.stem, others, strict=True):
-            if other is not None:
-                return f"{name} {other}"
-        return hooks_on_all_modules()
-
-    def decide(self, x: Any) -> Any:
-        # Also where the stem is not fused the units behind it want channels_last memory.
-        if plain_reason(x) is not None:
-            return self.original(x)
-        out = self.run(x)
-        # Fused units return channels_last tensors; who passes a contiguous image may go on with view().
-        return out.contiguous() if isinstance(out, Tensor) and x.is_contiguous() else out
-
-    def run(self, x: Tensor, without: str | None = None) -> Tensor:
-        """``x`` through the children in order, but for the one named ``without``."""
-        fused_stem = self.spelling.stem if self.reason() is None else ()
-        layout = _CHANNELS_LAST.get(x.dim())
-        if layout is not None:
-            x = x.contiguous(memory_format=layout)  # then the first convolution gives what the next unit reads in place
-        for name, child in self.module._modules.items():
-            if child is None or name == without:
-                continue
-            if name not in fused_stem:
-                x = child(x)
-            elif name == self.spelling.stem[0]:
-                x = self._stem(x)
-        return x
-
-    def _stem(self, x: Tensor) -> Tensor:
-        norm, relu, pool = (self.module._modules[name] for name in self.spelling.stem)
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d)
-        if plain_reason(x) is not None or x.dim() != 4 or x.shape[1] != norm.num_features:
-            return pool(relu(norm(x)))
-        settings: Any = pool
-        return stem(x, norm_of(norm), settings.kernel_size, settings.stride, settings.padding)
-
-
-class FusedHead(Fused):
-    """The final norm, ReLU and global average in one pass, then the model's own classifier."""
-
-    kind = "head"
-
-    def reason(self) -> str | None:
-        features = self.module._modules.get("features")
-        if not isinstance(features, nn.Sequential) or self.module._modules.get("classifier") is None:
-            return "features is no Sequential, or there is no classifier"
-        if tuple(features._modules)[-1:] != (self.spelling.final_norm,):
-            return f"features do not end in {self.spelling.final_norm}"
-        reason = hook_on(features)
-        if reason is not None:
-            return f"features {reason}"
-        if type(features).forward is not nn.Sequential.forward:
-            return f"features is a {type(features).__name__} with a forward of its own"
-        if "forward" in features.__dict__ and not isinstance(features.__dict__["forward"], FusedFeatures):
-            return "features has a forward that was replaced on the instance"
-        norm: Any = features._modules[self.spelling.final_norm]
-        reason = obstacle(norm) or other_norm(norm, 2)
-        if reason is not None:
-            return f"{self.spelling.final_norm} {reason}"
-        return hooks_on_all_modules()
-
-    def run(self, x: Tensor) -> Tensor:
-        model: Any = self.module
-        name = self.spelling.final_norm
-        functor = installed(model.features)
-        if isinstance(functor, FusedFeatures):
-            maps = functor.run(x, without=name)
-        else:
-            maps = x
-            for child in list(model.features.children())[:-1]:
-                maps = child(maps)
-        norm = model.features._modules[name]
-        if plain_reason(maps) is None and maps.dim() == 4 and maps.shape[1] == norm.num_features:
-            return model.classifier(head(maps, norm_of(norm)))
-        # A shape that does not fit: PyTorch says what is wrong with it.
-        return model.classifier(torch.flatten(F.adaptive_avg_pool2d(F.relu(norm(maps)), (1, 1)), 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 RATE = 0.25
 """The drop rate that a probed layer is given."""
+
+Passing = Literal["list", "arguments", "joined"]
+"""How a layer is given the features so far: in a list, as arguments, or as one tensor, which it returns longer."""
 
 
 class Step(NamedTuple):
@@ -89,29 +92,47 @@ def record(module: nn.Module, args: Sequence[Any], training: bool, **attributes:
     return log.steps, result
 
 
-def differs_from_layer(layer: nn.Module, unpacks: bool, names: Sequence[str]) -> str | None:
+def differs_from_layer(layer: nn.Module, passing: Passing, names: Sequence[str], drops: bool = True) -> str | None:
     """What ``forward`` of a layer does other than cat, norm, ReLU, 1x1, norm, ReLU, 3x3, dropout; None when it is that.
 
-    ``names``: of the six children in this order. ``unpacks``: it takes features as arguments rather than as a list.
+    ``names``: of the children that do this, in this order. ``drops``: dropout is a function, with the layer's
+    ``drop_rate``. A layer that is given the features "joined" does not join them before, but the new ones to them.
     """
     for training in (True, False):
-        features = [feature(5), feature(3)]
-        found = record(layer, features if unpacks else [features], training, drop_rate=RATE)
+        features = [feature(5)] if passing == "joined" else [feature(5), feature(3)]
+        attributes = {"drop_rate": RATE} if drops else {}
+        found = record(layer, [features] if passing == "list" else features, training, **attributes)
         if isinstance(found, str):
             return found
         steps, result = found
-        reason = _not_a_cat(steps[:1], features) or _not_a_chain(steps, result, [torch.cat, *names, F.dropout])
+        chain: list[Any] = [*names, F.dropout] if drops else [*names]
+        if passing == "joined":
+            if not steps:
+                return "it runs nothing"
+            reason = _not_a_chain(steps[:-1], steps[-2].output if steps[1:] else None, chain)
+            if reason is None and not _same(steps[0].inputs, features):
+                reason = f"{_words([steps[0].what])} is not given the features"
+            reason = reason or _not_a_cat(steps[-1:], [*features, steps[-2].output])
+            if reason is None and result is not steps[-1].output:
+                reason = "it returns something else than all features"
+            steps = steps[:-1]
+        else:
+            reason = _not_a_cat(steps[:1], features) or _not_a_chain(steps, result, [torch.cat, *chain])
         if reason is not None:
             return reason
-        dropout = inspect.signature(F.dropout).bind(*steps[-1].args, **steps[-1].kwargs)
-        dropout.apply_defaults()
-        if dropout.arguments["p"] != RATE or bool(dropout.arguments["training"]) != training:
-            return "its dropout follows other rules than drop_rate and training"
+        if drops:
+            dropout = inspect.signature(F.dropout).bind(*steps[-1].args, **steps[-1].kwargs)
+            dropout.apply_defaults()
+            if dropout.arguments["p"] != RATE or bool(dropout.arguments["training"]) != training:
+                return "its dropout follows other rules than drop_rate and training"
     return None
 
 
-def differs_from_block(block: nn.Module, unpacks: bool) -> str | None:
-    """What ``forward`` of a block does other than giving each layer all features so far and joining all; None: that."""
+def differs_from_block(block: nn.Module, passing: Passing) -> str | None:
+    """What ``forward`` of a block does other than giving each layer all features so far and joining all; None: that.
+
+    Layers that are given the features "joined" need no more than to run one after another.
+    """
     names = list(block._modules)
     for training in (True, False):
         x = feature()
@@ -119,12 +140,17 @@ def differs_from_block(block: nn.Module, unpacks: bool) -> str | None:
         if isinstance(found, str):
             return found
         steps, result = found
+        if passing == "joined":
+            reason = _not_a_chain(steps, result, names)
+            if reason is not None or (names and not _same(steps[0].inputs, [x])):
+                return reason or "its first layer is not given the input"
+            continue
         if [step.what for step in steps[:-1]] != names:
             return f"it runs {_words(step.what for step in steps)}"
         features = [x]
         for step in steps[:-1]:
             as_list = len(step.args) == 1 and isinstance(step.args[0], (list, tuple))
-            if not _same(step.inputs, features) or step.kwargs or as_list == unpacks:
+            if not _same(step.inputs, features) or step.kwargs or as_list != (passing == "list"):
                 return f"{step.what} is not given all features before it"
             features.append(step.output)
         reason = _not_a_cat(steps[-1:], features)
@@ -133,22 +159,26 @@ def differs_from_block(block: nn.Module, unpacks: bool) -> str | None:
     return None
 
 
-def differs_from_head(model: nn.Module) -> str | None:
-    """What ``forward`` of a model does other than features, ReLU, global average, flatten, classifier; None: that."""
+def differs_from_chain(module: nn.Module, chain: Sequence[str | Callable[..., Any]]) -> str | None:
+    """What ``forward`` does other than this chain of children and functions, each on the last result; None: that.
+
+    An average over pixels has to be one over all of them, and a flattening one that leaves [N, C].
+    """
     for training in (True, False):
         x = feature()
-        found = record(model, [x], training)
+        found = record(module, [x], training)
         if isinstance(found, str):
             return found
         steps, result = found
-        chain: list[Any] = ["features", F.relu, F.adaptive_avg_pool2d, torch.flatten, "classifier"]
         reason = _not_a_chain(steps, result, chain)
         if reason is not None or not _same(steps[0].inputs, [x]):
-            return reason or "features is not given the input"
-        pool, flatten = steps[2], steps[3]
-        size = [*pool.args[1:], *pool.kwargs.values()]
-        if size not in ([1], [(1, 1)], [[1, 1]]) or flatten.output.dim() != 2:
-            return "it does not average over the whole image"
+            return reason or f"{_words([steps[0].what])} is not given the input"
+        for step in steps:
+            size = [*step.args[1:], *step.kwargs.values()]
+            if step.what is F.adaptive_avg_pool2d and size not in ([1], [(1, 1)], [[1, 1]]):
+                return "it does not average over the whole image"
+            if step.what is torch.flatten and step.output.dim() != 2:
+                return "it does not average over the whole image"
     return None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from densenet_ext.fusing.adapters.efficient import Efficient
+from densenet_ext.fusing.adapters.monai import Monai
 from densenet_ext.fusing.adapters.own import Own
 from densenet_ext.fusing.adapters.torchvision import Torchvision
 from densenet_ext.fusing.matching import Adapter
 
-ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient())
+ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient(), Monai())
 """Asked in this order; the first that recognises a module has it."""
 
-__all__ = ["ADAPTERS", "Efficient", "Own", "Torchvision"]
+__all__ = ["ADAPTERS", "Efficient", "Monai", "Own", "Torchvision"]

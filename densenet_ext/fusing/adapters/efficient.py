@@ -10,5 +10,5 @@ class Efficient(UsualAdapter):
 
     library = "efficient_densenet_pytorch"
     memory_mode = "efficient"
-    unpacks = True
+    passing = "arguments"
     final_norm = "norm_final"

@@ -10,5 +10,4 @@ class Torchvision(UsualAdapter):
 
     library = "torchvision"
     memory_mode = "memory_efficient"
-    unpacks = False
-    final_norm = "norm5"
+    passing = "list"

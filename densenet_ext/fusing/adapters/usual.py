@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from densenet_ext.fusing.forwards import Fused, FusedBlock, FusedFeatures, FusedHead, FusedTransition, LayerParts
+from densenet_ext.fusing.forwards import Fused, FusedBlock, LayerParts
 from densenet_ext.fusing.matching import Unit
-from densenet_ext.fusing.probing import differs_from_block, differs_from_head, differs_from_layer
+from densenet_ext.fusing.probing import Passing, differs_from_block, differs_from_chain, differs_from_layer
+from densenet_ext.fusing.surroundings import FusedFeatures, FusedHead, FusedTransition, HeadParts
 
-_PARTS = LayerParts._fields[:6]
+PARTS = LayerParts._fields[:6]
+
+
+class Classes(NamedTuple):
+    """The names of a library's classes."""
+
+    layer: str = "_DenseLayer"
+    block: str = "_DenseBlock"
+    transition: str = "_Transition"
+    model: str = "DenseNet"
 
 
 class UsualAdapter:
-    """Private classes ``_DenseLayer``, ``_DenseBlock``, ``_Transition`` and a ``DenseNet`` of features and classifier.
+    """Classes for layer, block, transition and a model of features and classifier.
 
     Classes are recognised by their names, so that copies in other files count too; that their ``forward`` does what is
     expected is tried out (``probing``).
     """
 
     library: ClassVar[str]
-    memory_mode: ClassVar[str]  # the layer's attribute of the library's own memory mode
-    unpacks: ClassVar[bool]  # a layer takes features as arguments rather than as a list
-    final_norm: ClassVar[str]
-    stem: ClassVar[tuple[str, str, str]] = ("norm0", "relu0", "pool0")
+    classes: ClassVar[Classes] = Classes()
+    memory_mode: ClassVar[str | None]  # the layer's attribute of the library's own memory mode
+    passing: ClassVar[Passing]  # how a layer is given the features
+    chain: ClassVar[tuple[str, ...]] = PARTS  # the layer's children that its forward runs
+    drops: ClassVar[bool] = True  # dropout is a function, with the layer's drop_rate
+    stem: ClassVar[tuple[str, ...]] = ("norm0", "relu0", "pool0")
+    final_norm: ClassVar[str] = "norm5"
+    head_chain: ClassVar[tuple[str | Callable[..., Any], ...]] = (
+        "features",
+        F.relu,
+        F.adaptive_avg_pool2d,
+        torch.flatten,
+        "classifier",
+    )
 
     def layers(self, block: nn.Module) -> dict[str, nn.Module]:
         """Every child is a layer."""
@@ -34,10 +56,14 @@ class UsualAdapter:
 
     def parts(self, layer: nn.Module) -> LayerParts:
         """norm1, relu1, conv1, norm2, relu2, conv2 and drop_rate."""
-        children = layer._modules
-        norm1, relu1, conv1, norm2, relu2, conv2 = map(children.get, _PARTS)
+        norm1, relu1, conv1, norm2, relu2, conv2 = map(layer._modules.get, PARTS)
         rate: Any = layer.drop_rate
         return LayerParts(norm1, relu1, conv1, norm2, relu2, conv2, rate)
+
+    def head(self, model: nn.Module) -> HeadParts:
+        """features and classifier; ReLU, average and flattening are functions."""
+        children = model._modules
+        return HeadParts(children.get("features"), {"classifier": children.get("classifier")})
 
     def set_deterministic(self, block: nn.Module) -> bool:
         """Sets ``drop_rate`` of the layers to 0; whether any was above."""
@@ -45,61 +71,77 @@ class UsualAdapter:
 
     def set_memory_mode_off(self, block: nn.Module) -> bool:
         """Switches the layers' memory mode off; whether any was on."""
-        return _set_all(self._layers(block), self.memory_mode, False)
+        return self.memory_mode is not None and _set_all(self._layers(block), self.memory_mode, False)
 
     def match(self, module: nn.Module) -> Unit | None:
         """``module`` as a unit of this library, or None when it is not spelled like one."""
         if self._is_block(module):
             return self._block(module)
-        if _spelled(module, "_Transition"):
-            own = type(module).forward is nn.Sequential.forward
-            return _unit(FusedTransition(module, self), None if own else _has_own_forward(module))
-        if isinstance(module, nn.Sequential) and any(self._is_block(child) for child in module.children()):
-            own = type(module).forward is nn.Sequential.forward
-            return _unit(FusedFeatures(module, self), None if own else _has_own_forward(module))
-        if _spelled(module, "DenseNet"):
-            return self._head(module)
+        if spelled(module, self.classes.transition):
+            return _unit(FusedTransition(module), _differs_from_sequential(module))
+        if isinstance(module, nn.Sequential) and self._holds_block(module):
+            return _unit(FusedFeatures(module, self._stem(module)), _differs_from_sequential(module))
+        features = module._modules.get("features")
+        if spelled(module, self.classes.model) and features is not None and self._holds_block(features):
+            return _unit(FusedHead(module, self), self._differs_from_model(module))
         return None
 
+    def _is_layer(self, layer: nn.Module) -> bool:
+        return spelled(layer, self.classes.layer) and self.memory_mode is not None and hasattr(layer, self.memory_mode)
+
     def _layers(self, block: nn.Module) -> list[nn.Module]:
-        layers = (layer for layer in self.layers(block).values() if _spelled(layer, "_DenseLayer"))
-        return [layer for layer in layers if hasattr(layer, self.memory_mode)]
+        return [layer for layer in self.layers(block).values() if self._is_layer(layer)]
 
     def _is_block(self, module: nn.Module) -> bool:
-        return _spelled(module, "_DenseBlock") and bool(self._layers(module))
+        return spelled(module, self.classes.block) and bool(self._layers(module))
+
+    def _holds_block(self, module: nn.Module) -> bool:
+        return any(self._is_block(child) for child in module.children())
+
+    def _stem(self, features: nn.Module) -> tuple[str, ...]:
+        return self.stem
 
     def _block(self, block: nn.Module) -> Unit:
         layers = self._layers(block)
-        known = [layer for layer in layers if _spells_forward(layer, "_DenseLayer")]
+        known = [layer for layer in layers if _spells_forward(layer, self.classes.layer)]
         layer = known[0] if known else layers[0]
-        refusal = _unknown_forward(block, "_DenseBlock", lambda: differs_from_block(block, self.unpacks))
+        refusal = (
+            None
+            if self.passing == "joined" and _differs_from_sequential(block) is None
+            else _unknown_forward(block, self.classes.block, lambda: differs_from_block(block, self.passing))
+        )
         if refusal is None:
-            refusal = _unknown_forward(layer, "_DenseLayer", lambda: differs_from_layer(layer, self.unpacks, _PARTS))
-        on = any(getattr(layer, self.memory_mode) for layer in layers)
+            refusal = _unknown_forward(
+                layer,
+                self.classes.layer,
+                lambda: differs_from_layer(layer, self.passing, self.chain, self.drops),
+            )
+        on = self.memory_mode is not None and any(getattr(layer, self.memory_mode) for layer in layers)
         functor = FusedBlock(block, self, type(layer), "features" if on else "bottlenecks")
         return dataclasses.replace(_unit(functor, refusal), settings=self)
 
-    def _head(self, model: nn.Module) -> Unit | None:
-        features: Any = model._modules.get("features")
-        if not isinstance(features, nn.Module) or self.final_norm not in features._modules:
-            return None
-        return _unit(FusedHead(model, self), _unknown_forward(model, "DenseNet", lambda: differs_from_head(model)))
+    def _differs_from_model(self, model: nn.Module) -> str | None:
+        return _unknown_forward(model, self.classes.model, lambda: differs_from_chain(model, self.head_chain))
 
 
-def _set_all(layers: list[nn.Module], name: str, value: Any) -> bool:
+def _set_all(layers: Sequence[nn.Module], name: str, value: Any) -> bool:
     differing = [layer for layer in layers if getattr(layer, name, value) != value]
     for layer in differing:
         setattr(layer, name, value)
     return bool(differing)
 
 
-def _spelled(module: nn.Module, name: str) -> bool:
+def spelled(module: nn.Module, name: str) -> bool:
     """Whether the module's class, or one that it derives from, has this name outside of densenet_ext."""
     return any(cls.__name__ == name and not cls.__module__.startswith("densenet_ext.") for cls in type(module).__mro__)
 
 
 def _spells_forward(module: nn.Module, name: str) -> bool:
     return getattr(type(module).forward, "__qualname__", "").split(".")[-2:] == [name, "forward"]
+
+
+def _differs_from_sequential(module: nn.Module) -> str | None:
+    return None if type(module).forward is nn.Sequential.forward else _has_own_forward(module)
 
 
 def _has_own_forward(module: nn.Module) -> str:
