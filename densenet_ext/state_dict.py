@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# 'norm.1.weight' was a legal child name until 2018: torchvision's published checkpoints still carry such keys.
-_DOTTED = re.compile(r"(?:^|(?<=\.))(norm|conv)\.([12])(?=\.)")
 # What nn.DataParallel and torch.compile put in front of the names of the model that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
-# The last norm: torchvision's name and the efficient implementation's.
-_FINAL_NORMS = (("norm5.", "norm_final."), ("norm_final.", "norm5."))
+# Other spellings of torchvision's names.
+_SPELLINGS = (
+    # A legal child name until 2018: torchvision's and torchxrayvision's published checkpoints still carry such keys.
+    (re.compile(r"(?:^|(?<=\.))(norm|conv)\.([12])(?=\.)"), r"\1\2"),
+    # the efficient implementation
+    (re.compile(r"(?:^|(?<=\.))norm_final(?=\.)"), "norm5"),
+    # MONAI
+    (re.compile(r"(?:^|(?<=\.))(denselayer\d+)\.layers(?=\.)"), r"\1"),
+    (re.compile(r"(?:^|(?<=\.))class_layers\.out(?=\.)"), "classifier"),
+)
 
 
 def adapt_state_dict(
@@ -33,17 +39,19 @@ def adapt_state_dict(
 ) -> None:
     """Renames the keys of ``state_dict`` that start with ``prefix``, in place, to the names that ``module`` has.
 
-    Understood are a ``module.`` (or ``_orig_mod.``) prefix, dotted layer names (``norm.1.weight``), either name of the
-    final norm (``norm5``, ``norm_final``) and missing ``num_batches_tracked``, which keep the module's own count.
+    Understood are a ``module.`` (or ``_orig_mod.``) prefix, dotted layer names (``norm.1.weight``), the names of
+    torchvision (also timm's and torchxrayvision's), of the efficient implementation (``norm_final``) and of MONAI
+    (``layers.norm1``, ``class_layers.out``), and missing ``num_batches_tracked``, which keep the module's own count.
     The signature is that of ``nn.Module.register_load_state_dict_pre_hook``. Names that fit nothing stay as they are,
     for ``load_state_dict`` to report.
 
     Raises RuntimeError, before anything is loaded, when a shape differs or when no name fits: this is another network.
     """
     own = dict(_own_tensors(module))
+    known = {_usual(name): name for name in own}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]
-        new = name if name in own else _translate(name, own)
+        new = name if name in own else _translate(name, known)
         if new != name and prefix + new not in state_dict:
             state_dict[prefix + new] = state_dict.pop(key)
     _fill_batch_counts(module, state_dict, prefix)
@@ -55,15 +63,19 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in tensors if tensor is not None]
 
 
-def _translate(name: str, own: Mapping[str, Tensor]) -> str:
-    while name.startswith(_WRAPPERS) and name not in own:
-        name = name.split(".", 1)[1]
-    name = _DOTTED.sub(r"\1\2", name)
-    for theirs, ours in _FINAL_NORMS:
-        renamed = name.replace(theirs, ours)
-        if name not in own and renamed in own:
-            return renamed
+def _usual(name: str) -> str:
+    """``name`` as torchvision spells it."""
+    for pattern, usual in _SPELLINGS:
+        name = pattern.sub(usual, name)
     return name
+
+
+def _translate(name: str, known: Mapping[str, str]) -> str:
+    """The module's own name for ``name``, or ``name``; ``known``: the own names by what torchvision calls them."""
+    usual = _usual(name)
+    while usual not in known and usual.startswith(_WRAPPERS):
+        usual = usual.split(".", 1)[1]
+    return known.get(usual, name)
 
 
 def _fill_batch_counts(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str) -> None:
@@ -117,7 +129,7 @@ def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str,
 
 def architecture(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor arguments of a DenseNet, as far as the names and shapes of its state dict tell them."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
+    shapes = {_usual(name): tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
     facts: dict[str, Any] = {}
     first_growth = shapes.get("features.denseblock1.denselayer1.conv2.weight")
     if first_growth is not None:

@@ -14,6 +14,7 @@ from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
     Unit,
+    as_pooled,
     cast,
     frozen_norm,
     grad_like,
@@ -35,7 +36,7 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     config = Config((norm.batch_stats,), (norm.eps,), x.dtype, cached=True)
     out, mean, var = run(HEAD, config, [x, *norm_tensors(norm)])
     move(norm, x.shape, mean, var)
-    return out
+    return as_pooled(out) if x.dim() == 5 else out
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:

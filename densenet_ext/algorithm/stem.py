@@ -19,6 +19,7 @@ from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
     Unit,
+    as_pooled,
     frozen_norm,
     grad_like,
     is_empty,
@@ -55,7 +56,7 @@ def stem(
     )
     out, mean, var, _ = run(STEM, config, [x, *norm_tensors(norm)])
     move(norm, x.shape, mean, var)
-    return out
+    return as_pooled(out) if x.dim() == 5 else out
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:

@@ -23,6 +23,7 @@ from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
     Unit,
+    as_pooled,
     frozen_norm,
     grad_like,
     is_empty,
@@ -45,7 +46,7 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[i
     config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, cached=True)
     out, mean, var = run(TRANSITION, config, [x, *norm_tensors(norm), conv_weight])
     move(norm, x.shape, mean, var)
-    return out
+    return as_pooled(out) if x.dim() == 5 else out
 
 
 def _pooled_size(config: Config, x: Tensor) -> list[int]:

@@ -107,6 +107,14 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def as_pooled(out: Tensor) -> Tensor:
+    """A pooling's result in the dtype that PyTorch gives it: autocast on the CPU pools volumes in float32."""
+    kind = out.device.type
+    if out.dtype != torch.float64 and kind == "cpu" and autocast_enabled(kind):
+        return out.float()
+    return out
+
+
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
     # the units choose their dtypes themselves; entering the context costs, so only when there is something to leave
     if autocast_enabled(kind):

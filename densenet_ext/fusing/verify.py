@@ -94,10 +94,11 @@ def verify(model: nn.Module, x: Tensor) -> Verification:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fuse(fused)
+    without_dropout = _without_dropout(fused)
     units = [unit for unit in find_units(fused) if unit.is_fused and unit.reason() is None]
     if not units:
         notes.append("nothing runs fused in this model, so both ran the same code: densenet_ext.report says why")
-    if _without_dropout(fused):
+    if without_dropout:
         notes.append("dropout of the dense layers was off")
     got = _run(fused, x)
     del fused

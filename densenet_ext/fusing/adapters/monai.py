@@ -38,24 +38,24 @@ class Monai(UsualAdapter):
     def head(self, model: nn.Module) -> HeadParts:
         """features and class_layers, of which out is called and relu, pool and flatten are replaced."""
         features, layers = model._modules.get("features"), model._modules.get("class_layers")
-        if layers is None or features is None:
+        if features is None or layers is None:
             return HeadParts(features, {"class_layers": None})
-        names = ("relu", "pool", "flatten", "out")
-        members = [layers._modules.get(name) for name in names]
-        relu, pool, flatten, out = members
-        mismatch = other_sequence(layers, members)
-        if relu is None or pool is None or flatten is None or type(layers) is not nn.Sequential:
-            mismatch = mismatch or f"is no Sequential of {', '.join(names)}"
-        replaced: list[tuple[str, nn.Module, str | None]] = [("class_layers", layers, mismatch)]
-        if relu is not None and pool is not None and flatten is not None:
-            norm = features._modules.get(self.final_norm)
-            dims = None if norm is None else norm_dimensions(norm)
-            replaced += [
-                ("class_layers.relu", relu, other_relu(relu)),
-                ("class_layers.pool", pool, other_global_average(pool, dims or 2)),
-                ("class_layers.flatten", flatten, other_flatten(flatten)),
-            ]
-        return HeadParts(features, {"class_layers.out": out}, tuple(replaced))
+        named = {name: layers._modules.get(name) for name in ("relu", "pool", "flatten", "out")}
+        mismatch = other_sequence(layers, named.values())
+        if type(layers) is not nn.Sequential or None in named.values():
+            mismatch = mismatch or f"is no plain Sequential of {', '.join(named)}"
+        if mismatch is not None:
+            return HeadParts(features, {}, (("class_layers", layers, mismatch),))
+        relu, pool, flatten, out = (module for module in named.values() if module is not None)
+        norm = features._modules.get(self.final_norm)
+        dims = None if norm is None else norm_dimensions(norm)
+        replaced = (
+            ("class_layers", layers, None),
+            ("class_layers.relu", relu, other_relu(relu)),
+            ("class_layers.pool", pool, other_global_average(pool, dims or 2)),
+            ("class_layers.flatten", flatten, other_flatten(flatten)),
+        )
+        return HeadParts(features, {"class_layers.out": out}, replaced)
 
     def set_deterministic(self, block: nn.Module) -> bool:
         """Sets the probability of the dropout modules to 0; whether any was above."""
