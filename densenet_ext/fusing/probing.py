@@ -182,6 +182,29 @@ def differs_from_chain(module: nn.Module, chain: Sequence[str | Callable[..., An
     return None
 
 
+def differs_from_activated_norm(kind: type[nn.Module]) -> str | None:
+    """What ``forward`` of such a norm does other than batch normalisation, its children drop and act; None: that."""
+    norm: Any = kind(3).to("meta")
+    for training in (True, False):
+        x = feature()
+        found = record(norm, [x], training)
+        if isinstance(found, str):
+            return found
+        steps = [step for step in found[0] if step.what is not Tensor.add_]  # its counter
+        if [step.what for step in steps] != [F.batch_norm, "drop", "act"]:
+            return f"it runs {_words(step.what for step in steps)}"
+        reason = _not_a_chain(steps[1:], found[1], ["drop", "act"])
+        if reason is not None or not _same(steps[1].inputs, [steps[0].output]):
+            return reason or "drop is not given the normalised features"
+        given = inspect.signature(F.batch_norm).bind(*steps[0].args, **steps[0].kwargs)
+        given.apply_defaults()
+        wanted = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps)
+        pairs = zip(given.arguments.values(), wanted, strict=True)
+        if not all(a is b if isinstance(b, Tensor) else a == b for a, b in pairs):
+            return "it normalises with other values than its own"
+    return None
+
+
 def _not_a_cat(steps: Sequence[Step], features: Sequence[Tensor]) -> str | None:
     if len(steps) != 1 or steps[0].what is not torch.cat:
         return f"it runs {_words(step.what for step in steps)} where a concatenation is expected"

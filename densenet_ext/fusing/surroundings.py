@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from densenet_ext import checks
 from densenet_ext.algorithm.dispatch import plain_reason
@@ -122,9 +123,7 @@ class FusedFeatures(Fused):
     def run(self, x: Tensor, without: str | None = None) -> Tensor:
         """``x`` through the children in order, but for the one named ``without``."""
         fused_stem = self.stem if self.reason() is None else ()
-        layout = _CHANNELS_LAST.get(x.dim())
-        if layout is not None:
-            x = x.contiguous(memory_format=layout)  # then the first convolution gives what the next unit reads in place
+        x = _channels_last(x)
         for name, child in self.module._modules.items():
             if child is None or name == without:
                 continue
@@ -142,6 +141,27 @@ class FusedFeatures(Fused):
                 x = part(x)
             return x
         return stem(x, norm_of(norm), pool.kernel_size, pool.stride, pool.padding)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    # then the first convolution gives what the next unit reads in place
+    layout = _CHANNELS_LAST.get(x.dim())
+    return x if layout is None else x.contiguous(memory_format=layout)
+
+
+class FusedTaps(Fused):
+    """A model that runs its parts one by one and returns what several of them give: channels_last inside."""
+
+    kind = "stem"
+
+    def reason(self) -> str | None:
+        return "its parts run one by one, for the features between them"
+
+    def decide(self, x: Any) -> Any:
+        if plain_reason(x) is not None:
+            return self.original(x)
+        out = self.original(_channels_last(x))
+        return tree_map_only(Tensor, Tensor.contiguous, out) if x.is_contiguous() else out
 
 
 class HeadParts(NamedTuple):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from densenet_ext.fusing.adapters.efficient import Efficient
 from densenet_ext.fusing.adapters.monai import Monai
 from densenet_ext.fusing.adapters.own import Own
+from densenet_ext.fusing.adapters.timm import Timm
 from densenet_ext.fusing.adapters.torchvision import Torchvision
 from densenet_ext.fusing.matching import Adapter
 
-ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient(), Monai())
+ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient(), Timm(), Monai())
 """Asked in this order; the first that recognises a module has it."""
 
-__all__ = ["ADAPTERS", "Efficient", "Monai", "Own", "Torchvision"]
+__all__ = ["ADAPTERS", "Efficient", "Monai", "Own", "Timm", "Torchvision"]

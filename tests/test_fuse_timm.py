@@ -1,0 +1,272 @@
+"""`fuse` on timm's DenseNet: norms with the ReLU inside, several stems and heads, features_only."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import library_checks as checks
+import peers
+import pytest
+import torch
+from fusing_helpers import assert_same_state, rows, three_steps
+from torch import Tensor, nn
+
+import densenet_ext as dx
+
+BLOCK, LAYER = "features.denseblock1", "features.denseblock1.denselayer2"
+
+
+def small(seed: int = 0, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    settings = {"growth_rate": 4, "block_config": (2, 2), "bn_size": 2, "num_classes": 10, **kwargs}
+    return peers.timm_densenet().DenseNet(**settings).double()
+
+
+def blurred(seed: int = 0) -> Any:
+    pool = importlib.import_module("timm.layers").BlurPool2d
+    return small(seed, stem_type="deep_tiered", aa_layer=pool, aa_stem_only=False, growth_rate=8)
+
+
+def images(n: int = 3, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+BUILD = {"usual": small, "deep": lambda: small(stem_type="deep"), "blur": blurred}
+
+
+@pytest.fixture(params=BUILD)
+def plain(request: pytest.FixtureRequest) -> Any:
+    peers.timm_densenet()
+    return BUILD[request.param]()
+
+
+def test_training(plain: Any) -> None:
+    checks.check_training(plain, images())
+
+
+def test_evaluation(plain: Any) -> None:
+    checks.check_evaluation(plain, images())
+
+
+def test_fuse_leaves_no_trace(plain: Any) -> None:
+    checks.check_no_trace(plain)
+
+
+def test_copies(plain: Any) -> None:
+    checks.check_copies(plain, images())
+
+
+def test_autocast(plain: Any) -> None:
+    checks.check_autocast(plain, images())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile(training: bool) -> None:
+    checks.check_compile(small(), images(), training)
+
+
+@pytest.mark.parametrize("part", ["norm2", "norm2.act", "norm1.drop", "conv2"])
+def test_hooks(part: str) -> None:
+    checks.check_hooks(small(), images(), LAYER, f"{LAYER}.{part}")
+
+
+def test_state_dicts() -> None:
+    plain = small()
+    efficients = {name.replace("norm5", "norm_final"): tensor for name, tensor in plain.state_dict().items()}
+    checks.check_state_dicts(plain, small(seed=1), efficients)
+
+
+def test_what_is_fused() -> None:
+    peers.timm_densenet()
+    for name in ("usual", "deep"):
+        model = dx.fuse(BUILD[name]())
+        assert {row.kind for row in dx.report(model)} == {"stem", "dense block", "transition", "head"}
+        assert checks.unfused_units(model) == {}
+    assert checks.unfused_units(dx.fuse(blurred())) == {
+        "features": "pool0 is a Sequential, not a MaxPool2d",
+        "features.transition1": "pool is a BlurPool2d, not a AvgPool2d",
+    }
+    with pytest.warns(UserWarning, match="denselayer1.norm1 has an act that is a SiLU, not a ReLU"):
+        model = dx.fuse(small(act_layer="silu"))
+    assert not any(row.fused for row in dx.report(model))
+
+
+def test_grad_checkpointing_saves_features_and_moves_statistics_once() -> None:
+    plain, model = small(), small()
+    model.set_grad_checkpointing()
+    dx.fuse(model)
+    assert {row.save for row in dx.report(model) if row.kind == "dense block"} == {"features"}
+    # not equal to timm's own memory mode, whose recomputation moves the running statistics again
+    assert_same_state(three_steps(model, images()), three_steps(plain, images()))
+    explicit = dx.fuse(small(memory_efficient=True), save="bottlenecks")
+    assert {row.save for row in dx.report(explicit) if row.kind == "dense block"} == {"bottlenecks"}
+    assert dx.verify(small(memory_efficient=True), images()).max_buffer < 1e-12
+
+
+def test_dropout_in_layers_and_head() -> None:
+    model = small(drop_rate=0.5, proj_drop_rate=0.5)
+    fused = checks.fused_copy(model)
+    assert checks.unfused_units(fused) == {}
+    torch.testing.assert_close(fused.eval()(images()), model.eval()(images()))
+    fused.train()
+    assert not torch.equal(fused(images()), fused(images()))
+    result = dx.verify(fused, images())  # the head's dropout draws the same mask in both
+    assert result.max_output < 1e-12 and result.fused_units == 5
+    fused.features.denseblock1.denselayer1.norm1.drop = nn.Dropout(0.5)
+    assert rows(fused)[BLOCK].reason == "denselayer1.norm1 has a drop that is a Dropout, not a plain Identity"
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_classes": 0}, None),
+        ({"num_classes": 0, "global_pool": ""}, "global_pool.pool is a Identity, not a AdaptiveAvgPool2d"),
+        ({"global_pool": "max"}, "global_pool.pool is a AdaptiveMaxPool2d, not a AdaptiveAvgPool2d"),
+        ({"global_pool": "catavgmax"}, "global_pool.pool is a AdaptiveCatAvgMaxPool2d, not a AdaptiveAvgPool2d"),
+        ({"global_pool": "fast"}, "global_pool.pool is a FastAdaptiveAvgPool, not a AdaptiveAvgPool2d"),
+    ],
+    ids=str,
+)
+def test_heads(settings: dict[str, Any], reason: str | None) -> None:
+    plain = small(**settings)
+    fused = checks.fused_copy(plain)
+    assert rows(fused)[""].reason == reason
+    torch.testing.assert_close(fused(images()), plain(images()))
+    changed = small()
+    dx.fuse(changed).reset_classifier(settings.get("num_classes", 10), settings.get("global_pool", "avg"))
+    assert rows(changed)[""].reason == reason
+    torch.testing.assert_close(changed(images()), dx.unfuse(copy.deepcopy(changed))(images()))
+
+
+def test_forward_features_and_forward_head() -> None:
+    plain = small().eval()
+    fused = checks.fused_copy(plain)
+    features = fused.forward_features(images())
+    torch.testing.assert_close(features, plain.forward_features(images()))
+    assert features.is_contiguous()
+    torch.testing.assert_close(fused.forward_head(features), plain(images()))
+    torch.testing.assert_close(
+        fused.forward_head(features, pre_logits=True), plain.forward_head(features, pre_logits=True)
+    )
+    torch.testing.assert_close(fused.forward_intermediates(images()), plain.forward_intermediates(images()))
+
+
+def test_a_changed_head_says_why() -> None:
+    def hook(model: Any) -> None:
+        model.features.norm5.register_forward_hook(lambda module, args, out: out * 2)
+
+    def hook_inside(model: Any) -> None:
+        model.global_pool.flatten.register_forward_hook(lambda module, args, out: out * 2)
+
+    def replaced(model: Any) -> None:
+        model.forward_features = lambda x: model.features(x) * 2
+
+    def not_activated(model: Any) -> None:
+        model.features.norm5 = nn.BatchNorm2d(model.num_features).double()
+
+    def another_pool(model: Any) -> None:
+        model.global_pool = nn.Flatten()
+        model.classifier = nn.LazyLinear(10, dtype=torch.float64)
+
+    for change, reason in (
+        (hook, "norm5 has a forward hook"),
+        (hook_inside, "global_pool.flatten has a forward hook"),
+        (replaced, "forward_features was replaced on the instance"),
+        (not_activated, "norm5 is a BatchNorm2d, not a ReLU"),
+        (another_pool, "global_pool is a Flatten, not a SelectAdaptivePool2d"),
+    ):
+        models = [dx.fuse(small()), small()]
+        for model in models:
+            change(model)
+        outs = []
+        for model in models:
+            torch.manual_seed(3)
+            outs.append(model(images()))
+        torch.testing.assert_close(*outs)
+        assert rows(models[0])[""].reason == reason
+
+
+def test_a_pruned_model() -> None:
+    plain = small()
+    fused = checks.fused_copy(plain)
+    for model in (plain, fused):
+        model.prune_intermediate_layers(1)
+    torch.testing.assert_close(fused(images()), plain(images()))
+    assert rows(fused)[""].reason is not None and rows(fused)[BLOCK].fused
+
+
+# ---- classes that are only spelled alike -----------------------------------------------------------------------------
+
+
+def test_a_subclass_with_its_own_forward_stays_unfused() -> None:
+    module = peers.timm_densenet()
+
+    class Net(module.DenseNet):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return super().forward_head(x.sqrt(), pre_logits)
+
+    class Layer(module.DenseLayer):
+        def bottleneck_fn(self, xs: list[Tensor]) -> Tensor:
+            return super().bottleneck_fn(xs) * 2
+
+    plain = small()
+    plain.__class__ = Net
+    for layer in plain.features.denseblock2.children():
+        layer.__class__ = Layer
+    fused = checks.fused_copy(plain)
+    found = checks.unfused_units(fused)
+    assert set(found) == {"", "features.denseblock2"}
+    assert "it runs features, sqrt, global_pool" in (found[""] or "")
+    assert "it runs cat, norm1, conv1, mul, norm2, conv2" in (found["features.denseblock2"] or "")
+    torch.testing.assert_close(fused(images()), plain(images()))
+
+
+def test_a_norm_of_another_version_stays_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm_act = type(small().features.norm0)
+    monkeypatch.setattr(norm_act, "forward", lambda self, x: self.act(self.drop(nn.BatchNorm2d.forward(self, -x))))
+    with pytest.warns(UserWarning, match="forward of BatchNormAct2d is not the known one: it runs neg"):
+        model = dx.fuse(small())
+    assert not any(row.fused for row in dx.report(model))
+
+
+# ---- features_only ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [{}, {"feature_cls": "dict"}], ids=["list", "dict"])
+def test_features_only(flag: dict[str, str]) -> None:
+    peers.timm_densenet()
+    create = importlib.import_module("timm").create_model
+    torch.manual_seed(0)
+    settings = {"growth_rate": 4, "block_config": (2, 2), "bn_size": 2, "out_indices": (0, 1, 2)}
+    plain = create("densenet121", features_only=True, **settings, **flag).double()
+    fused = checks.fused_copy(plain)
+    found = rows(fused)
+    assert found[""].reason == "its parts run one by one, for the features between them"
+    assert [row.kind for row in found.values() if row.fused] == ["dense block", "transition", "dense block"]
+    for x in (images(), images().contiguous(memory_format=torch.channels_last)):
+        for model in (fused, plain):
+            model.zero_grad()
+        taps = [model(x) for model in (fused, plain)]
+        assert type(taps[0]) is type(taps[1])
+        taps = [list(tap.values()) if isinstance(tap, dict) else tap for tap in taps]
+        torch.testing.assert_close(*taps)
+        assert all(tap.is_contiguous() == x.is_contiguous() for tap in taps[0])
+        for found_taps in taps:
+            sum(tap.square().sum() for tap in found_taps).backward()
+        for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_state(fused, plain)
+
+
+def test_named_networks() -> None:
+    peers.timm_densenet()
+    create = importlib.import_module("timm").create_model
+    model = dx.fuse(create("densenetblur121d"))
+    found = rows(model)
+    assert sum(row.fused for row in found.values()) == 8  # all but the stem, whose pooling blurs
+    assert found["features"].reason == "pool0 is a Sequential, not a MaxPool2d"
