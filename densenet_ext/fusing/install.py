@@ -27,11 +27,12 @@ def fuse(model: Model, save: str | None = None) -> Model:
     names of the other libraries besides (``densenet_ext.state_dict``).
 
     Args:
-        model: any module; torchvision's DenseNet and the efficient implementation's are recognised.
+        model: any module; the DenseNets of torchvision, timm, MONAI, torchxrayvision and the efficient implementation
+            are recognised.
         save: what the blocks keep for the backward pass: "bottlenecks" (their outputs and every 1x1 convolution's) or
             "features" (their outputs; the 1x1 convolutions run again). None: "features" for a block whose own memory
-            mode (``memory_efficient``, ``efficient``) is on, else "bottlenecks". In densenet_ext's own blocks, which
-            run fused in any case, a level that is given is set.
+            mode (``memory_efficient``, ``efficient``, ``grad_checkpointing``) is on, else "bottlenecks". In
+            densenet_ext's own blocks, which run fused in any case, a level that is given is set.
 
     Warns when there is nothing to fuse, with the model unchanged, and when no dense block runs fused, with the reasons.
     Raises TypeError when ``model`` is no module, ValueError for an unknown level.
@@ -49,7 +50,8 @@ def fuse(model: Model, save: str | None = None) -> Model:
     news = [unit for unit in units if unit.functor is not None and not unit.is_fused]
     if any(unit.is_fused or unit.functor is not None for unit in blocks):
         if news:
-            _install(model, news, save)
+            _install(news, save)
+            _learn_names(model, units)
         elif not (save is not None and all(unit.native is not None for unit in blocks)):
             _warn(
                 f"fuse: this {type(model).__name__} runs fused already, it is unchanged{_how_to_change(blocks, save)}"
@@ -78,12 +80,15 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def _install(model: nn.Module, units: Sequence[Unit], save: str | None) -> None:
+def _install(units: Sequence[Unit], save: str | None) -> None:
     for unit in units:
         assert unit.functor is not None
         if isinstance(unit.functor, FusedBlock) and save is not None:
             unit.functor.save = save
         unit.functor.install()
+
+
+def _learn_names(model: nn.Module, units: Sequence[Unit]) -> None:
     # the whole, and each DenseNet in it: either may be what a state dict is loaded into
     for module in {id(module): module for module in (model, *_owners(units))}.values():
         _forget_names(module)

@@ -7,9 +7,10 @@ from densenet_ext.fusing.adapters.monai import Monai
 from densenet_ext.fusing.adapters.own import Own
 from densenet_ext.fusing.adapters.timm import Timm
 from densenet_ext.fusing.adapters.torchvision import Torchvision
+from densenet_ext.fusing.adapters.torchxrayvision import TorchXRayVision
 from densenet_ext.fusing.matching import Adapter
 
-ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient(), Timm(), Monai())
+ADAPTERS: tuple[Adapter, ...] = (Own(), Torchvision(), Efficient(), Timm(), Monai(), TorchXRayVision())
 """Asked in this order; the first that recognises a module has it."""
 
-__all__ = ["ADAPTERS", "Efficient", "Monai", "Own", "Timm", "Torchvision"]
+__all__ = ["ADAPTERS", "Efficient", "Monai", "Own", "Timm", "TorchXRayVision", "Torchvision"]

@@ -1,0 +1,198 @@
+"""`fuse` on torchxrayvision's DenseNet: layers that are Sequentials, `features2`, weights that are pickled models."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import library_checks as checks
+import peers
+import pytest
+import torch
+from fusing_helpers import assert_same_state, rows, three_steps
+from torch import Tensor, nn
+
+import densenet_ext as dx
+
+BLOCK, LAYER = "features.denseblock1", "features.denseblock1.denselayer2"
+HEAD = "its features2, which resizes the image too, normalises and pools"
+SMALL = {"num_init_features": 8, "growth_rate": 4, "block_config": (2, 2), "bn_size": 2}
+
+
+def small(seed: int = 0, **kwargs: Any) -> Any:
+    module = peers.torchxrayvision_models()
+    torch.manual_seed(seed)
+    return module.DenseNet(**{**SMALL, **kwargs}).double()
+
+
+def images(n: int = 3, size: int = 32) -> Tensor:
+    return torch.randn(n, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1000
+
+
+def test_training() -> None:
+    checks.check_training(small(), images())
+
+
+def test_evaluation() -> None:
+    checks.check_evaluation(small(), images())
+
+
+def test_every_unit_but_the_head_is_fused_and_leaves_no_trace() -> None:
+    model = small()
+    checks.check_no_trace(model)
+    assert {row.kind for row in dx.report(model)} == {"stem", "dense block", "transition", "head"}
+    assert checks.unfused_units(dx.fuse(model)) == {"": HEAD}
+
+
+def test_copies() -> None:
+    checks.check_copies(small(), images())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile(training: bool) -> None:
+    checks.check_compile(small(), images(), training)
+
+
+def test_autocast() -> None:
+    checks.check_autocast(small(), images())
+
+
+def test_hooks() -> None:
+    checks.check_hooks(small(), images(), LAYER, f"{LAYER}.relu1")
+
+
+def test_state_dicts() -> None:
+    plain = small()
+    monais = {
+        name.replace("classifier", "class_layers.out").replace(".norm", ".layers.norm").replace(".conv", ".layers.conv")
+        if "denselayer" in name or "classifier" in name
+        else name: tensor
+        for name, tensor in plain.state_dict().items()
+    }
+    assert "features.denseblock1.denselayer1.layers.norm1.weight" in monais
+    checks.check_state_dicts(plain, small(seed=1), monais)
+
+
+def test_features_and_features2() -> None:
+    plain = small().eval()
+    fused = checks.fused_copy(plain)
+    torch.testing.assert_close(fused.features(images()), plain.features(images()))
+    torch.testing.assert_close(fused.features2(images()), plain.features2(images()))
+    assert fused.features(images()).is_contiguous()
+
+
+def test_sigmoid() -> None:
+    plain = small(apply_sigmoid=True)
+    fused = checks.fused_copy(plain)
+    outs = [model(images()) for model in (fused, plain)]
+    torch.testing.assert_close(*outs)
+    assert outs[0].min() >= 0 and outs[0].max() <= 1
+    for model in (fused, plain):
+        three_steps(model, images())
+    assert_same_state(fused, plain)
+
+
+def test_operating_points() -> None:
+    plain = small(op_threshs=torch.linspace(0.1, 0.9, 18)).float().eval()  # the library computes them in float32 only
+    fused = checks.fused_copy(plain)
+    x, raw = images().float(), small().float().eval()
+    outs = fused(x), plain(x)
+    torch.testing.assert_close(*outs)
+    assert not torch.allclose(outs[0], raw(x).sigmoid())
+
+
+def test_dropout() -> None:
+    plain = small(drop_rate=0.5)
+    fused = checks.fused_copy(plain)
+    assert rows(fused)[BLOCK].fused
+    torch.testing.assert_close(fused.eval()(images()), plain.eval()(images()))
+    fused.train()
+    assert not torch.equal(fused(images()), fused(images()))
+    assert dx.verify(fused, images()).max_output < 1e-12
+
+
+def test_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A weights file is a pickled model; the library takes its state dict, thresholds and resolution."""
+    module = peers.torchxrayvision_models()
+    name = "densenet121-res224-nih"
+    saved = small(seed=7).float()
+    torch.save(saved, tmp_path / module.model_urls[name]["weights_url"].rpartition("/")[2])
+    plain = module.DenseNet(weights=name, cache_dir=str(tmp_path), **SMALL)
+    fused = checks.fused_copy(plain)
+    assert checks.unfused_units(fused) == {"": HEAD}
+    x = images(2, 40).float()  # which both resize to 224
+    outs = fused(x), plain(x)
+    torch.testing.assert_close(*outs)
+    assert outs[0].shape == (2, 18) and bool((outs[0][:, 14:] == 0.5).all())  # labels without an operating point
+    assert "resize" in capsys.readouterr().out
+    fused.load_state_dict(plain.state_dict())
+
+
+def test_a_pickled_model_of_before_is_fused() -> None:
+    """Pickles of torch 0.4: modules without the attributes that came later."""
+    plain = small()
+    for module in plain.modules():
+        for attribute in ("_backward_pre_hooks", "_non_persistent_buffers_set", "_state_dict_hooks"):
+            module.__dict__.pop(attribute, None)
+    file = io.BytesIO()
+    torch.save(plain, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    fused = checks.fused_copy(loaded)
+    assert checks.unfused_units(fused) == {"": HEAD}
+    torch.testing.assert_close(fused(images()), small()(images()))
+
+
+def test_published_checkpoints_carry_dotted_names() -> None:
+    plain, model = small(), nn.Sequential(small(seed=1))
+    dx.fuse(model)
+    dotted = {
+        name.replace("norm1", "norm.1").replace("conv2", "conv.2") if "denselayer" in name else name: tensor
+        for name, tensor in plain.state_dict().items()
+        if "num_batches_tracked" not in name
+    }
+    model[0].load_state_dict(dotted)  # though its own forward is not fused
+    torch.testing.assert_close(model.eval()(images()), plain.eval()(images()))
+    assert not any(module._load_state_dict_pre_hooks for module in dx.unfuse(model).modules())
+
+
+# ---- what is not fused -----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_runs_more_says_why() -> None:
+    plain = small()
+    plain.features.denseblock1.denselayer2.add_module("squeeze", nn.Softsign())
+    fused = checks.fused_copy(plain)
+    assert "denselayer2 has other children than expected: norm1" in (rows(fused)[BLOCK].reason or "")
+    torch.testing.assert_close(fused(images()), plain(images()))
+
+
+def test_a_layer_of_its_own_stays_unfused() -> None:
+    module = peers.torchxrayvision_models()
+
+    class Doubled(module._DenseLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    class _DenseLayer(module._DenseLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([nn.Sequential.forward(self, x), x], 1)
+
+    plain = small()
+    plain.features.denseblock1.denselayer1.__class__ = Doubled
+    for layer in plain.features.denseblock2.children():
+        layer.__class__ = _DenseLayer
+    with pytest.warns(UserWarning, match="none of the 2 dense blocks"):
+        fused = checks.fused_copy(plain)
+    found = rows(fused)
+    assert found[BLOCK].reason == "denselayer1 is a Doubled, not a _DenseLayer as when it was fused"
+    assert "it runs norm1, relu1, conv1, norm2" in (found["features.denseblock2"].reason or "")
+    torch.testing.assert_close(fused(images()), plain(images()))
+
+
+def test_the_whole_library_model_in_its_size() -> None:
+    module = peers.torchxrayvision_models()
+    model = dx.fuse(copy.deepcopy(module.DenseNet()))
+    assert sum(row.fused for row in dx.report(model)) == 8
