@@ -21,7 +21,9 @@ _AVG_POOL: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool
 _MAX_POOL: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _GLOBAL_AVG_POOL: tuple[type[nn.Module], ...] = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _CHANNEL_DROPOUT = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_KNOWN = frozenset((*_CONV, *_NORM, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.ReLU, nn.Flatten, nn.Dropout))
+_KNOWN = frozenset(
+    (*_CONV, *_NORM, nn.SyncBatchNorm, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.ReLU, nn.Flatten, nn.Dropout)
+)
 _BASES = (_BatchNorm, _ConvNd, nn.ReLU, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.Flatten, nn.Dropout)
 
 
@@ -29,8 +31,7 @@ def unfusable(modules: Iterable[nn.Module]) -> str | None:
     """Why these modules cannot be run without being called, in words, or None when they can.
 
     The reasons: hooks of any kind (on a module, or on all modules), a parametrisation, a ``forward`` replaced on the
-    instance, a subclass of a known class (``SyncBatchNorm``, lazy and quantised modules), a weight that is no plain
-    tensor.
+    instance, a subclass of a known class (lazy and quantised modules), a weight that is no plain tensor.
     """
     for module in modules:
         reason = obstacle(module)
@@ -110,7 +111,7 @@ def hooks_on_all_modules() -> str | None:
 def other_norm(norm: nn.Module, dims: int) -> str | None:
     """Why ``norm`` is not the batch normalisation that fused units of ``dims`` spatial dimensions compute, or None."""
     expected = _NORM[dims - 1]
-    if type(norm) is expected or (dims == 2 and activates(norm)):
+    if type(norm) in (expected, nn.SyncBatchNorm) or (dims == 2 and activates(norm)):
         return None
     return f"is a {type(norm).__name__}, not a {expected.__name__}"
 

@@ -187,11 +187,15 @@ def test_other_units_say_why_they_are_not_fused() -> None:
     torch.testing.assert_close(model(x), dx.unfuse(model)(x))
 
 
-def test_sync_batch_norm_runs_unfused() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(dx.fuse(small()))
-    assert "SyncBatchNorm" in (rows(model)["features.denseblock1"].reason or "")
+@pytest.mark.parametrize("first", ["fuse", "convert"])
+def test_sync_batch_norm_is_an_ordinary_one_without_other_processes(first: str) -> None:
+    plain, model = small(), small()
+    model = dx.fuse(model) if first == "fuse" else nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if first == "fuse" else dx.fuse(model)
+    assert all(row.fused for row in dx.report(model))
     x = images()
-    torch.testing.assert_close(model.eval()(x), dx.unfuse(model)(x))
+    assert_same_state(three_steps(model, x), three_steps(plain, x))
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
 
 
 def test_a_subclass_with_its_own_forward_stays_unfused() -> None:

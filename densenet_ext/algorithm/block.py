@@ -15,6 +15,9 @@ Backward, layers in reverse; G is the gradient of X, and gm, gv collect those of
     dy  = (dz @ W1) where x s + t > 0                        # recomputed, never stored
     dbeta1 = sum dy     dgamma1 = r sum dy (x - m)
     G[:, :C_l] += s dy  gm[:C_l] -= s sum dy  gv[:C_l] -= s r^2 / 2 sum dy (x - m)
+
+Where a norm takes its statistics over several processes (``sync``), those of the columns and of z are merged as soon as
+they are taken, and in the backward pass gm, gv of a feature and the two sums of norm2. Recomputation exchanges nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
+from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -62,10 +66,15 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
     own ValueError for one value per channel in training.
     """
     checks.choice("save", save, checks.LEVELS)
-    if not layers or is_empty(x):
-        return reference.dense_block(x, layers)
-    N, *spatial = x.shape[0], *x.shape[2:]
     norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
+    groups = tuple(norm.group for norm in norms)
+    if not layers or (is_empty(x) and not any(groups)):
+        return reference.dense_block(x, layers)
+    if shared_group(groups[0::2], (norm.batch_stats for norm in norms[0::2])) is None:
+        from densenet_ext.algorithm.layer import dense_block_by_layers  # layers are made of this module's parts
+
+        return dense_block_by_layers(x, layers, save)
+    N, *spatial = x.shape[0], *x.shape[2:]
     for layer in layers:
         check_count(layer.norm1, (N, layer.conv1.shape[1], *spatial))
         check_count(layer.norm2, (N, layer.conv1.shape[0], *spatial))
@@ -75,6 +84,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
         dtype=torch.promote_types(x.dtype, result_dtype(x)),
         drop_rates=tuple(layer.drop_rate for layer in layers),
         save=save,
+        groups=groups,
     )
     seed = None
     if any(p > 0 for p in config.drop_rates):
@@ -82,17 +92,21 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
     tensors: list[Tensor | None] = [x, seed]
     for layer in layers:
         tensors += (*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2)
-    out, _, mean, var, z_mean, z_var = run(BLOCK, config, tensors)
+    out, _, mean, var, z_mean, z_var, counts, own_mean, own_var = run(BLOCK, config, tensors)
     if any(norm.update for norm in norms):
-        means, vars = [], []
+        means, vars, rows = [], [], []
         start = 0
-        for layer in layers:
+        for l, layer in enumerate(layers):
             b, C = layer.conv1.shape[:2]
             means += [mean[:C], z_mean[start : start + b]]
             vars += [var[:C], z_var[start : start + b]]
+            rows += [counts[:1] if layer.norm1.group else pixels(x.shape)]
+            rows += [counts[l + 1 : l + 2] if layer.norm2.group else pixels(x.shape)]
             start += b
-        update_running_stats(norms, means, vars, pixels(x.shape))
+        update_running_stats(norms, means, vars, rows)
     if mean.numel() and not torch.compiler.is_compiling():
+        if own_mean.numel():
+            mean, var = own_mean, own_var
         remember_stats(out, mean, var)
     return out
 
@@ -126,7 +140,11 @@ def _layers(tensors: Tensors) -> Iterator[_LayerTensors]:
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    """The buffer; every z, one after the other, each [M, b]; mean and variance of the columns and of every z."""
+    """The buffer; every z, one after the other, each [M, b]; mean and variance of the columns and of every z.
+
+    With processes that share statistics also: how many rows the columns' have, and each z's; and mean and variance of
+    the columns in this process alone.
+    """
     x = tensors[0]
     assert x is not None
     layers = list(_layers(tensors))
@@ -137,7 +155,13 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     counts = [C_total if any(config.batch_stats[0::2]) else 0] * 2 + [
         b_total if any(config.batch_stats[1::2]) else 0
     ] * 2
+    counts += [len(layers) + 1 if any(config.groups) else 0] + [counts[0] if _columns_group(config) else 0] * 2
     return [out, z, *(out.new_empty(n, dtype=acc) for n in counts)]
+
+
+def _columns_group(config: Config) -> str:
+    """The process group over which the columns' statistics are taken; "" for this process alone."""
+    return shared_group(config.groups[0::2], config.batch_stats[0::2]) or ""
 
 
 def _scratch(rows: Tensor, columns: int) -> Tensor:
@@ -150,18 +174,25 @@ def _part(scratch: Tensor, M: int, columns: int, start: int = 0) -> Tensor:
 
 
 def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    """The buffer [N, C_total, *spatial], then every z, mean, var, z_mean, z_var as ``_allocate`` lays them out."""
+    """The buffer [N, C_total, *spatial], then the other results as ``_allocate`` lays them out."""
     x, seed = tensors[:2]
     assert x is not None
     results = _allocate(config, tensors)
-    out, z_all, mean, var, z_mean, z_var = results
+    out, z_all, mean, var, z_mean, z_var, counts, own_mean, own_var = results
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     layers = list(_layers(tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    stats = mean.numel() > 0
-    C = layers[0].C
-    m, v = (mean[:C], var[:C]) if stats else (None, None)
-    ops.append_features(to_rows(x.to(out.dtype)), X[:, :C], m, v, 0.0, None, 0)
+    stats, group = mean.numel() > 0, _columns_group(config)
+
+    def append(rows: Tensor, new: slice, drop_rate: float, l: int) -> None:
+        m, v = (mean[new], var[new]) if stats else (None, None)
+        ops.append_features(rows, X[:, new], m, v, drop_rate, seed, l)
+        if group:
+            own_mean[new], own_var[new] = mean[new], var[new]
+            if new.stop < size[1]:  # the last columns are for the next unit
+                counts[:1] = merge_stats(mean[new], var[new], M, group)
+
+    append(to_rows(x.to(out.dtype)), slice(layers[0].C), 0.0, 0)
     scratch = _scratch(X, max(layer.b for layer in layers))
     for l, layer in enumerate(layers):
         C, b, k = layer.C, layer.b, layer.k
@@ -178,10 +209,11 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         else:
             z = _part(z_all, M, b, layer.z.start) if config.save == "bottlenecks" else a
             ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, m2, v2)
+            if m2 is not None and v2 is not None and config.groups[2 * l + 1]:
+                counts[l + 1 : l + 2] = merge_stats(m2, v2, M, config.groups[2 * l + 1])
             ops.bn_relu(z, *norm2, a)
         new = conv_same(a, size, layer.conv2.to(out.dtype))
-        m, v = (mean[C : C + k], var[C : C + k]) if stats else (None, None)
-        ops.append_features(new, X[:, C : C + k], m, v, config.drop_rates[l], seed, l)
+        append(new, slice(C, C + k), config.drop_rates[l], l)
         del new
     return results
 
@@ -200,9 +232,9 @@ def block_backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """One gradient or None per tensor; ``results`` as of ``block_forward``. ``grad`` is only read."""
-    out, z_all, mean, var, z_mean, z_var = results
+    out, z_all, mean, var, z_mean, z_var, counts = results[:7]
     assert out is not None and z_all is not None and mean is not None and var is not None
-    assert z_mean is not None and z_var is not None
+    assert z_mean is not None and z_var is not None and counts is not None
     seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     layers = list(_layers(tensors))
@@ -210,7 +242,9 @@ def block_backward(
     incoming = to_rows(grad)
     copied = incoming.data_ptr() != grad.data_ptr()  # then it is ours to write into
     stats = mean.numel() > 0
-    gm, gv = (torch.zeros(2, size[1], dtype=acc, device=out.device)).unbind(0)
+    group = _columns_group(config)
+    gmv = torch.zeros(2, size[1], dtype=acc, device=out.device)
+    gm, gv = gmv.unbind(0)
     m = mean if stats else gm  # without statistics gm and gv stay zero, and so may m
     grads: list[Tensor | None] = [None] * len(tensors)
     wide, growth = max(layer.b for layer in layers), max(layer.k for layer in layers)
@@ -235,6 +269,8 @@ def block_backward(
         g = (incoming if G is None else G)[:, new]
         p = config.drop_rates[l]
         if p > 0 or (stats and G is not None):
+            if group and G is not None:
+                gmv[:, new] = merge_sums(gmv[:, new], M, counts[0], group)
             source, g = g, _part(g_all, M, k)
             ops.feature_grad(source, X[:, new], m[new], gm[new], gv[new], p, seed, l, g)
         if again is None:
@@ -258,6 +294,9 @@ def block_backward(
             grads[first + 6] = grad_like(dbeta2, layer.norm2[1], own[6])
         if not below and not any(own[:5]):
             break
+        if batch2 and config.groups[2 * l + 1]:
+            assert dgamma2 is not None and dbeta2 is not None
+            dgamma2, dbeta2 = merge_sums(torch.stack([dgamma2, dbeta2]), M, counts[l + 1], config.groups[2 * l + 1])
         sums2 = (dgamma2, dbeta2) if batch2 else (None, None)
         grad_in = None
         if G is None:
@@ -280,6 +319,8 @@ def block_backward(
         C = layers[0].C
         grads[0] = x_grad = new_features(out, (size[0], C, *size[2:]))
         dx = to_rows(x_grad)
+        if group:
+            gmv[:, :C] = merge_sums(gmv[:, :C], M, counts[0], group)
         if stats:
             ops.feature_grad(G[:, :C], X[:, :C], mean[:C], gm[:C], gv[:C], 0.0, None, 0, dx)
         else:

@@ -25,9 +25,9 @@ from densenet_ext.algorithm.unit import Config, Tensors, Unit
 # Config's fields, in its order; what an eager call may look up beside a tensor is left out.
 _CONFIG = (
     "bool[] batch_stats, float[] eps, ScalarType dtype, int features, float[] drop_rates, "
-    "int[] window, int[] stride, int[] padding, str save"
+    "int[] window, int[] stride, int[] padding, str save, str[] groups"
 )
-_FIELDS = 9
+_FIELDS = 10
 
 
 def _config(values: Sequence[Any]) -> Config:

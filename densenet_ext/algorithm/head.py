@@ -9,7 +9,7 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count
-from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size
+from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -31,37 +31,35 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     check_count(norm, x.shape)
-    if is_empty(x):
+    if is_empty(x) and not norm.group:
         return reference.head(x, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, cached=True)
-    out, mean, var = run(HEAD, config, [x, *norm_tensors(norm)])
-    move(norm, x.shape, mean, var)
+    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, groups=(norm.group,), cached=True)
+    out, mean, var, count = run(HEAD, config, [x, *norm_tensors(norm)])
+    move(norm, x.shape, mean, var, count)
     return as_pooled(out) if x.dim() == 5 else out
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     x = tensors[0]
     assert x is not None
-    return [x.new_empty(x.shape[:2]), *allocate_stats(config, x, x.shape[1])]
+    return [x.new_empty(x.shape[:2]), *allocate_shared_stats(config, x)]
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     x = tensors[0]
     assert x is not None
-    out, mean, var = results = _allocate(config, tensors)
-    rows, size, batch = to_rows(x), rows_size(x), config.batch_stats[0]
-    if batch:
-        fill_stats(config, x, rows, mean, var)
-    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    rows, size, out = to_rows(x), rows_size(x), x.new_empty(x.shape[:2])
+    mean, var, count = batch_stats(config, x, rows)
+    norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(x).bn_relu_avg_pool(rows, size, size[1:], *norm, out)
-    return results
+    return [out, mean, var, count]
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    x, mean, var = tensors[0], *results[1:]
-    assert x is not None and mean is not None and var is not None
+    x, mean, var, count = tensors[0], *results[1:]
+    assert x is not None and mean is not None and var is not None and count is not None
     ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
     norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
     rows, size, g = to_rows(x), rows_size(x), cast(grad, x.dtype)
@@ -72,7 +70,7 @@ def _backward(
         grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
     if needs[0]:
         grads[0] = dx = new_features(x, x.shape)
-        sums = (dgamma, dbeta) if batch else (None, None)
+        sums = input_sums(config, dgamma, dbeta, count, rows)
         ops.bn_relu_avg_pool_backward(g, rows, size, size[1:], *norm, *sums, to_rows(dx))
     return grads
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_ext import kernels, reference
@@ -19,6 +21,7 @@ from densenet_ext.algorithm.concat import checked_size, columns, fill_feature_st
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
 from densenet_ext.algorithm.layout import new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
+from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -40,23 +43,35 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
     """
     size = checked_size(features, layer.norm1)
     check_count(layer.norm2, (size[0], layer.conv1.shape[0], *size[2:]))
-    if pixels(size) == 0:
+    norms = (layer.norm1, layer.norm2)
+    groups = tuple(norm.group for norm in norms)
+    if pixels(size) == 0 and not any(groups):
         z = reference.bottleneck(features, layer.conv1, layer.norm1)
         return reference.conv_same(reference.cat_bn_relu([z], layer.norm2), layer.conv2)
-    norms = (layer.norm1, layer.norm2)
     config = Config(
         batch_stats=tuple(norm.batch_stats for norm in norms),
         eps=tuple(norm.eps for norm in norms),
         dtype=promoted(features),
         features=len(features),
         save=save,
+        groups=groups,
         cached=True,
     )
     parameters = [*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2]
-    out, _, mean, var, z_mean, z_var = run(LAYER, config, [*features, *parameters])
+    out, _, mean, var, z_mean, z_var, counts = run(LAYER, config, [*features, *parameters])
     if any(norm.update for norm in norms):
-        update_running_stats(norms, [mean, z_mean], [var, z_var], pixels(size))
+        rows = [counts[i : i + 1] if groups[i] else pixels(size) for i in (0, 1)]
+        update_running_stats(norms, [mean, z_mean], [var, z_var], rows)
     return out.to(result_dtype(out))
+
+
+def dense_block_by_layers(x: Tensor, layers: Sequence[Layer], save: str) -> Tensor:
+    """``dense_block`` without the buffer: for norms that take their statistics over different process groups."""
+    features = [x]
+    for layer in layers:
+        new = dense_layer(features, layer, save)
+        features.append(F.dropout(new, layer.drop_rate) if layer.drop_rate > 0 else new)
+    return torch.cat(features, 1)
 
 
 def _parts(config: Config, tensors: Tensors) -> tuple[Tensors, Tensor, Tensors, Tensor]:
@@ -68,7 +83,7 @@ def _parts(config: Config, tensors: Tensors) -> tuple[Tensors, Tensor, Tensors, 
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    """The new features; z [M, b]; mean and variance of the features and of z."""
+    """The new features; z [M, b]; mean and variance of the features and of z; the rows behind both, if shared."""
     x = tensors[0]
     _, conv1, _, conv2 = _parts(config, tensors)
     assert x is not None
@@ -80,18 +95,22 @@ def _kept(config: Config, x: Tensor, conv1: Tensor) -> list[Tensor]:
     b, C = conv1.shape[:2]
     z = x.new_empty(pixels(x.shape) if config.save == "bottlenecks" else 0, b, dtype=config.dtype)
     acc = kernels.acc_dtype(config.dtype)
-    counts = (C, C) if config.batch_stats[0] else (0, 0), (b, b) if config.batch_stats[1] else (0, 0)
-    return [z, *(x.new_empty(n, dtype=acc) for pair in counts for n in pair)]
+    stats = [C if config.batch_stats[0] else 0] * 2 + [b if config.batch_stats[1] else 0] * 2
+    return [z, *(x.new_empty(n, dtype=acc) for n in (*stats, 2 if any(config.groups) else 0))]
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     features, size = split(config, tensors)
     tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
     kept = _kept(config, features[0], conv1)
-    z, mean, var, z_mean, z_var = kept
-    batch1, batch2 = config.batch_stats
+    z, mean, var, z_mean, z_var, counts = kept
+    (batch1, batch2), (group1, group2) = config.batch_stats, config.groups
     if batch1:
         fill_feature_stats(config, features, mean, var)
+        if group1:
+            mean, var = mean.clone(), var.clone()  # noted beside the features are this process's own
+            counts[:1] = merge_stats(mean, var, pixels(size), group1)
+            kept[1:3] = mean, var
     rows = gather(features, size)
     ops, (b, C) = kernels.select(rows), conv1.shape[:2]
     if config.save != "bottlenecks":
@@ -106,6 +125,8 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     else:
         m2, v2 = (z_mean, z_var) if batch2 else (None, None)
         ops.bn_relu_conv1x1(rows, *norm1, W1, None, False, z, m2, v2)
+        if batch2 and group2:
+            counts[1:] = merge_stats(z_mean, z_var, pixels(size), group2)
         if config.save == "bottlenecks":
             a = z.new_empty(z.shape)
         ops.bn_relu(z, *norm2, a)
@@ -116,9 +137,10 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    n, (batch1, batch2) = config.features, config.batch_stats
-    z, mean, var, z_mean, z_var = results[1:]
-    assert z is not None and mean is not None and var is not None and z_mean is not None and z_var is not None
+    n, (batch1, batch2), (group1, group2) = config.features, config.batch_stats, config.groups
+    z, mean, var, z_mean, z_var, counts = results[1:]
+    assert z is not None and mean is not None and var is not None
+    assert z_mean is not None and z_var is not None and counts is not None
     features, size = split(config, tensors)
     tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
     b, C = conv1.shape[:2]
@@ -149,12 +171,16 @@ def _backward(
     G = rows.new_empty(rows.shape[0], C)
     dW1 = mean.new_empty(b, C) if own[4] else None
     dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
-    gm, gv = mean.new_zeros(2, C).unbind(0)
+    gm, gv = gmv = mean.new_zeros(2, C)
+    if batch2 and group2:
+        dgamma2, dbeta2 = merge_sums(torch.stack([dgamma2, dbeta2]), pixels(size), counts[1], group2)
     sums1, sums2 = (gm, gv) if batch1 else (None, None), (dgamma2, dbeta2) if batch2 else (None, None)
     ops.bn_relu_conv1x1_backward(rows, *norm1, W1, da, z, *norm2, *sums2, None, False, G, dW1, dgamma1, dbeta1, *sums1)
     del rows, z, da
     grads[n], grads[n + 1] = grad_like(dgamma1, tensors1[0], own[0]), grad_like(dbeta1, tensors1[1], own[1])
     grads[n + 4] = grad_like(dW1, conv1)
+    if batch1 and group1 and any(needs[:n]):
+        gm, gv = merge_sums(gmv, pixels(size), counts[0], group1)
     for i, (x, new) in enumerate(columns(features)):
         if needs[i]:
             dx = new_features(x, x.shape)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from densenet_ext.algorithm.sync import group_of
+
 
 class Norm(NamedTuple):
     """One BatchNorm over C channels, as it stands at this call.
 
     ``batch_stats``: it normalises with the batch's own statistics, else with the running ones. ``update``: the running
-    statistics move. ``momentum`` None: they are the plain average over all batches.
+    statistics move. ``momentum`` None: they are the plain average over all batches. ``group``: the process group whose
+    processes together make the batch; "" when this one alone does.
     """
 
     weight: Tensor | None  # [C]
@@ -27,10 +30,11 @@ class Norm(NamedTuple):
     update: bool
     momentum: float | None
     eps: float
+    group: str = ""
 
 
 def norm_of(module: _BatchNorm) -> Norm:
-    """The rules of ``nn.BatchNorm``: which statistics it uses now, and whether the running ones move."""
+    """The rules of ``nn.BatchNorm`` and ``nn.SyncBatchNorm``: whose statistics it uses now, and what moves."""
     mean, var = module.running_mean, module.running_var
     training = module.training
     batch_stats = training or (mean is None and var is None)
@@ -45,12 +49,13 @@ def norm_of(module: _BatchNorm) -> Norm:
         update,
         module.momentum,
         module.eps,
+        group_of(module),
     )
 
 
 def check_count(norm: Norm, size: Sequence[int]) -> None:
     """PyTorch's own ValueError when a norm in training sees one value per channel of an input of ``size``."""
-    if norm.batch_stats:
+    if norm.batch_stats and not norm.group:
         M = size[0]
         for n in size[2:]:
             M *= n
@@ -58,37 +63,49 @@ def check_count(norm: Norm, size: Sequence[int]) -> None:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
 
 
-def update_running_stats(norms: Sequence[Norm], means: Sequence[Tensor], vars: Sequence[Tensor], count: int) -> None:
+def update_running_stats(
+    norms: Sequence[Norm], means: Sequence[Tensor], vars: Sequence[Tensor], counts: Sequence[int | Tensor]
+) -> None:
     """Moves the running statistics of all ``norms`` once, with the batch's means and biased variances [C] in acc.
+
+    counts: the values per channel behind them; tensors [1], which are not read here, where processes make one batch.
 
     running = (1 - momentum) running + momentum batch, with the unbiased variance, as ``nn.BatchNorm``. A norm that
     occurs twice moves twice. Momentum None: the factor 1 / num_batches_tracked stays on the device.
     """
-    moving = [(n, m, v) for n, m, v in zip(norms, means, vars, strict=True) if n.update and n.batch_stats]
+    moving = [
+        entry for entry in zip(norms, means, vars, counts, strict=True) if entry[0].update and entry[0].batch_stats
+    ]
     while moving:
         # norms that occur again wait for the next round: within one the order of the steps is free
         seen: set[int] = set()
-        now: list[tuple[Norm, Tensor, Tensor]] = []
-        later: list[tuple[Norm, Tensor, Tensor]] = []
+        now: list[_Moving] = []
+        later: list[_Moving] = []
         for entry in moving:
             key = id(entry[0].running_mean if entry[0].running_mean is not None else entry[0].num_batches_tracked)
             (later if key in seen else now).append(entry)
             seen.add(key)
-        _move_once(now, count)
+        _move_once(now)
         moving = later
 
 
-def _move_once(moving: list[tuple[Norm, Tensor, Tensor]], count: int) -> None:
-    counters = [n.num_batches_tracked for n, _, _ in moving if n.num_batches_tracked is not None]
+_Moving = tuple[Norm, Tensor, Tensor, int | Tensor]  # norm, mean, variance, count
+
+
+def _move_once(moving: list[_Moving]) -> None:
+    counters = [n.num_batches_tracked for n, *_ in moving if n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    unbiased = count / (count - 1) if count > 1 else float("nan")
-    alike: dict[float, list[list[Any]]] = defaultdict(lambda: [[], [], [], []])
-    for norm, mean, var in moving:
+    alike: dict[tuple[float, float], list[list[Any]]] = defaultdict(lambda: [[], [], [], []])
+    for norm, mean, var, count in moving:
         if norm.running_mean is None or norm.running_var is None:
             continue
+        if isinstance(count, Tensor):
+            unbiased, var = 1.0, var * (count / (count - 1))
+        else:
+            unbiased = count / (count - 1) if count > 1 else float("nan")
         if norm.momentum is not None and norm.running_mean.dtype == norm.running_var.dtype == mean.dtype:
-            group = alike[norm.momentum]
+            group = alike[norm.momentum, unbiased]
             group[0].append(norm.running_mean)
             group[1].append(mean)
             group[2].append(norm.running_var)
@@ -97,7 +114,7 @@ def _move_once(moving: list[tuple[Norm, Tensor, Tensor]], count: int) -> None:
             factor = _factor(norm, mean)
             _move_one(norm.running_mean, mean, factor)
             _move_one(norm.running_var, var * unbiased, factor)
-    for momentum, (running_means, batch_means, running_vars, batch_vars) in alike.items():
+    for (momentum, unbiased), (running_means, batch_means, running_vars, batch_vars) in alike.items():
         torch._foreach_mul_(running_means + running_vars, 1 - momentum)
         torch._foreach_add_(running_means, batch_means, alpha=momentum)
         torch._foreach_add_(running_vars, batch_vars, alpha=momentum * unbiased)

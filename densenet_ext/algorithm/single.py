@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from densenet_ext import kernels
 from densenet_ext.algorithm.layout import pixels, recall_stats, remember_stats
 from densenet_ext.algorithm.norm import Norm, update_running_stats
+from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.unit import Config
 
 
@@ -26,25 +28,54 @@ def rows_size(x: Tensor) -> list[int]:
 
 
 def allocate_stats(config: Config, x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance [channels], or [0] when the norm is frozen."""
+    """Mean and variance [channels] of the batch, or [0] when the norm is frozen."""
     count = channels if config.batch_stats[0] else 0
     dtype = kernels.acc_dtype(x.dtype)
     return x.new_empty(count, dtype=dtype), x.new_empty(count, dtype=dtype)
 
 
-def fill_stats(config: Config, x: Tensor, rows: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Mean and variance [C] of x: what the unit that wrote x noted beside it, else from its rows."""
+def allocate_shared_stats(config: Config, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``batch_stats``, uninitialised."""
+    mean, var = allocate_stats(config, x, x.shape[1])
+    return mean, var, mean.new_empty(1 if config.groups[0] else 0)
+
+
+def batch_stats(config: Config, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [C] of x, and the rows [1] behind them when processes share statistics, else [0].
+
+    Mean and variance are what the unit that wrote x noted beside it, else taken from its rows; [0] when the norm is
+    frozen.
+    """
+    mean, var, count = allocate_shared_stats(config, x)
+    if not config.batch_stats[0]:
+        return mean, var, count
     known = recall_stats(x) if config.cached else None
     if known is not None:
         mean.copy_(known[0])
         var.copy_(known[1])
-        return
-    kernels.select(rows).channel_stats(rows, mean, var)
-    if config.cached:
-        remember_stats(x, mean, var)
+    else:
+        kernels.select(rows).channel_stats(rows, mean, var)
+        if config.cached:
+            remember_stats(x, mean, var)
+    if config.groups[0]:
+        mean, var = mean.clone(), var.clone()  # noted beside x are this process's own
+        count = merge_stats(mean, var, rows.shape[0], config.groups[0])
+    return mean, var, count
 
 
-def move(norm: Norm, size: Sequence[int], mean: Tensor, var: Tensor) -> None:
-    """Moves the norm's running statistics by what a batch of ``size`` [N, C, *spatial] had."""
+def input_sums(
+    config: Config, dgamma: Tensor, dbeta: Tensor, count: Tensor, rows: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two sums as the gradient of the input takes them: those of all processes; None for a frozen norm."""
+    if not config.batch_stats[0]:
+        return None, None
+    if not config.groups[0]:
+        return dgamma, dbeta
+    dgamma, dbeta = merge_sums(torch.stack([dgamma, dbeta]), rows.shape[0], count, config.groups[0])
+    return dgamma, dbeta
+
+
+def move(norm: Norm, size: Sequence[int], mean: Tensor, var: Tensor, count: Tensor | None = None) -> None:
+    """Moves the norm's running statistics by what a batch of ``size`` [N, C, *spatial], or of ``count`` rows, had."""
     if norm.update:
-        update_running_stats([norm], [mean], [var], pixels(size))
+        update_running_stats([norm], [mean], [var], [count if count is not None and norm.group else pixels(size)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count
-from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size, volume
+from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -43,7 +43,7 @@ def stem(
     check_count(norm, x.shape)
     dims = x.dim() - 2
     window = volume(dims, kernel_size, 1)
-    if is_empty(x) or prod(window) > 256:  # the position has one byte
+    if (is_empty(x) and not norm.group) or prod(window) > 256:  # the position has one byte
         return reference.stem(x, norm, kernel_size, stride, padding)
     config = Config(
         (norm.batch_stats,),
@@ -52,10 +52,11 @@ def stem(
         window=window,
         stride=volume(dims, stride, 1),
         padding=volume(dims, padding, 0),
+        groups=(norm.group,),
         cached=True,
     )
-    out, mean, var, _ = run(STEM, config, [x, *norm_tensors(norm)])
-    move(norm, x.shape, mean, var)
+    out, mean, var, count, _ = run(STEM, config, [x, *norm_tensors(norm)])
+    move(norm, x.shape, mean, var, count)
     return as_pooled(out) if x.dim() == 5 else out
 
 
@@ -66,17 +67,16 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     geometry = zip(x.shape[2:], config.window[front:], config.stride[front:], config.padding[front:], strict=True)
     size = (x.shape[0], x.shape[1], *((n + 2 * p - w) // s + 1 for n, w, s, p in geometry))
     index = x.new_empty(0, dtype=torch.uint8) if config.save == "nothing" else new_features(x, size, torch.uint8)
-    return [new_features(x, size), *allocate_stats(config, x, x.shape[1]), index]
+    return [new_features(x, size), *allocate_shared_stats(config, x), index]
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     x = tensors[0]
     assert x is not None
-    out, mean, var, index = results = _allocate(config, tensors)
-    rows, batch = to_rows(x), config.batch_stats[0]
-    if batch:
-        fill_stats(config, x, rows, mean, var)
-    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    results = _allocate(config, tensors)
+    out, index, rows = results[0], results[4], to_rows(x)
+    mean, var, _ = results[1:4] = batch_stats(config, x, rows)
+    norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     positions = None if config.save == "nothing" else to_rows(index)
     geometry = (rows_size(x), config.window, config.stride, config.padding)
     kernels.select(x).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
@@ -86,8 +86,8 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    x, mean, var, index = tensors[0], *results[1:]
-    assert x is not None and mean is not None and var is not None and index is not None
+    x, mean, var, count, index = tensors[0], *results[1:]
+    assert x is not None and mean is not None and var is not None and count is not None and index is not None
     ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
     norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
     rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
@@ -99,7 +99,7 @@ def _backward(
         grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
     if needs[0]:
         grads[0] = dx = new_features(x, x.shape)
-        sums = (dgamma, dbeta) if batch else (None, None)
+        sums = input_sums(config, dgamma, dbeta, count, rows)
         ops.bn_relu_max_pool_backward(g, positions, rows, *geometry, *norm, *sums, to_rows(dx))
     return grads
 

@@ -18,7 +18,7 @@ from densenet_ext import kernels, reference
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count
-from densenet_ext.algorithm.single import allocate_stats, fill_stats, move, rows_size, volume
+from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -40,12 +40,12 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[i
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     check_count(norm, x.shape)
-    if is_empty(x):
+    if is_empty(x) and not norm.group:
         return reference.transition(x, norm, conv_weight, window)
     size = volume(x.dim() - 2, window, 1)
-    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, cached=True)
-    out, mean, var = run(TRANSITION, config, [x, *norm_tensors(norm), conv_weight])
-    move(norm, x.shape, mean, var)
+    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,), cached=True)
+    out, mean, var, count = run(TRANSITION, config, [x, *norm_tensors(norm), conv_weight])
+    move(norm, x.shape, mean, var, count)
     return as_pooled(out) if x.dim() == 5 else out
 
 
@@ -59,28 +59,26 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     assert x is not None and conv is not None
     size = _pooled_size(config, x)
     size[1] = conv.shape[0]
-    return [new_features(x, size, config.dtype), *allocate_stats(config, x, x.shape[1])]
+    return [new_features(x, size, config.dtype), *allocate_shared_stats(config, x)]
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     x, conv = tensors[0], tensors[5]
     assert x is not None and conv is not None
-    rows, batch = to_rows(x), config.batch_stats[0]
-    mean, var = allocate_stats(config, x, x.shape[1])
-    if batch:
-        fill_stats(config, x, rows, mean, var)
-    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    rows = to_rows(x)
+    mean, var, count = batch_stats(config, x, rows)
+    norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     size = _pooled_size(config, x)
     pooled = to_rows(new_features(x, size))
     kernels.select(x).bn_relu_avg_pool(rows, rows_size(x), config.window, *norm, pooled)
-    return [conv_same_features(pooled.to(config.dtype), size, conv.to(config.dtype)), mean, var]
+    return [conv_same_features(pooled.to(config.dtype), size, conv.to(config.dtype)), mean, var, count]
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    x, conv, mean, var = tensors[0], tensors[5], *results[1:]
-    assert x is not None and conv is not None and mean is not None and var is not None
+    x, conv, mean, var, count = tensors[0], tensors[5], *results[1:]
+    assert x is not None and conv is not None and mean is not None and var is not None and count is not None
     ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
     norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
     size, window = rows_size(x), config.window
@@ -103,7 +101,7 @@ def _backward(
     del pooled
     if needs[0]:
         grads[0] = dx = new_features(x, x.shape)
-        sums = (dgamma, dbeta) if batch else (None, None)
+        sums = input_sums(config, dgamma, dbeta, count, rows)
         ops.bn_relu_avg_pool_backward(dpooled, rows, size, window, *norm, *sums, to_rows(dx))
     return grads
 

@@ -33,6 +33,7 @@ class Config(NamedTuple):
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     save: str = "features"  # what is kept for the backward pass: "bottlenecks", "features" or "nothing"
+    groups: tuple[str, ...] = ()  # per norm: the process group that its statistics are taken over, "" for none
     cached: bool = False  # statistics noted beside a tensor may be used: not in compiled code, which reuses memory
 
 
@@ -181,6 +182,12 @@ def _differentiable_backward(
     autocast: tuple[str, torch.dtype | None, bool],
 ) -> list[Tensor | None]:
     """The gradients once more, through the usual formulation, so that autograd can differentiate them."""
+    if any(config.groups):
+        raise RuntimeError(
+            f"create_graph=True: the gradient of a {unit.name} whose SyncBatchNorm spans several processes cannot be "
+            "differentiated again, and nn.SyncBatchNorm's cannot either; convert to BatchNorm, or densenet_ext.unfuse "
+            "the model to see PyTorch's own answer"
+        )
     kind, dtype, enabled = autocast
     with torch.autocast(kind, dtype=dtype) if enabled else _without_autocast(kind):
         # a view each, so that a parameter that occurs twice gets the gradient of each occurrence

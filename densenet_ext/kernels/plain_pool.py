@@ -31,9 +31,9 @@ def bn_relu_avg_pool(
 ) -> None:
     """out [N Do Ho Wo, C] = average over windows (stride = window, what does not fill one is left out) of
     relu(bn(x))."""
-    y = affine(x, mean, var, weight, bias, eps).relu_().view(*size, -1)
+    y = affine(x, mean, var, weight, bias, eps).relu_().view(*size, x.shape[1])
     (d, h, w), (do, ho, wo) = window, _pooled_size(size, window)
-    y = y[:, : do * d, : ho * h, : wo * w].reshape(size[0], do, d, ho, h, wo, w, -1)
+    y = y[:, : do * d, : ho * h, : wo * w].reshape(size[0], do, d, ho, h, wo, w, x.shape[1])
     out.copy_(y.mean((2, 4, 6)).view(out.shape))
 
 
@@ -44,7 +44,7 @@ def _unpooled(grad_out: Tensor, size: Sequence[int], window: Sequence[int]) -> T
     g = acc(grad_out).reshape(size[0], do, 1, ho, 1, wo, 1, C).expand(-1, -1, d, -1, h, -1, w, -1)
     dy = g.new_zeros(*size, C)
     dy[:, : do * d, : ho * h, : wo * w] = g.reshape(size[0], do * d, ho * h, wo * w, C) / (d * h * w)
-    return dy.view(-1, C)
+    return dy.flatten(0, 3)
 
 
 def bn_relu_avg_pool_backward_reduce(
@@ -111,7 +111,7 @@ def bn_relu_max_pool(
     index: Tensor | None,
 ) -> None:
     """out [N Do Ho Wo, C] = maximum over windows of relu(bn(x)); index uint8: the maximum's position in its window."""
-    y = affine(x, mean, var, weight, bias, eps).relu_().view(*size, -1).movedim(-1, 1)
+    y = affine(x, mean, var, weight, bias, eps).relu_().view(*size, x.shape[1]).movedim(-1, 1)
     pooled, flat = F.max_pool3d(y, tuple(window), tuple(stride), tuple(padding), return_indices=True)
     flat = flat.movedim(1, -1)
     out.copy_(pooled.movedim(1, -1).reshape(out.shape))
@@ -137,9 +137,9 @@ def _unpooled_max(
     d0, h0, w0 = _window_corner(out_size, stride, padding, index.device)
     i = index.to(torch.int64).reshape(N, *out_size, C)
     flat = ((i // (wh * ww) + d0) * H + i // ww % wh + h0) * W + i % ww + w0
-    g = acc(grad_out)
-    dy = g.new_zeros(N, D * H * W, C).scatter_add_(1, flat.view(N, -1, C), g.reshape(N, -1, C))
-    return dy.view(-1, C)
+    g = acc(grad_out).reshape(flat.shape)
+    dy = g.new_zeros(N, D * H * W, C).scatter_add_(1, flat.flatten(1, 3), g.flatten(1, 3))
+    return dy.flatten(0, 1)
 
 
 def bn_relu_max_pool_backward_reduce(

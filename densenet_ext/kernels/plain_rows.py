@@ -49,7 +49,9 @@ def _masked(dy: Tensor, u: Tensor) -> Tensor:
 
 
 def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Mean and biased variance of x [M, C] into mean, var [C]."""
+    """Mean and biased variance of x [M, C] into mean, var [C]; without rows they mean nothing."""
+    if x.shape[0] == 0:
+        return
     v, m = torch.var_mean(acc(x), dim=0, correction=0)
     mean.copy_(m)
     var.copy_(v)

@@ -1,0 +1,312 @@
+"""Cases for ``distributed_worker``: SyncBatchNorm in fused units equals one process that has the whole batch.
+
+Each process also computes the whole batch alone, in the usual formulation with BatchNorm, and compares. The loss is a
+sum over images, so the gradients of the processes add up to those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_worker import World
+from fusing_helpers import images, net
+from torch import Tensor, nn
+
+import densenet_ext as dx
+from densenet_ext import kernels
+from densenet_ext.algorithm import sync
+
+F64 = torch.float64
+
+
+def synced(model: nn.Module, group: Any = None) -> Any:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model), group)
+
+
+def own(**kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return dx.DenseNet(4, (2, 2), 8, 2, num_classes=10, **kwargs).double()
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (
+        (out * torch.linspace(-1, 1, out[0].numel(), dtype=out.dtype, device=out.device).view(out[0].shape))
+        .square()
+        .sum()
+    )
+
+
+def close(name: str, got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
+
+
+def compare(
+    world: World,
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    plain: nn.Module,
+    x: Tensor,
+    sizes: tuple[int, ...],
+    steps: int = 2,
+) -> None:
+    """Trains ``module`` on this process's part and ``plain`` on the whole x, and compares all there is."""
+    for step in range(steps):
+        whole = (x + 0.1 * step).to(world.device).requires_grad_()
+        part = world.share(whole.detach(), sizes).requires_grad_()
+        out, wanted = ours(part), theirs(whole)
+        close("output", out, world.share(wanted, sizes))
+        module.zero_grad()
+        plain.zero_grad()
+        loss_of(out).backward() if len(out) else out.sum().backward()
+        loss_of(wanted).backward()
+        close("input", part.grad, world.share(whole.grad, sizes))
+        with torch.no_grad():
+            for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), name
+                if p.grad is not None:
+                    close(name, world.total(p.grad), q.grad)
+                    p -= 0.01 * q.grad
+                    q -= 0.01 * q.grad
+    for (name, a), b in zip(module.state_dict().items(), plain.state_dict().values(), strict=True):
+        close(name, a, b)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many exchanges there were."""
+    count, wait = [0], sync._wait
+
+    def counting(pending: Tensor) -> Tensor:
+        count[0] += 1
+        return wait(pending)
+
+    sync._wait = counting
+    try:
+        yield count
+    finally:
+        sync._wait = wait
+
+
+def usual(**kwargs: Any) -> Any:
+    return net(block_config=(2, 2), **kwargs)
+
+
+def case_usual_model_converted_after_fuse(world: World) -> None:
+    for save, sizes in (("bottlenecks", (3, 2)), ("features", (2, 2))):
+        plain = usual().to(world.device)
+        fused = synced(dx.fuse(copy.deepcopy(plain), save=save))
+        assert all(row.fused for row in dx.report(fused)), str(dx.report(fused))
+        compare(world, fused, plain, fused, plain, images(sum(sizes)), sizes)
+        close("evaluation", fused.eval()(images().to(world.device)), plain.eval()(images().to(world.device)))
+
+
+def case_usual_model_converted_before_fuse(world: World) -> None:
+    plain = usual().to(world.device)
+    fused = dx.fuse(synced(plain, dist.new_group(list(range(dist.get_world_size())))))
+    assert all(row.fused for row in dx.report(fused)), str(dx.report(fused))
+    compare(world, fused, plain, fused, plain, images(4), (1, 3))
+
+
+def case_own_model(world: World) -> None:
+    for save in ("bottlenecks", "features"):
+        plain = own(save=save).to(world.device)
+        model = synced(plain)
+        assert all(row.fused for row in dx.report(model)), str(dx.report(model))
+        compare(world, model, plain, model, plain, images(5), (3, 2))
+
+
+def case_empty_local_batch(world: World) -> None:
+    for save in ("bottlenecks", "features"):
+        plain = usual().to(world.device)
+        fused = synced(dx.fuse(copy.deepcopy(plain), save=save))
+        compare(world, fused, plain, fused, plain, images(4), (4, 0))
+        compare(world, fused, plain, fused, plain, images(4), (0, 4))
+    with kernels.force_plain():
+        plain, fused = own().to(world.device), synced(own()).to(world.device)
+        compare(world, fused, plain, fused, plain, images(4), (0, 4))
+
+
+def case_one_pixel_in_each_process(world: World) -> None:
+    torch.manual_seed(0)
+    block = dx.DenseBlock(2, 6, 2, 4, 0.0, dims=1).double().to(world.device)
+    model = synced(block)
+    compare(world, model, block, model, block, torch.randn(2, 6, 1, dtype=F64), (1, 1))
+
+
+def case_layers_and_dimensions(world: World) -> None:
+    torch.manual_seed(0)
+    for dims, size in ((1, (5,)), (3, (2, 4, 3))):
+        x = torch.randn(5, 6, *size, dtype=F64)
+        for save in ("bottlenecks", "features"):
+            block = dx.DenseBlock(3, 6, 2, 4, 0.0, dims=dims, save=save, returns="new").double().to(world.device)
+            model = synced(block)
+            compare(world, model, block, model, block, x, (2, 3))
+            layer = dx.DenseLayer(6, 4, 2, 0.0, dims=dims, save=save).double().to(world.device)
+            model = synced(layer)
+            for sizes in ((2, 3), (5, 0)):
+                halves = lambda x, layer: layer([x[:, :2], x[:, 2:]])  # noqa: E731
+                compare(world, lambda x: halves(x, model), lambda x: halves(x, layer), model, layer, x, sizes)  # noqa: B023
+
+
+def case_rules_of_the_norms(world: World) -> None:
+    """Average over all batches, no running statistics, no parameters."""
+
+    def changed(model: nn.Module) -> nn.Module:
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = None
+        for name, settings in {"norm2": {"affine": False}, "norm": {"track_running_stats": False}}.items():
+            for parent in list(model.modules()):
+                if name in parent._modules:
+                    parent._modules[name] = nn.BatchNorm2d(parent._modules[name].num_features, **settings).double()
+        return model
+
+    plain = changed(usual()).to(world.device)
+    fused = dx.fuse(synced(plain))
+    compare(world, fused, plain, fused, plain, images(5), (3, 2), steps=3)
+
+
+def case_frozen_parts(world: World) -> None:
+    def frozen(model: Any) -> Any:
+        features = model.features
+        features.conv0.requires_grad_(False)
+        features.norm0.requires_grad_(False)
+        features.denseblock1.denselayer1.requires_grad_(False)
+        features.denseblock1.denselayer2.norm2.eval()
+        features.denseblock2.denselayer1.norm1.eval().requires_grad_(False)
+        features.denseblock2.denselayer2.requires_grad_(False)
+        return model
+
+    for needs_input in (True, False):
+        plain = frozen(usual()).to(world.device)
+        fused = dx.fuse(synced(plain))
+        whole = images(5).to(world.device)
+        if needs_input:
+            compare(world, fused, plain, fused, plain, whole, (2, 3))
+            continue
+        loss_of(fused(world.share(whole, (2, 3)))).backward()
+        loss_of(plain(whole)).backward()
+        for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                close(name, world.total(p.grad), q.grad)
+
+
+def case_statistics_without_gradients(world: World) -> None:
+    plain = usual().to(world.device)
+    fused = dx.fuse(synced(plain))
+    x = images(5).to(world.device)
+    with torch.no_grad():
+        close("output", fused(world.share(x, (3, 2))), world.share(plain(x), (3, 2)))
+    for (name, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        close(name, a, b)
+
+
+def case_norms_of_different_groups(world: World) -> None:
+    """Two groups of all processes: the block has no statistics that all its norms could share."""
+    plain = usual().to(world.device)
+    fused = dx.fuse(synced(plain))
+    other = dist.new_group(list(range(dist.get_world_size())))
+    fused.features.denseblock1.denselayer2.norm1.process_group = other
+    fused.features.denseblock2.denselayer1.norm2.process_group = other
+    compare(world, fused, plain, fused, plain, images(5), (3, 2))
+
+
+def case_a_group_of_one_is_an_ordinary_norm(world: World) -> None:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    plain = usual().to(world.device)
+    fused = dx.fuse(synced(plain, groups[world.rank]))
+    x = images(2 + world.rank).to(world.device)
+    with counted() as count:
+        outs = fused(x), plain(x)
+        for out in outs:
+            loss_of(out).backward()
+    assert count[0] == 0
+    close("output", *outs)
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        close(name, a.grad, b.grad)
+
+
+def case_statistics_beside_a_tensor_are_local(world: World) -> None:
+    """A unit that shares statistics behind one that does not, and the other way round."""
+    torch.manual_seed(0)
+    block, transition = dx.DenseBlock(2, 6, 2, 4, 0.0).double(), dx.Transition(14, 7).double()
+    plain = nn.Sequential(block, transition).to(world.device)
+    sizes = (3, 2)
+    x = torch.randn(5, 6, 6, 6, dtype=F64)
+
+    def each_alone(module: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([module(part) for part in x.split(sizes)])
+
+    def without_statistics(model: nn.Sequential, index: int) -> nn.Sequential:
+        for norm in model[index].modules():  # those that see two batches where the other model sees one
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+                norm.track_running_stats = False
+        return model
+
+    wanted = without_statistics(copy.deepcopy(plain), 1)
+    got = nn.Sequential(synced(wanted[0]), copy.deepcopy(wanted[1]))
+    compare(world, got, lambda x: each_alone(wanted[1], wanted[0](x)), got, wanted, x, sizes)
+    wanted = without_statistics(copy.deepcopy(plain), 0)
+    got = nn.Sequential(copy.deepcopy(wanted[0]), synced(wanted[1]))
+    compare(world, got, lambda x: wanted[1](each_alone(wanted[0], x)), got, wanted, x, sizes)
+
+
+def case_exchanges(world: World) -> None:
+    """Two a layer in the forward pass and two in the backward pass; none for a recomputation, none in evaluation."""
+    torch.manual_seed(0)
+    layers = 3
+    x = torch.randn(2, 6, 5, 5, dtype=F64, device=world.device).requires_grad_()
+    for save in ("bottlenecks", "features"):
+        model = synced(dx.DenseBlock(layers, 6, 2, 4, 0.0, save=save).double().to(world.device))
+        with counted() as count:
+            out = model(x)
+            assert count[0] == 2 * layers, count
+            loss_of(out).backward()
+            assert count[0] == 4 * layers, count
+            loss_of(model.eval()(x)).backward()
+            assert count[0] == 4 * layers, count
+
+
+def case_compiled(world: World) -> None:
+    plain = usual().to(world.device)
+    fused = dx.fuse(synced(plain))
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    compare(world, compiled, plain, fused, plain, images(4), (2, 2))
+    plain = own(save="features").to(world.device)
+    model = synced(plain)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compare(world, compiled, plain, model, plain, images(5), (3, 2))
+
+
+def case_second_derivatives_are_refused(world: World) -> None:
+    model = synced(own()).to(world.device)
+    x = images(2).to(world.device).requires_grad_()
+    out = model(x)
+    try:
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+    except RuntimeError as error:
+        assert "SyncBatchNorm" in str(error) and "unfuse" in str(error), error
+    else:
+        raise AssertionError("create_graph=True was accepted")
+
+
+def case_large_mean_in_float32(world: World) -> None:
+    """Mean 1e4, deviation 1, and another mean in each process."""
+    rows = [1e4 + 3 * rank + torch.randn(500, 4, generator=torch.Generator().manual_seed(rank)) for rank in (0, 1)]
+    var, mean = torch.var_mean(torch.cat(rows).double(), 0, correction=0)
+    x = rows[world.rank].to(world.device)
+    m, v = torch.empty(2, 4, device=world.device)
+    kernels.select(x).channel_stats(x, m, v)
+    count = sync.merge_stats(m, v, len(x), dist.group.WORLD.group_name)
+    assert count.tolist() == [1000]
+    torch.testing.assert_close(m.cpu().double(), mean, rtol=1e-7, atol=0)
+    # the processes' means are rounded by up to 5e-4, and lie 1.5 from the common one
+    torch.testing.assert_close(v.cpu().double(), var, rtol=1e-6, atol=2 * 1.5 * 5e-4)
