@@ -50,7 +50,7 @@ def obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if kind in _KNOWN:
         weight = module._parameters.get("weight")
-        if weight is not None and hasattr(weight, "__tensor_flatten__"):
+        if weight is not None and hasattr(weight, "__tensor_flatten__") and not _gathered_by_call(module):
             return f"has a weight that is a {type(weight).__name__}"
         return None
     if "parametrizations" in module._modules:
@@ -85,6 +85,13 @@ def _obstacle_inside(norm: nn.Module) -> str | None:
 
 def hook_on(module: nn.Module) -> str | None:
     """Which kind of hook ``module`` has, as a phrase: "has a forward hook"; None when it has none."""
+    reason = _kind_of_hook(module)
+    if reason is not None and hasattr(type(module), "_get_fsdp_state"):
+        return "is sharded on its own by fully_shard, which has to see its call"
+    return reason
+
+
+def _kind_of_hook(module: nn.Module) -> str | None:
     if module._forward_hooks:
         return "has a forward hook"
     if module._forward_pre_hooks:
@@ -94,6 +101,11 @@ def hook_on(module: nn.Module) -> str | None:
     if module._backward_pre_hooks:
         return "has a backward pre-hook"
     return None
+
+
+def _gathered_by_call(module: nn.Module) -> bool:
+    """Whether FSDP shards the module's parameters and has them whole again whenever the model is called."""
+    return bool(module.__dict__.get("_is_fsdp_managed_module"))
 
 
 def hooks_on_all_modules() -> str | None:

@@ -199,11 +199,11 @@ class DenseBlock(nn.ModuleDict):
     def unfused_reason(self) -> str | None:
         """Why this block runs its layers one by one, or None when it is fused."""
         for name, layer in self.items():
-            if type(layer) is not DenseLayer:
-                return f"{name} is a {type(layer).__name__}, not a DenseLayer"
             reason = obstacle(layer)
             if reason is not None:
                 return f"{name} {reason}"
+            if type(layer) is not DenseLayer:
+                return f"{name} is a {type(layer).__name__}, not a DenseLayer"
             reason = layer.unfused_reason()
             if reason is not None:
                 return f"{name}.{reason}"

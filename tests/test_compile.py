@@ -174,6 +174,7 @@ def _operation_arguments(name: str) -> tuple:
             config |= {"batch_stats": [True] * 2, "eps": [1e-5] * 2}
         if name == "stem":
             config |= {"window": [1, 3, 3], "stride": [1, 2, 2], "padding": [0, 1, 1]}
+    config["groups"] = [""] * len(config["batch_stats"])
     return [t for t in flat if t is not None], [t is not None for t in flat], *config.values()
 
 

@@ -175,13 +175,16 @@ class FusedBlock(Fused):
         channels = _weight(first).shape[1]
         norms: set[nn.Module | None] = set()
         for name, layer in layers.items():
+            reason = obstacle(layer)
+            if reason is not None:
+                return f"{name} {reason}"
             if type(layer) is not self.layer_type:
                 return f"{name} is a {type(layer).__name__}, not a {self.layer_type.__name__} as when it was fused"
             parts = self.spelling.parts(layer)
             reason = layer_reason(parts, channels, dims)
             if reason is not None:
                 return f"{name}.{reason}"
-            reason = obstacle(layer) or _other_children(layer, parts)
+            reason = _other_children(layer, parts)
             if reason is not None:
                 return f"{name} {reason}"
             weight1, weight2 = _weight(parts.conv1), _weight(parts.conv2)
