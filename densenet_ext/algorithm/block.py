@@ -30,7 +30,7 @@ from torch import Tensor
 
 from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
-from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
+from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.unit import (
@@ -240,7 +240,7 @@ def block_backward(
     layers = list(_layers(tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     incoming = to_rows(grad)
-    copied = incoming.data_ptr() != grad.data_ptr()  # then it is ours to write into
+    copied = row_pitch(grad) is None  # then it is ours to write into
     stats = mean.numel() > 0
     group = _columns_group(config)
     gmv = torch.zeros(2, size[1], dtype=acc, device=out.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Parameter
@@ -31,7 +32,7 @@ def plain_reason(*tensors: Any) -> str | None:
     if torch._C._get_dispatch_mode(_PROXY_MODE) is not None:
         return "a proxy mode records the single operations"
     for x in tensors:
-        if type(x) is not torch.Tensor and type(x) is not Parameter:
+        if type(x) is not torch.Tensor and type(x) is not Parameter and type(x) is not FakeTensor:
             if isinstance(x, Proxy):
                 return "FX traces the single operations"
             return f"the tensor subclass {type(x).__name__} may give operations another meaning"
