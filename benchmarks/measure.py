@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from densenet_ext.planning.counting import SavedBytes
+
 SLOW = 1.3
 SELDOM = 3
 
@@ -122,18 +124,10 @@ def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) ->
     ``leave_out`` names tensors that exist anyway (parameters, buffers, the input). Tensors that a
     ``torch.utils.checkpoint`` region holds in its own way are not seen; :func:`allocations` sees them.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
-    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor.detach()  # a node that holds its own output by way of a hook would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved = SavedBytes(leave_out)
+    with saved:
         forward()
-    return sum(storage.nbytes() for storage in storages.values())
+    return saved.total
 
 
 def allocations(forward: Callable[[], Any], rest: Callable[[Any], object]) -> Memory:

@@ -1,7 +1,8 @@
 """DenseNets over one buffer per dense block: the same numbers with less memory and in less time.
 
 `fuse` speeds up a DenseNet that exists; `DenseNet` and its family are models of their own; `DenseLayer`, `DenseBlock`,
-`Transition` and `functional` are the parts for other networks. `build_info` tells how the package was built.
+`Transition` and `functional` are the parts for other networks. `plan` says what a training step will need in memory,
+`build_info` how the package was built.
 """
 
 from densenet_ext import functional
@@ -18,6 +19,7 @@ from densenet_ext.models import (
     densenet_bc,
 )
 from densenet_ext.modules import DenseBlock, DenseLayer, Transition
+from densenet_ext.planning.plan import plan
 
 __all__ = [
     "DenseBlock",
@@ -34,6 +36,7 @@ __all__ = [
     "densenet_bc",
     "functional",
     "fuse",
+    "plan",
     "report",
     "unfuse",
     "verify",

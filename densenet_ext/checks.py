@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.fx import Proxy
 
 LEVELS = ("bottlenecks", "features")
 """The levels of saving: what a dense block keeps for its backward pass."""
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b?)\s*", re.IGNORECASE)
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -60,6 +63,21 @@ def positive(name: str, value: Any) -> float:
     if not (number > 0.0 and math.isfinite(number)):
         raise ValueError(f"{name}: expected a finite number above 0, got {number}")
     return number
+
+
+def memory(name: str, value: Any) -> int:
+    """``value`` as bytes: an integer of at least 1, or a text with a unit ("80GiB", "24 GB", "512 MiB")."""
+    expected = "bytes, or a text such as '80GiB' or '24 GB'"
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if match is None:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        number, prefix, binary = match.groups()
+        power = 0 if prefix is None else "kmgt".index(prefix.lower()) + 1
+        value = int(float(number) * (1024 if binary else 1000) ** power)
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    return integer(name, value, 1)
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

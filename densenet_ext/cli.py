@@ -1,4 +1,7 @@
-"""The command line: ``densenet-ext train``. What the user got wrong ends with exit code 2, what went wrong with 1."""
+"""The command line: ``densenet-ext train`` and ``densenet-ext plan``.
+
+What the user got wrong ends with exit code 2, what went wrong with 1.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ app = typer.Typer(
 
 @app.callback()
 def _commands() -> None:
-    """DenseNets over one buffer per dense block."""  # a callback keeps "train" a command though it is the only one
+    """DenseNets over one buffer per dense block."""
 
 
 def main() -> None:
@@ -92,6 +95,57 @@ def train(
         f"held-out accuracy {100 - history[-1].held_out_error:.2f} % ({wrong} of {held_out} wrong) "
         f"after {time.perf_counter() - start:.0f} s; {out / 'metrics.csv'}, {out / 'checkpoint.pt'}"
     )
+
+
+_MODELS = {
+    "densenet121": 224,
+    "densenet161": 224,
+    "densenet169": 224,
+    "densenet201": 224,
+    "densenet264": 224,
+    "densenet_bc": 32,
+}
+"""The models of the command line, each with the height and width of the images that it is made for."""
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+_MODEL = _option("The network.", "|".join(_MODELS), str, checks.choice, tuple(_MODELS))
+_IMAGE = _option(
+    "Height and width of the images; those that the network is made for.", "INTEGER", int, checks.integer, 1
+)
+_BATCH = _option("Images per step.", "INTEGER", int, checks.integer, 1)
+_DTYPE = _option("Of the training; 16 bits are autocast's.", "|".join(_DTYPES), str, checks.choice, tuple(_DTYPES))
+_MEMORY = _option('As "80GiB": the largest batch that fits.', "SIZE", str, checks.memory)
+_STATE = _option(
+    "Tensors that the optimizer keeps per parameter: SGD with momentum 1, Adam 2.", "INTEGER", int, checks.integer, 0
+)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, _MODEL] = "densenet121",
+    image: Annotated[int | None, _IMAGE] = None,
+    batch: Annotated[int, _BATCH] = 32,
+    dtype: Annotated[str, _DTYPE] = "fp32",
+    save: Annotated[str | None, _SAVE] = None,
+    memory: Annotated[int | None, _MEMORY] = None,
+    optimizer_state: Annotated[int, _STATE] = 0,
+) -> None:
+    """Prints what a training step needs in memory at each level of saving, without running it."""
+    import torch
+
+    import densenet_ext
+
+    with torch.device("meta"):
+        network = getattr(densenet_ext, model)()
+    size = _MODELS[model] if image is None else image
+    shape = (batch, network.in_channels, size, size)
+    try:
+        found = densenet_ext.plan(
+            network, shape, getattr(torch, _DTYPES[dtype]), save, memory, optimizer_state=optimizer_state
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{model}: {found}")
 
 
 def _fail(message: str, error: Exception) -> NoReturn:

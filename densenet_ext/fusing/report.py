@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,17 +23,22 @@ class Row:
     fused: bool
     reason: str | None
     save: str | None
+    kept: int | None = None  # bytes kept for the backward pass per image; None where no input shape was given
+    kept_unfused: int | None = None  # the same in the usual formulation
 
 
 @dataclass(frozen=True)
 class Report:
     """The units of a model in the order of its modules; ``str()`` is a table.
 
-    ``notes`` says who computes: the compiled part or plain PyTorch, and why.
+    ``notes`` says who computes: the compiled part or plain PyTorch, and why. ``kept`` and ``kept_unfused``: bytes kept
+    for the backward pass per image by the whole model, as it is and in the usual formulation; None without input shape.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    kept: int | None = None
+    kept_unfused: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -44,24 +49,45 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return "\n".join(("no dense block, transition, stem or head was recognised", *self.notes))
-        cells = [("unit", "name", "fused", "save", "why not")]
+        weighed = self.kept is not None and self.kept_unfused is not None
+        head = ["unit", "name", "fused", "save", *(("kept/image", "unfused") if weighed else ()), "why not"]
+        cells = [head]
         for row in self.rows:
-            cells.append(
-                (row.kind, row.name or "(model)", "yes" if row.fused else "no", row.save or "", row.reason or "")
-            )
+            sizes = [_size(row.kept), _size(row.kept_unfused)] if weighed else []
+            fused = "yes" if row.fused else "no"
+            cells.append([row.kind, row.name or "(model)", fused, row.save or "", *sizes, row.reason or ""])
+        if weighed:
+            cells.append(["all", "", "", "", _size(self.kept), _size(self.kept_unfused), ""])
         return "\n".join((table(cells), *self.notes))
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
     """Per stem, dense block, transition and head of ``model``: whether it runs fused as it stands now, or why not.
 
-    Nothing is run and nothing changed. ``torch.export``, tracing and ``torch.func`` run the unfused form in any case.
+    Nothing is changed, and nothing runs but for the bytes. ``torch.export``, tracing and ``torch.func`` run the unfused
+    form in any case.
 
-    Raises TypeError when ``model`` is no module.
+    Args:
+        input_shape: of a batch, [N, C, *spatial]. With it the table says besides how many bytes each unit keeps for
+            the backward pass per image, as it stands and unfused: a copy without data runs (:func:`densenet_ext.plan`),
+            in the model's mode and dtype. What comes before the first block is the stem's, after the last the head's.
+
+    Raises TypeError when ``model`` is no module, TypeError or ValueError for an ``input_shape`` that the model does not
+    take.
     """
     check_module("report", model)
-    rows = tuple(_row(unit) for unit in find_units(model))
-    return Report(rows, tuple(_backends(model)))
+    units = find_units(model)
+    rows, notes = [_row(unit) for unit in units], tuple(_backends(model))
+    if input_shape is None:
+        return Report(tuple(rows), notes)
+    from densenet_ext.planning.units import kept_by_unit  # it stands on this package
+
+    kept, whole = kept_by_unit(model, units, input_shape)
+    rows = [
+        replace(row, kept=kept[row.name].now, kept_unfused=kept[row.name].unfused) if row.name in kept else row
+        for row in rows
+    ]
+    return Report(tuple(rows), notes, whole.now, whole.unfused)
 
 
 def _row(unit: Unit) -> Row:
@@ -97,3 +123,16 @@ def table(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
+
+
+def readable(size: int) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else readable(size)

@@ -105,7 +105,7 @@ def verify(model: nn.Module, x: Tensor) -> Verification:
 
     plain = copy.deepcopy(model)
     _without_dropout(plain)
-    if _make_plain(plain):
+    if make_plain(plain):
         notes.append("the library's own memory mode was off: it moves running statistics twice")
     again = copy.deepcopy(plain)
     wanted = _run(plain, x)
@@ -123,7 +123,7 @@ def _without_dropout(model: nn.Module) -> bool:
     return found
 
 
-def _make_plain(model: nn.Module) -> bool:
+def make_plain(model: nn.Module) -> bool:
     memory_mode = False
     for functor in map(installed, list(model.modules())):
         if isinstance(functor, Fused):
