@@ -19,6 +19,7 @@ from torch import Tensor
 from densenet_ext.algorithm.norm import Norm
 
 if TYPE_CHECKING:
+    from densenet_ext.algorithm.basic_block import BasicLayer
     from densenet_ext.algorithm.block import Layer
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -65,13 +66,32 @@ def dense_block(
         y = F.relu(batch_norm(torch.cat(features, 1), layer.norm1, update))
         z = conv_same(y, layer.conv1)
         new = conv_same(F.relu(batch_norm(z, layer.norm2, update)), layer.conv2)
-        if factors is not None:
-            factor = factors[i]
-            new = new if factor is None else new * factor
-        elif layer.drop_rate > 0:
-            new = F.dropout(new, layer.drop_rate, training=True)
-        features.append(new)
+        features.append(_dropped(new, layer.drop_rate, factors, i))
     return torch.cat(features, 1)
+
+
+def basic_block(
+    x: Tensor,
+    layers: Sequence[BasicLayer],
+    new_first: bool = False,
+    *,
+    factors: Sequence[Tensor | None] | None = None,
+    update: bool = True,
+) -> Tensor:
+    """As :func:`dense_block` of layers without a bottleneck. ``new_first``: concatenated as [new, x]."""
+    features = [x]
+    for i, layer in enumerate(layers):
+        y = F.relu(batch_norm(torch.cat(features, 1), layer.norm, update))
+        new = _dropped(conv_same(y, layer.conv), layer.drop_rate, factors, i)
+        features.insert(0 if new_first else len(features), new)
+    return torch.cat(features, 1)
+
+
+def _dropped(new: Tensor, drop_rate: float, factors: Sequence[Tensor | None] | None, i: int) -> Tensor:
+    if factors is not None:
+        factor = factors[i]
+        return new if factor is None else new * factor
+    return F.dropout(new, drop_rate, training=True) if drop_rate > 0 else new
 
 
 def transition(

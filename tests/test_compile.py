@@ -152,8 +152,13 @@ def _operation_arguments(name: str) -> tuple:
     layers, norm, x = make_layers(3, 2, 4, 2, drop_rate=0.3), make_norm(3), make_input(2, 3, 4, 4)
     flat: list[Tensor | None] = [x]
     config = {"batch_stats": [True], "eps": [1e-5], "dtype": F64, "features": 1, "drop_rates": []}
-    config |= {"window": [], "stride": [], "padding": [], "save": "bottlenecks"}
-    if name == "block":
+    config |= {"window": [], "stride": [], "padding": [], "save": "bottlenecks", "new_first": False}
+    if name == "basic_block":
+        flat.append(torch.tensor([77]))
+        for layer in layers:
+            flat += [*layer.norm1[:2], None, None, make_conv(2, len(layer.norm1.weight), 2, 3)]
+        config |= {"batch_stats": [True] * 2, "eps": [1e-5] * 2, "drop_rates": [0.3, 0.3], "new_first": True}
+    elif name == "block":
         flat.append(torch.tensor([77]))
         for layer in layers:
             flat += [*layer.norm1[:2], None, None, layer.conv1, *layer.norm2[:2], None, None, layer.conv2]

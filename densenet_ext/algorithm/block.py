@@ -344,7 +344,7 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.dense_block(x, layers, factors=factors, update=False)
 
 
-def _restore(tensors: Tensors, out: Tensor) -> Tensor:
+def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     """The block's input, from its result: the first C_0 columns."""
     return out[:, : next(_layers(tensors)).C]
 

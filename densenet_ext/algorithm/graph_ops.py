@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densenet_ext.algorithm.basic_block import BASIC_BLOCK
 from densenet_ext.algorithm.block import BLOCK
 from densenet_ext.algorithm.concat import BOTTLENECK, CAT_BN_RELU
 from densenet_ext.algorithm.head import HEAD
@@ -25,9 +26,9 @@ from densenet_ext.algorithm.unit import Config, Tensors, Unit
 # Config's fields, in its order; what an eager call may look up beside a tensor is left out.
 _CONFIG = (
     "bool[] batch_stats, float[] eps, ScalarType dtype, int features, float[] drop_rates, "
-    "int[] window, int[] stride, int[] padding, str save, str[] groups"
+    "int[] window, int[] stride, int[] padding, str save, str[] groups, bool new_first"
 )
-_FIELDS = 10
+_FIELDS = 11
 
 
 def _config(values: Sequence[Any]) -> Config:
@@ -57,9 +58,10 @@ def _register(unit: Unit) -> Any:
     def fake_backward(
         grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any
     ) -> list[Tensor]:
-        count = _config(config).features
+        values = _config(config)
+        count = values.features
         if unit.restore is not None:
-            tensors = [unit.restore(tensors, results[0]), *tensors[1:]]  # type: ignore[arg-type]
+            tensors = [unit.restore(values, tensors, results[0]), *tensors[1:]]  # type: ignore[arg-type]
         needed = [(i, x) for i, x in enumerate(tensors) if needs[i] and x is not None]
         return [new_features(x, x.shape) if i < count else torch.empty_like(x) for i, x in needed]
 
@@ -98,7 +100,8 @@ def _register(unit: Unit) -> Any:
     return getattr(torch.ops.densenet_ext, f"{unit.name}_forward").default
 
 
-UNITS: dict[str, Unit] = {unit.name: unit for unit in (BLOCK, LAYER, TRANSITION, STEM, HEAD, CAT_BN_RELU, BOTTLENECK)}
+_ALL = (BLOCK, BASIC_BLOCK, LAYER, TRANSITION, STEM, HEAD, CAT_BN_RELU, BOTTLENECK)
+UNITS: dict[str, Unit] = {unit.name: unit for unit in _ALL}
 _FORWARD: dict[str, Any] = {name: _register(unit) for name, unit in UNITS.items()}
 
 

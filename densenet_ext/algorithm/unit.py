@@ -34,6 +34,7 @@ class Config(NamedTuple):
     padding: tuple[int, ...] = ()
     save: str = "features"  # what is kept for the backward pass: "bottlenecks", "features" or "nothing"
     groups: tuple[str, ...] = ()  # per norm: the process group that its statistics are taken over, "" for none
+    new_first: bool = False  # a dense layer's new features come before those that it reads
     cached: bool = False  # statistics noted beside a tensor may be used: not in compiled code, which reuses memory
 
 
@@ -51,7 +52,7 @@ class Unit(NamedTuple):
     forward: Callable[[Config, Tensors], list[Tensor]]
     backward: Callable[[Config, Tensor, Tensors, Tensors, Sequence[bool]], list[Tensor | None]]
     reference: Callable[[Config, Tensors], Tensor]
-    restore: Callable[[Tensors, Tensor], Tensor] | None = None
+    restore: Callable[[Config, Tensors, Tensor], Tensor] | None = None
 
 
 def norm_tensors(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -166,7 +167,7 @@ class _Fused(torch.autograd.Function):
         tensors, results = saved[:count], saved[count:]
         if torch.is_grad_enabled():
             if unit.restore is not None:
-                x = unit.restore(tensors, results[0])
+                x = unit.restore(config, tensors, results[0])
                 tensors = (x if ctx.input_requires_grad else x.detach(), *tensors[1:])
             return (None, None, *_differentiable_backward(unit, config, grad, tensors, needs, ctx.autocast))
         with _without_autocast(grad.device.type):
