@@ -221,7 +221,7 @@ def norm_dimensions(norm: nn.Module) -> int | None:
     kind = type(norm)
     if kind in _NORM:
         return _NORM.index(kind) + 1
-    return 2 if activates(norm) else None
+    return 2 if activates(norm) or kind is nn.SyncBatchNorm else None
 
 
 def dimensions_of(conv: nn.Module) -> int | None:

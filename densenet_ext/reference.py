@@ -53,20 +53,21 @@ def dense_block(
     x: Tensor,
     layers: Sequence[Layer],
     save: str = "bottlenecks",
+    new_first: bool = False,
     *,
     factors: Sequence[Tensor | None] | None = None,
     update: bool = True,
 ) -> Tensor:
     """[N, C_0 + sum k, *spatial] of x [N, C_0, *spatial]. ``factors``: per layer what dropout multiplies with, or None.
 
-    ``save`` has no meaning here.
+    ``new_first``: concatenated as [new, x]. ``save`` has no meaning here.
     """
     features = [x]
     for i, layer in enumerate(layers):
         y = F.relu(batch_norm(torch.cat(features, 1), layer.norm1, update))
         z = conv_same(y, layer.conv1)
         new = conv_same(F.relu(batch_norm(z, layer.norm2, update)), layer.conv2)
-        features.append(_dropped(new, layer.drop_rate, factors, i))
+        features.insert(0 if new_first else i + 1, _dropped(new, layer.drop_rate, factors, i))
     return torch.cat(features, 1)
 
 
@@ -78,12 +79,12 @@ def basic_block(
     factors: Sequence[Tensor | None] | None = None,
     update: bool = True,
 ) -> Tensor:
-    """As :func:`dense_block` of layers without a bottleneck. ``new_first``: concatenated as [new, x]."""
+    """As :func:`dense_block`, of layers without a bottleneck."""
     features = [x]
     for i, layer in enumerate(layers):
         y = F.relu(batch_norm(torch.cat(features, 1), layer.norm, update))
         new = _dropped(conv_same(y, layer.conv), layer.drop_rate, factors, i)
-        features.insert(0 if new_first else len(features), new)
+        features.insert(0 if new_first else i + 1, new)
     return torch.cat(features, 1)
 
 

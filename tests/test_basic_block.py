@@ -1,7 +1,4 @@
-"""The dense block of layers without a bottleneck against the usual formulation: values, every gradient, every buffer.
-
-Also, for both kinds of blocks, features that are concatenated in front of those that a layer read.
-"""
+"""The dense block of layers without a bottleneck against the usual formulation: values, gradients, buffers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,6 @@ from torch import Tensor, nn
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
-from densenet_ext.algorithm.columns import layer_columns
 from densenet_ext.algorithm.layout import from_rows, recall_stats
 from densenet_ext.algorithm.norm import norm_of
 
@@ -309,13 +305,3 @@ def test_compiles_without_graph_break(training: bool, order: str) -> None:
             results.append([out, *gradients(out.square(), [x, *model.parameters()])])
         assert_equal(*results)
         assert_equal(list(other.buffers()), list(net.buffers()))
-
-
-# ---- columns ---------------------------------------------------------------------------------------------------------
-
-
-def test_columns() -> None:
-    behind = layer_columns(5, (2, 3), new_first=False)
-    assert behind == [(slice(0, 5), slice(5, 7)), (slice(0, 7), slice(7, 10))]
-    front = layer_columns(5, (2, 3), new_first=True)
-    assert front == [(slice(5, 10), slice(3, 5)), (slice(3, 10), slice(0, 3))]

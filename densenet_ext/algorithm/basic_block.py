@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.columns import Columns, layer_columns
+from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
@@ -76,7 +76,7 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
         tensors += (*norm_tensors(layer.norm), layer.conv)
     out, mean, var = run(BASIC_BLOCK, config, tensors)
     if any(layer.norm.update for layer in layers):
-        read = [columns.read for columns in _columns(config, tensors)]
+        read = [columns.read for columns in _layer_columns(config, tensors)]
         norms = [layer.norm for layer in layers]
         update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], pixels(x.shape))
     if mean.numel() and not torch.compiler.is_compiling():
@@ -99,7 +99,7 @@ def _parameters(tensors: Tensors) -> list[tuple[Tensors, Tensor]]:
     return layers
 
 
-def _columns(config: Config, tensors: Tensors) -> list[Columns]:
+def _layer_columns(config: Config, tensors: Tensors) -> list[Columns]:
     weights = [conv for _, conv in _parameters(tensors)]
     return layer_columns(weights[0].shape[1], [W.shape[0] for W in weights], config.new_first)
 
@@ -125,7 +125,7 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     out, mean, var = results = _allocate(config, tensors)
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    layers, columns = _parameters(tensors), _columns(config, tensors)
+    layers, columns = _parameters(tensors), _layer_columns(config, tensors)
 
     def append(src: Tensor, new: slice, drop_rate: float, l: int) -> None:
         m, v = (mean[new], var[new]) if mean.numel() else (None, None)
@@ -150,7 +150,7 @@ def _backward(
     seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    layers, columns = _parameters(tensors), _columns(config, tensors)
+    layers, columns = _parameters(tensors), _layer_columns(config, tensors)
     stats = mean.numel() > 0
     G, start = to_rows(grad), 0  # the gradient of X's columns from `start` on
     ours = G.data_ptr() != grad.data_ptr()  # a copy, to write into
@@ -166,7 +166,7 @@ def _backward(
             break
         batch = config.batch_stats[l]
         norm = norm_values(tensors_l, mean[read], var[read], batch, config.eps[l], acc)
-        g = G[:, new.start - start : new.stop - start]
+        g = within(G, new, start)
         p = config.drop_rates[l]
         if p > 0 or (stats and l + 1 < len(layers)):
             source, g = g, X.new_empty(M, W.shape[0])
@@ -190,7 +190,7 @@ def _backward(
             break
         ops.bn_relu_backward(da, X[:, read], *norm, None, None, da)  # s dy
         if ours:
-            G[:, read.start - start : read.stop - start].add_(da)
+            within(G, read, start).add_(da)
         else:
             G, start, ours = da.add_(G[:, read]), read.start, True
         if batch:
@@ -203,7 +203,7 @@ def _backward(
     if needs[0]:
         del scratch
         read = columns[0].read
-        G = G[:, read.start - start : read.stop - start]
+        G = within(G, read, start)
         grads[0] = x_grad = new_features(out, (size[0], G.shape[1], *size[2:]))
         dx = to_rows(x_grad)
         if stats:
@@ -230,7 +230,7 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
 
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     """The block's input, from its result: what the first layer reads."""
-    return out[:, _columns(config, tensors)[0].read]
+    return out[:, _layer_columns(config, tensors)[0].read]
 
 
 BASIC_BLOCK = Unit("basic_block", _allocate, _forward, _backward, _reference, _restore)

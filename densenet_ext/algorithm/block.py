@@ -1,8 +1,8 @@
 """The dense block over one buffer.
 
-Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the next k. Mean m and variance v of a
-column are taken once, of its values as stored, and serve every later norm. With r = (v + eps)^-1/2, s = gamma1 r, t =
-beta1 - m s:
+Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the next k (``columns`` has the other order).
+Mean m and variance v of a column are taken once, of its values as stored, and serve every later norm. With r = (v +
+eps)^-1/2, s = gamma1 r, t = beta1 - m s:
 
     z = relu(x s + t) @ W1^T        x = X[:, :C_l]
     X[:, C_l : C_l + k] = dropout(conv3x3(relu(z s2 + t2), W2))
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from densenet_ext import checks, kernels, reference
+from densenet_ext.algorithm.columns import layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
@@ -58,22 +59,23 @@ class Layer(NamedTuple):
     drop_rate: float  # 0 when not training
 
 
-def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -> Tensor:
+def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", new_first: bool = False) -> Tensor:
     """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory.
 
     ``save``: what is kept for the backward pass, "bottlenecks" (the result and every z) or "features" (the result; z is
-    computed again). The dtype is that of eager's concatenation: promote(x, a convolution's result). Raises PyTorch's
-    own ValueError for one value per channel in training.
+    computed again). ``new_first``: a layer's new features come before those that it read. The dtype is that of eager's
+    concatenation: promote(x, a convolution's result). Raises PyTorch's own ValueError for one value per channel in
+    training.
     """
     checks.choice("save", save, checks.LEVELS)
     norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
     groups = tuple(norm.group for norm in norms)
     if not layers or (is_empty(x) and not any(groups)):
-        return reference.dense_block(x, layers)
+        return reference.dense_block(x, layers, new_first=new_first)
     if shared_group(groups[0::2], (norm.batch_stats for norm in norms[0::2])) is None:
         from densenet_ext.algorithm.layer import dense_block_by_layers  # layers are made of this module's parts
 
-        return dense_block_by_layers(x, layers, save)
+        return dense_block_by_layers(x, layers, save, new_first)
     N, *spatial = x.shape[0], *x.shape[2:]
     for layer in layers:
         check_count(layer.norm1, (N, layer.conv1.shape[1], *spatial))
@@ -85,6 +87,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
         drop_rates=tuple(layer.drop_rate for layer in layers),
         save=save,
         groups=groups,
+        new_first=new_first,
     )
     seed = None
     if any(p > 0 for p in config.drop_rates):
@@ -95,14 +98,11 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks") -
     out, _, mean, var, z_mean, z_var, counts, own_mean, own_var = run(BLOCK, config, tensors)
     if any(norm.update for norm in norms):
         means, vars, rows = [], [], []
-        start = 0
-        for l, layer in enumerate(layers):
-            b, C = layer.conv1.shape[:2]
-            means += [mean[:C], z_mean[start : start + b]]
-            vars += [var[:C], z_var[start : start + b]]
-            rows += [counts[:1] if layer.norm1.group else pixels(x.shape)]
-            rows += [counts[l + 1 : l + 2] if layer.norm2.group else pixels(x.shape)]
-            start += b
+        for l, layer in enumerate(_layers(config, tensors)):
+            means += [mean[layer.read], z_mean[layer.z]]
+            vars += [var[layer.read], z_var[layer.z]]
+            rows += [counts[:1] if groups[2 * l] else pixels(x.shape)]
+            rows += [counts[l + 1 : l + 2] if groups[2 * l + 1] else pixels(x.shape)]
         update_running_stats(norms, means, vars, rows)
     if mean.numel() and not torch.compiler.is_compiling():
         if own_mean.numel():
@@ -121,21 +121,26 @@ class _LayerTensors(NamedTuple):
     conv1: Tensor
     norm2: Tensors
     conv2: Tensor
-    C: int  # columns it reads
+    C: int  # features it reads
     b: int  # bottleneck features
-    k: int  # columns it writes
+    k: int  # features it adds
+    read: slice  # its C among the columns of the buffer
+    new: slice  # its k
     z: slice  # its b among the bottleneck features of all layers
 
 
-def _layers(tensors: Tensors) -> Iterator[_LayerTensors]:
+def _layers(config: Config, tensors: Tensors) -> Iterator[_LayerTensors]:
+    weights = [(tensors[i + 4], tensors[i + 9]) for i in range(2, len(tensors), _PER_LAYER)]
+    growth = [conv2.shape[0] for _, conv2 in weights if conv2 is not None]
+    x_channels = next(conv1.shape[1] for conv1, _ in weights if conv1 is not None)
     start = 0
-    for i in range(2, len(tensors), _PER_LAYER):
-        conv1, conv2 = tensors[i + 4], tensors[i + 9]
+    for l, (read, new) in enumerate(layer_columns(x_channels, growth, config.new_first)):
+        i = 2 + l * _PER_LAYER
+        conv1, conv2 = weights[l]
         assert conv1 is not None and conv2 is not None
         b, C = conv1.shape[:2]
-        yield _LayerTensors(
-            tensors[i : i + 4], conv1, tensors[i + 5 : i + 9], conv2, C, b, conv2.shape[0], slice(start, start + b)
-        )
+        z = slice(start, start + b)
+        yield _LayerTensors(tensors[i : i + 4], conv1, tensors[i + 5 : i + 9], conv2, C, b, growth[l], read, new, z)
         start += b
 
 
@@ -147,7 +152,7 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     """
     x = tensors[0]
     assert x is not None
-    layers = list(_layers(tensors))
+    layers = list(_layers(config, tensors))
     C_total, b_total = layers[-1].C + layers[-1].k, layers[-1].z.stop
     out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
     z = out.new_empty(pixels(x.shape) * b_total if config.save == "bottlenecks" else 0)
@@ -180,7 +185,7 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     results = _allocate(config, tensors)
     out, z_all, mean, var, z_mean, z_var, counts, own_mean, own_var = results
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
-    layers = list(_layers(tensors))
+    layers = list(_layers(config, tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     stats, group = mean.numel() > 0, _columns_group(config)
 
@@ -189,16 +194,16 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         ops.append_features(rows, X[:, new], m, v, drop_rate, seed, l)
         if group:
             own_mean[new], own_var[new] = mean[new], var[new]
-            if new.stop < size[1]:  # the last columns are for the next unit
+            if new is not layers[-1].new:  # the last columns are for the next unit
                 counts[:1] = merge_stats(mean[new], var[new], M, group)
 
-    append(to_rows(x.to(out.dtype)), slice(layers[0].C), 0.0, 0)
+    append(to_rows(x.to(out.dtype)), layers[0].read, 0.0, 0)
     scratch = _scratch(X, max(layer.b for layer in layers))
     for l, layer in enumerate(layers):
-        C, b, k = layer.C, layer.b, layer.k
+        C, b, read, new = layer.C, layer.b, layer.read, layer.new
         batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
-        prefix = X[:, :C]
-        norm1 = norm_values(layer.norm1, mean[:C], var[:C], batch1, config.eps[2 * l], acc)
+        prefix = X[:, read]
+        norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
         m2, v2 = (z_mean[layer.z], z_var[layer.z]) if batch2 else (None, None)
         norm2 = norm_values(layer.norm2, m2, v2, batch2, config.eps[2 * l + 1], acc)  # type: ignore[arg-type]
         W1 = cast(layer.conv1, acc).view(b, C)
@@ -212,9 +217,9 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
             if m2 is not None and v2 is not None and config.groups[2 * l + 1]:
                 counts[l + 1 : l + 2] = merge_stats(m2, v2, M, config.groups[2 * l + 1])
             ops.bn_relu(z, *norm2, a)
-        new = conv_same(a, size, layer.conv2.to(out.dtype))
-        append(new, slice(C, C + k), config.drop_rates[l], l)
-        del new
+        y = conv_same(a, size, layer.conv2.to(out.dtype))
+        append(y, new, config.drop_rates[l], l)
+        del y
     return results
 
 
@@ -237,7 +242,7 @@ def block_backward(
     assert z_mean is not None and z_var is not None and counts is not None
     seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
-    layers = list(_layers(tensors))
+    layers = list(_layers(config, tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     incoming = to_rows(grad)
     copied = row_pitch(grad) is None  # then it is ours to write into
@@ -252,21 +257,22 @@ def block_backward(
     again = _scratch(X, wide) if config.save == "features" else None  # z, computed again
     g_all = _scratch(X, growth)
     G: Tensor | None = None
+    origin = 0  # G's first column in the buffer
     for l in reversed(range(len(layers))):
         layer = layers[l]
-        C, b, k = layer.C, layer.b, layer.k
+        C, b, k, read, new = layer.C, layer.b, layer.k, layer.read, layer.new
         first = 2 + l * _PER_LAYER
         own = needs[first : first + _PER_LAYER]
         below = any(needs[:first])  # somebody further down asks
         if not below and not any(own):
             break
         batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
-        prefix, new = X[:, :C], slice(C, C + k)
-        norm1 = norm_values(layer.norm1, mean[:C], var[:C], batch1, config.eps[2 * l], acc)
+        prefix = X[:, read]
+        norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
         norm2 = norm_values(layer.norm2, z_mean[layer.z], z_var[layer.z], batch2, config.eps[2 * l + 1], acc)
         W1 = cast(layer.conv1, acc).view(b, C)
 
-        g = (incoming if G is None else G)[:, new]
+        g = incoming[:, new] if G is None else within(G, new, origin)
         p = config.drop_rates[l]
         if p > 0 or (stats and G is not None):
             if group and G is not None:
@@ -302,12 +308,13 @@ def block_backward(
         if G is None:
             G = incoming
             if not copied:
-                grad_in, G = incoming[:, :C], X.new_empty(M, C)
+                grad_in, G, origin = incoming[:, read], X.new_empty(M, C), read.start
         dW1 = mean.new_empty(b, C) if own[4] else None
         dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
-        sums = (gm[:C], gv[:C]) if batch1 else (None, None)
+        sums = (gm[read], gv[read]) if batch1 else (None, None)
+        grad_x = within(G, read, origin)
         ops.bn_relu_conv1x1_backward(
-            prefix, *norm1, W1, da, z, *norm2, *sums2, grad_in, grad_in is None, G[:, :C], dW1, dgamma1, dbeta1, *sums
+            prefix, *norm1, W1, da, z, *norm2, *sums2, grad_in, grad_in is None, grad_x, dW1, dgamma1, dbeta1, *sums
         )
         del da
         grads[first] = grad_like(dgamma1, layer.norm1[0], own[0])
@@ -316,15 +323,16 @@ def block_backward(
     if needs[0]:
         assert G is not None
         del a_all, again, g_all
-        C = layers[0].C
-        grads[0] = x_grad = new_features(out, (size[0], C, *size[2:]))
+        read = layers[0].read
+        G = within(G, read, origin)
+        grads[0] = x_grad = new_features(out, (size[0], layers[0].C, *size[2:]))
         dx = to_rows(x_grad)
         if group:
-            gmv[:, :C] = merge_sums(gmv[:, :C], M, counts[0], group)
+            gmv[:, read] = merge_sums(gmv[:, read], M, counts[0], group)
         if stats:
-            ops.feature_grad(G[:, :C], X[:, :C], mean[:C], gm[:C], gv[:C], 0.0, None, 0, dx)
+            ops.feature_grad(G, X[:, read], mean[read], gm[read], gv[read], 0.0, None, 0, dx)
         else:
-            dx.copy_(G[:, :C])
+            dx.copy_(G)
     return grads
 
 
@@ -332,7 +340,7 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     x, seed = tensors[:2]
     assert x is not None
     layers, factors = [], []
-    for l, t in enumerate(_layers(tensors)):
+    for l, t in enumerate(_layers(config, tensors)):
         norm1 = frozen_norm(t.norm1, config.batch_stats[2 * l], config.eps[2 * l])
         norm2 = frozen_norm(t.norm2, config.batch_stats[2 * l + 1], config.eps[2 * l + 1])
         p, factor = config.drop_rates[l], None
@@ -341,12 +349,12 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
             factor = from_rows(kernels.plain.dropout_factor(seed, l, pixels(x.shape), t.k, p, x.dtype), x.shape)
         layers.append(Layer(norm1, t.conv1, norm2, t.conv2, p))
         factors.append(factor)
-    return reference.dense_block(x, layers, factors=factors, update=False)
+    return reference.dense_block(x, layers, new_first=config.new_first, factors=factors, update=False)
 
 
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
-    """The block's input, from its result: the first C_0 columns."""
-    return out[:, : next(_layers(tensors)).C]
+    """The block's input, from its result: what the first layer reads."""
+    return out[:, next(_layers(config, tensors)).read]
 
 
 BLOCK = Unit("block", _allocate, block_forward, block_backward, _reference, _restore)

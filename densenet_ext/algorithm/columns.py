@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Columns(NamedTuple):
     """Those of one layer; what the first layer reads is the block's input."""
@@ -29,3 +31,8 @@ def layer_columns(C: int, growth: Sequence[int], new_first: bool) -> list[Column
             columns.append(Columns(slice(0, C), slice(C, C + k)))
         C += k
     return columns
+
+
+def within(rows: Tensor, columns: slice, origin: int) -> Tensor:
+    """The buffer's ``columns`` among ``rows``, whose first column is the buffer's column ``origin``."""
+    return rows[:, columns.start - origin : columns.stop - origin]

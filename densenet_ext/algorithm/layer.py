@@ -65,12 +65,13 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
     return out.to(result_dtype(out))
 
 
-def dense_block_by_layers(x: Tensor, layers: Sequence[Layer], save: str) -> Tensor:
+def dense_block_by_layers(x: Tensor, layers: Sequence[Layer], save: str, new_first: bool = False) -> Tensor:
     """``dense_block`` without the buffer: for norms that take their statistics over different process groups."""
     features = [x]
     for layer in layers:
         new = dense_layer(features, layer, save)
-        features.append(F.dropout(new, layer.drop_rate) if layer.drop_rate > 0 else new)
+        new = F.dropout(new, layer.drop_rate) if layer.drop_rate > 0 else new
+        features.insert(0 if new_first else len(features), new)
     return torch.cat(features, 1)
 
 
