@@ -78,7 +78,7 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
     if any(layer.norm.update for layer in layers):
         read = [columns.read for columns in _layer_columns(config, tensors)]
         norms = [layer.norm for layer in layers]
-        update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], pixels(x.shape))
+        update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], [pixels(x.shape)] * len(read))
     if mean.numel() and not torch.compiler.is_compiling():
         remember_stats(out, mean, var)
     return out

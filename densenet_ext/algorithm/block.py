@@ -1,8 +1,8 @@
 """The dense block over one buffer.
 
-Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the next k (``columns`` has the other order).
-Mean m and variance v of a column are taken once, of its values as stored, and serve every later norm. With r = (v +
-eps)^-1/2, s = gamma1 r, t = beta1 - m s:
+Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the next k (``columns`` has the other
+order). Mean m and variance v of a column are taken once, of its values as stored, and serve every later norm. With
+r = (v + eps)^-1/2, s = gamma1 r, t = beta1 - m s:
 
     z = relu(x s + t) @ W1^T        x = X[:, :C_l]
     X[:, C_l : C_l + k] = dropout(conv3x3(relu(z s2 + t2), W2))
@@ -98,9 +98,9 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", n
     out, _, mean, var, z_mean, z_var, counts, own_mean, own_var = run(BLOCK, config, tensors)
     if any(norm.update for norm in norms):
         means, vars, rows = [], [], []
-        for l, layer in enumerate(_layers(config, tensors)):
-            means += [mean[layer.read], z_mean[layer.z]]
-            vars += [var[layer.read], z_var[layer.z]]
+        for l, place in enumerate(_layers(config, tensors)):
+            means += [mean[place.read], z_mean[place.z]]
+            vars += [var[place.read], z_var[place.z]]
             rows += [counts[:1] if groups[2 * l] else pixels(x.shape)]
             rows += [counts[l + 1 : l + 2] if groups[2 * l + 1] else pixels(x.shape)]
         update_running_stats(norms, means, vars, rows)
