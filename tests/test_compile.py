@@ -152,7 +152,7 @@ def _operation_arguments(name: str) -> tuple:
     layers, norm, x = make_layers(3, 2, 4, 2, drop_rate=0.3), make_norm(3), make_input(2, 3, 4, 4)
     flat: list[Tensor | None] = [x]
     config = {"batch_stats": [True], "eps": [1e-5], "dtype": F64, "features": 1, "drop_rates": []}
-    config |= {"window": [], "stride": [], "padding": [], "save": "bottlenecks", "new_first": False}
+    config |= {"window": [], "stride": [], "padding": [], "save": "bottlenecks", "groups": [], "new_first": False}
     if name == "basic_block":
         flat.append(torch.tensor([77]))
         for layer in layers:
