@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from densenet_ext.fusing.forwards import Fused, installed
+from densenet_ext.fusing.forwards import Fused, FusedBlock, installed
 
 
 class Settings(Protocol):
@@ -62,17 +62,25 @@ class Adapter(Protocol):
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The units in ``model``, itself included, in the order of ``named_modules``; each module once."""
+    """The units in ``model``, itself included, in the order of ``named_modules``; each module once.
+
+    Inside a dense block that can be fused nothing else is a unit.
+    """
     return list(_find(model))
 
 
 def _find(model: nn.Module) -> Iterator[Unit]:
     from densenet_ext.fusing.adapters import ADAPTERS  # they build Units: they import this module
 
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
+        if module in inside:
+            continue
         for adapter in ADAPTERS:
             unit = adapter.match(module)
             if unit is not None:
+                if unit.kind == FusedBlock.kind and unit.refusal is None:
+                    inside.update(module.modules())
                 yield replace(unit, name=name)
                 break
 

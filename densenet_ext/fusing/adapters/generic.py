@@ -1,0 +1,77 @@
+"""Dense blocks of somebody's own code: found by how they are built, known by trying them out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from densenet_ext.fusing.anatomy import Anatomy, anatomy_of, configuration
+from densenet_ext.fusing.forwards import installed
+from densenet_ext.fusing.generic_block import FusedGenericBlock
+from densenet_ext.fusing.matching import Unit
+from densenet_ext.fusing.trial import Refusal, try_out
+from densenet_ext.inspection import hooks_on_all_modules
+
+_LIMIT = 256
+_known: dict[tuple[object, ...], Anatomy | Refusal] = {}
+"""What trials found, by class and configuration: a model's blocks are alike, and `report` asks again."""
+
+
+class Generic:
+    """Any block of layers of norm, ReLU, 1x1, norm, ReLU, 3x3, or of norm, ReLU, 3x3, over concatenation."""
+
+    library = "your own code (layers of norm, ReLU and convolution over concatenation)"
+
+    def match(self, module: nn.Module) -> Unit | None:
+        """``module`` as a dense block, or None when it is not built like one."""
+        functor = installed(module)
+        if isinstance(functor, FusedGenericBlock):
+            return Unit(functor.kind, module, functor, settings=self)
+        anatomy = anatomy_of(module)
+        if anatomy is None or any(installed(child) for child in module.children()):
+            return None
+        if any("forward" in inner.__dict__ for inner in module.modules()):
+            return Unit(FusedGenericBlock.kind, module, refusal="a forward in it was replaced on the instance")
+        found = _tried_out(module, anatomy)
+        if isinstance(found, Anatomy):
+            return Unit(FusedGenericBlock.kind, module, FusedGenericBlock(module, found), settings=self)
+        if found.stage == "running" and type(module).forward is nn.Sequential.forward:
+            return None  # its layers are not made to be chained
+        if found.stage != "values" and len(anatomy.layers) == 1:
+            return None  # norm, ReLU and convolution occur in any network
+        if any(self._is_block(holder) for _, holder in anatomy.holders(module)):
+            return None  # more than a block: its Sequential is one
+        reason = FusedGenericBlock(module, anatomy).reason()
+        layer = type(next(iter(anatomy.layers_of(module).values()))).__name__
+        unknown = f"this block of {layer} layers is not a known one: {found.reason}"
+        return Unit(FusedGenericBlock.kind, module, refusal=reason or unknown)
+
+    def _is_block(self, module: nn.Module) -> bool:
+        unit = self.match(module)
+        return unit is not None and unit.functor is not None
+
+    def set_deterministic(self, block: nn.Module) -> bool:
+        """Sets the drop rates of ``block`` to 0; whether any was above."""
+        unit = self.match(block)
+        if unit is None or not isinstance(unit.functor, FusedGenericBlock):
+            return False
+        anatomy = unit.functor.anatomy
+        found = [anatomy.set_drop_rate(layer, 0.0) for layer in anatomy.layers_of(block).values()]
+        return any(found)
+
+    def set_memory_mode_off(self, block: nn.Module) -> bool:
+        """There is none whose numbers differ: a block that moves its statistics twice is not recognised."""
+        return False
+
+
+def _tried_out(block: nn.Module, anatomy: Anatomy) -> Anatomy | Refusal:
+    reason = hooks_on_all_modules()
+    if reason is not None:
+        return Refusal(reason, "values")  # they would be called for what is tried out
+    key = configuration(block)
+    if key is None:
+        return try_out(block, anatomy)
+    if key not in _known:
+        if len(_known) >= _LIMIT:
+            _known.clear()
+        _known[key] = try_out(block, anatomy)
+    return _known[key]
