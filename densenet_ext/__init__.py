@@ -1,13 +1,14 @@
 """DenseNets over one buffer per dense block: the same numbers with less memory and in less time.
 
-`fuse` speeds up a DenseNet that exists; `DenseNet` and its family are models of their own; `DenseLayer`, `DenseBlock`,
-`Transition` and `functional` are the parts for other networks. `plan` says what a training step will need in memory,
-`build_info` how the package was built.
+`fuse` speeds up a DenseNet that exists; `DenseNet`, `FCDenseNet` and their families are models of their own;
+`DenseLayer`, `DenseBlock`, `Transition` and `functional` are the parts for other networks. `plan` says what a training
+step will need in memory, `build_info` how the package was built.
 """
 
 from densenet_ext import functional
 from densenet_ext._extension import build_info
 from densenet_ext._version import __version__
+from densenet_ext.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from densenet_ext.fusing import fuse, report, unfuse, verify
 from densenet_ext.models import (
     DenseNet,
@@ -25,6 +26,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "DenseNet",
+    "FCDenseNet",
     "Transition",
     "__version__",
     "build_info",
@@ -34,6 +36,9 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_bc",
+    "fc_densenet56",
+    "fc_densenet67",
+    "fc_densenet103",
     "functional",
     "fuse",
     "plan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def bc_depth(name: str, value: Any) -> int:
     if (depth - 4) % 6:
         raise ValueError(f"{name}: expected 6 n + 4 (10, 16, 22, ..., 100), got {depth}")
     return depth
+
+
+def block_depths(name: str, value: Any) -> tuple[int, ...]:
+    """``value`` as the layers of each dense block: integers of at least 1, and at least one of them."""
+    expected = "expected a sequence of integers of at least 1, the layers of each block"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: {expected}, got {value!r}")
+    if not value:
+        raise ValueError(f"{name}: {expected}, got an empty one")
+    return tuple(integer(f"{name}[{i}]", depth, 1) for i, depth in enumerate(value))
 
 
 def _real(name: str, value: Any, expected: str) -> float:

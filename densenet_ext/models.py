@@ -108,7 +108,7 @@ class DenseNet(nn.Module):
 
         channels = num_init_features
         self.features = Features(_stem_modules(in_channels, channels, small_inputs))
-        depths = _block_depths(block_config)
+        depths = checks.block_depths("block_config", block_config)
         for i, depth in enumerate(depths, start=1):
             block = DenseBlock(depth, channels, bn_size, growth_rate, drop_rate, save=level)
             self.features.add_module(f"denseblock{i}", block)
@@ -191,15 +191,6 @@ def _stem_modules(in_channels: int, channels: int, small_inputs: bool) -> Ordere
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     )
-
-
-def _block_depths(block_config: Any) -> tuple[int, ...]:
-    expected = "expected a sequence of integers of at least 1, the layers of each block"
-    if isinstance(block_config, (str, bytes)) or not isinstance(block_config, Sequence):
-        raise TypeError(f"block_config: {expected}, got {block_config!r}")
-    if not block_config:
-        raise ValueError(f"block_config: {expected}, got an empty one")
-    return tuple(checks.integer(f"block_config[{i}]", depth, 1) for i, depth in enumerate(block_config))
 
 
 def densenet121(**kwargs: Any) -> DenseNet:

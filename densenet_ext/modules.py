@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
+from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.layer import dense_layer
@@ -142,6 +143,46 @@ class DenseLayer(nn.Module):
             raise ValueError(f"features: expected {self.num_input_features} channels in all, got {channels}")
 
 
+class BasicDenseLayer(nn.Module):
+    """BN, ReLU, 3x3 convolution to ``growth_rate``: the layer of a :class:`DenseBlock` with ``bn_size=None``.
+
+    Source: Huang et al. (CVPR 2017), section 3, "Composite function". Arguments as in :class:`DenseLayer`.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+
+    def __init__(self, num_input_features: int, growth_rate: int, drop_rate: float, *, dims: int = 2) -> None:
+        super().__init__()
+        self.num_input_features = checks.integer("num_input_features", num_input_features, 1)
+        self.growth_rate = checks.integer("growth_rate", growth_rate, 1)
+        self.drop_rate = checks.probability("drop_rate", drop_rate)
+        self.dims = checks.integer("dims", dims, 1, 3)
+        self.norm1 = _NORM[dims](num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = _CONV[dims](num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=False)
+
+    def unfused_reason(self) -> str | None:
+        """Why a block runs this layer's children one by one, or None when it is fused."""
+        return unfused_child(
+            self,
+            (
+                ("norm1", other_norm(self.norm1, self.dims)),
+                ("relu1", other_relu(self.relu1)),
+                ("conv1", other_conv(self.conv1, self.dims, 3)),
+            ),
+        )
+
+    def as_layer(self) -> BasicLayer:
+        """The layer as the algorithm takes it: a norm, a weight, and the drop rate that is in force now."""
+        return BasicLayer(norm_of(self.norm1), self.conv1.weight, self.drop_rate if self.training else 0.0)
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        """The new features [N, growth_rate, *spatial] of a tensor or a sequence of tensors; only its block is fused."""
+        x = torch.cat(list(features), 1) if isinstance(features, (list, tuple)) else cast(Tensor, features)
+        new = self.conv1(self.relu1(self.norm1(x)))
+        return F.dropout(new, self.drop_rate, self.training) if self.drop_rate > 0 else new
+
+
 class DenseBlock(nn.ModuleDict):
     """``num_layers`` dense layers ``denselayer1``, ``denselayer2``, ...: each reads the features of all before it.
 
@@ -149,9 +190,11 @@ class DenseBlock(nn.ModuleDict):
 
     Args:
         num_layers: layers in the block.
-        num_input_features, bn_size, growth_rate, drop_rate, memory_efficient, dims: as in :class:`DenseLayer`.
+        num_input_features, growth_rate, drop_rate, memory_efficient, dims: as in :class:`DenseLayer`.
+        bn_size: bottleneck features per new feature; None for layers without a bottleneck: BN, ReLU, 3x3 convolution.
         save: what is kept for the backward pass: "bottlenecks" (default: the block's output and every 1x1 convolution's
-            output) or "features" (the block's output only). It wins over ``memory_efficient``.
+            output) or "features" (the block's output only). It wins over ``memory_efficient``. Without a bottleneck
+            either keeps the block's output only.
         returns: "all" gives [N, num_input_features + num_layers * growth_rate, *spatial], "new" only what was added.
 
     Raises TypeError or ValueError that names the argument.
@@ -161,7 +204,7 @@ class DenseBlock(nn.ModuleDict):
         self,
         num_layers: int,
         num_input_features: int,
-        bn_size: int,
+        bn_size: int | None,
         growth_rate: int,
         drop_rate: float,
         memory_efficient: bool = False,
@@ -179,7 +222,10 @@ class DenseBlock(nn.ModuleDict):
         level = checks.save_level(save, memory_efficient)
         for i in range(num_layers):
             channels = num_input_features + i * growth_rate
-            layer = DenseLayer(channels, growth_rate, bn_size, drop_rate, dims=dims, save=level)
+            if bn_size is None:
+                layer: nn.Module = BasicDenseLayer(channels, growth_rate, drop_rate, dims=dims)
+            else:
+                layer = DenseLayer(channels, growth_rate, bn_size, drop_rate, dims=dims, save=level)
             self.add_module(f"denselayer{i + 1}", layer)
         self.save = level
         self.register_load_state_dict_pre_hook(adapt_state_dict)
@@ -198,12 +244,13 @@ class DenseBlock(nn.ModuleDict):
 
     def unfused_reason(self) -> str | None:
         """Why this block runs its layers one by one, or None when it is fused."""
+        kind = BasicDenseLayer if isinstance(next(iter(self.values()), None), BasicDenseLayer) else DenseLayer
         for name, layer in self.items():
             reason = obstacle(layer)
             if reason is not None:
                 return f"{name} {reason}"
-            if type(layer) is not DenseLayer:
-                return f"{name} is a {type(layer).__name__}, not a DenseLayer"
+            if type(layer) is not kind:
+                return f"{name} is a {type(layer).__name__}, not a {kind.__name__}"
             reason = layer.unfused_reason()
             if reason is not None:
                 return f"{name}.{reason}"
@@ -222,7 +269,10 @@ class DenseBlock(nn.ModuleDict):
             return torch.cat(features if self.returns == "all" else features[1:], 1)
         weight = cast(DenseLayer, self["denselayer1"]).conv1.weight
         x = checks.feature_maps("init_features", init_features, self.num_input_features, self.dims, weight)
-        out = dense_block(x, [cast(DenseLayer, layer).as_layer() for layer in self.values()], save=self.save)
+        if isinstance(self["denselayer1"], BasicDenseLayer):
+            out = basic_block(x, [cast(BasicDenseLayer, layer).as_layer() for layer in self.values()])
+        else:
+            out = dense_block(x, [cast(DenseLayer, layer).as_layer() for layer in self.values()], save=self.save)
         return out if self.returns == "all" else out[:, self.num_input_features :]
 
 

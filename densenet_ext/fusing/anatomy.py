@@ -83,7 +83,10 @@ class Anatomy:
 
 def part(layer: nn.Module, name: str) -> nn.Module | None:
     """The part of a layer that has this dotted name ("" is itself), or None where there is none."""
-    module: nn.Module | None = layer
+    module: nn.Module | None = layer._modules.get(name)
+    if module is not None:
+        return module
+    module = layer
     for child in name.split(".") if name else ():
         module = None if module is None else module._modules.get(child)
     return module

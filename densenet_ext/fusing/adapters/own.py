@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from densenet_ext.fc_densenet import TransitionDown
 from densenet_ext.fusing.matching import Unit
 from densenet_ext.models import DenseNet, Features
-from densenet_ext.modules import DenseBlock, DenseLayer, Transition
+from densenet_ext.modules import BasicDenseLayer, DenseBlock, DenseLayer, Transition
 
 
 class Own:
@@ -20,6 +21,8 @@ class Own:
             return Unit("dense block", module, native=module.unfused_reason, settings=self)
         if isinstance(module, Transition) and type(module).forward is Transition.forward:
             return Unit("transition", module, native=module.unfused_reason)
+        if isinstance(module, TransitionDown) and type(module).forward is TransitionDown.forward:
+            return Unit("transition", module, native=module.unfused_reason)
         if isinstance(module, Features) and type(module).forward is Features.forward:
             return Unit("stem", module, native=module.stem_unfused_reason)
         if isinstance(module, DenseNet) and type(module).forward is DenseNet.forward:
@@ -28,10 +31,11 @@ class Own:
 
     def set_deterministic(self, block: nn.Module) -> bool:
         """Sets the drop rates of ``block`` to 0; whether any was above."""
-        layers = [layer for layer in block.children() if isinstance(layer, DenseLayer) and layer.drop_rate > 0]
+        layers = [layer for layer in block.children() if isinstance(layer, (DenseLayer, BasicDenseLayer))]
+        found = any(layer.drop_rate > 0 for layer in layers)
         for layer in layers:
             layer.drop_rate = 0.0
-        return bool(layers)
+        return found
 
     def set_memory_mode_off(self, block: nn.Module) -> bool:
         """There is none whose numbers differ."""

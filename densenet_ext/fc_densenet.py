@@ -1,0 +1,182 @@
+"""FC-DenseNet: DenseNet for semantic segmentation, over one buffer per dense block.
+
+Source: Jegou, Drozdzal, Vazquez, Romero & Bengio, "The One Hundred Layers Tiramisu: Fully Convolutional DenseNets for
+Semantic Segmentation" (CVPR Workshops 2017), sections 3 and 4, tables 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densenet_ext import checks
+from densenet_ext.algorithm.concat import bottleneck
+from densenet_ext.algorithm.dispatch import plain_reason
+from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.inspection import other_conv, other_norm, other_relu
+from densenet_ext.modules import DenseBlock, unfused_child
+
+
+class TransitionDown(nn.Module):
+    """BN, ReLU, 1x1 convolution that keeps the number of features, dropout, 2x2 max-pooling.
+
+    Norm and ReLU happen inside the convolution's read; nothing but the input is kept for their backward pass.
+    """
+
+    def __init__(self, num_features: int, drop_rate: float) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.norm = nn.BatchNorm2d(num_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(num_features, num_features, kernel_size=1, bias=False)
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+
+    def unfused_reason(self) -> str | None:
+        """Why norm, ReLU and convolution run one by one, or None when they are fused."""
+        return unfused_child(
+            self,
+            (
+                ("norm", other_norm(self.norm, 2)),
+                ("relu", other_relu(self.relu)),
+                ("conv", other_conv(self.conv, 2, 1)),
+            ),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H // 2, W // 2] of ``x`` [N, C, H, W]."""
+        if self.unfused_reason() is not None or plain_reason(x) is not None:
+            out = self.conv(self.relu(self.norm(x)))
+        else:
+            out = bottleneck([x], self.conv.weight, norm_of(self.norm))
+        return self.pool(F.dropout(out, self.drop_rate, self.training))
+
+
+class TransitionUp(nn.Module):
+    """Transposed 3x3 convolution of stride 2, cut to the size of the skip connection and concatenated with it."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(num_features, num_features, kernel_size=3, stride=2, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """[N, C + S, H, W] of ``x`` [N, C, H // 2, W // 2] and ``skip`` [N, S, H, W]."""
+        x = self.conv(x)
+        top, left = ((n - m) // 2 for n, m in zip(x.shape[2:], skip.shape[2:], strict=True))
+        return torch.cat([x[:, :, top : top + skip.shape[2], left : left + skip.shape[3]], skip], 1)
+
+
+class FCDenseNet(nn.Module):
+    """Dense blocks down, one at the bottom, dense blocks up with skip connections, and a 1x1 convolution.
+
+    Layers are BN, ReLU, 3x3 convolution, dropout. A block on the way down hands on its input as well; the bottom one
+    and those on the way up hand on their new features, but for the last. Weights are drawn as in the paper (uniform, He
+    et al.). Only the last convolution has a bias: norms take any other one away, and it makes up for the rest. There is
+    no level of saving: a block keeps its output.
+
+    The paper's 3.5 and 9.4 million parameters of FC-DenseNet67 and 103 count running statistics as well.
+
+    Args:
+        num_classes: classes.
+        in_channels: channels of the images.
+        growth_rate: k, the number of features that a layer adds.
+        block_config: layers per dense block on the way down; the way up has the same in reverse.
+        bottleneck_layers: layers of the block at the bottom.
+        num_init_features: features of the first convolution.
+        drop_rate: probability of dropping a value, in dense layers and transitions down.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 11,
+        in_channels: int = 3,
+        *,
+        growth_rate: int = 16,
+        block_config: Sequence[int] = (4, 5, 7, 10, 12),
+        bottleneck_layers: int = 15,
+        num_init_features: int = 48,
+        drop_rate: float = 0.2,
+    ) -> None:
+        super().__init__()
+        checks.integer("num_classes", num_classes, 1)
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        k = checks.integer("growth_rate", growth_rate, 1)
+        depths = checks.block_depths("block_config", block_config)
+        checks.integer("bottleneck_layers", bottleneck_layers, 1)
+        channels = checks.integer("num_init_features", num_init_features, 1)
+        checks.probability("drop_rate", drop_rate)
+
+        self.conv0 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
+        self.down_blocks, self.down_transitions = nn.ModuleList(), nn.ModuleList()
+        skips = []
+        for depth in depths:
+            self.down_blocks.append(DenseBlock(depth, channels, None, k, drop_rate))
+            channels += depth * k
+            skips.append(channels)
+            self.down_transitions.append(TransitionDown(channels, drop_rate))
+        self.bottleneck = DenseBlock(bottleneck_layers, channels, None, k, drop_rate, returns="new")
+        self.up_transitions, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        new = bottleneck_layers * k
+        for i, (depth, skip) in enumerate(zip(reversed(depths), reversed(skips), strict=True), start=1):
+            self.up_transitions.append(TransitionUp(new))
+            returns = "all" if i == len(depths) else "new"
+            self.up_blocks.append(DenseBlock(depth, new + skip, None, k, drop_rate, returns=returns))  # type: ignore[arg-type]
+            channels, new = new + skip + depth * k, depth * k
+        self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(cast(Tensor, self.classifier.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [N, num_classes, H, W] of images [N, in_channels, H, W]; contiguous when those are.
+
+        H and W need not be even, but have to survive the transitions: 2 ** len(block_config) pixels at least.
+
+        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, size, dtype or device.
+        """
+        checks.tensor("x", x)
+        plain = plain_reason(x) is not None
+        contiguous = not plain and x.is_contiguous()
+        if not plain:
+            x = self._check(x).contiguous(memory_format=torch.channels_last)  # which the blocks read in place
+        x = self.conv0(x)
+        skips = []
+        for block, down in zip(self.down_blocks, self.down_transitions, strict=True):
+            skips.append(block(x))
+            x = down(skips[-1])
+        x = self.bottleneck(x)
+        for up, block in zip(self.up_transitions, self.up_blocks, strict=True):
+            x = block(up(x, skips.pop()))
+        out = self.classifier(x)
+        return out.contiguous() if contiguous else out
+
+    def _check(self, x: Tensor) -> Tensor:
+        if type(self.conv0) is nn.Conv2d:
+            checks.feature_maps("x", x, self.in_channels, 2, self.conv0.weight)
+        least = 2 ** len(self.down_blocks)
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"x: expected images of at least {least}x{least} pixels, got shape {list(x.shape)}")
+        return x
+
+
+def fc_densenet56(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet56 (k = 12, four layers in every block); keywords as :class:`FCDenseNet`."""
+    defaults = {"growth_rate": 12, "block_config": (4,) * 5, "bottleneck_layers": 4}
+    return FCDenseNet(num_classes, in_channels, **cast(Any, {**defaults, **kwargs}))
+
+
+def fc_densenet67(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet67 (k = 16, five layers in every block); keywords as :class:`FCDenseNet`."""
+    defaults = {"growth_rate": 16, "block_config": (5,) * 5, "bottleneck_layers": 5}
+    return FCDenseNet(num_classes, in_channels, **cast(Any, {**defaults, **kwargs}))
+
+
+def fc_densenet103(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
+    """FC-DenseNet103 (k = 16; 4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4 layers); keywords as :class:`FCDenseNet`."""
+    return FCDenseNet(num_classes, in_channels, **kwargs)
