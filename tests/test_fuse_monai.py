@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import library_checks as checks
@@ -14,6 +15,8 @@ from fusing_helpers import assert_same_state, rows, three_steps
 from torch import Tensor, nn
 
 import densenet_ext as dx
+from densenet_ext.fusing.forwards import FusedBlock
+from densenet_ext.fusing.surroundings import FusedTransition
 
 DIMS = [1, 2, 3]
 BLOCK, LAYER = "features.denseblock1", "features.denseblock1.denselayer2"
@@ -245,3 +248,36 @@ def test_named_networks() -> None:
     torch.manual_seed(0)
     model = dx.fuse(peers.monai_densenet().DenseNet121(spatial_dims=3, in_channels=1, out_channels=2))
     assert checks.unfused_units(model) == {} and len(dx.report(model)) == 9
+
+
+# ---- MetaTensor ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_meta_tensor_runs_fused_and_keeps_its_metadata(batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers.monai_densenet()
+    meta_tensor = importlib.import_module("monai.data").MetaTensor
+    plain = small(3)
+    fused = checks.fused_copy(plain)
+    x = meta_tensor(images(3), affine=2 * torch.eye(4), meta={"filename": ["a", "b", "c"] if batch else "a"})
+    x.is_batch = batch
+    for units in ([""], [BLOCK, "features.transition1"]):  # whole units may have hooks
+        seen: list[list[Any]] = []
+        for model in (fused, plain):
+            seen.append([])
+            for name in units:
+                model.get_submodule(name).register_forward_hook(
+                    lambda module, args, out, found=seen[-1]: found.append(out)
+                )
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedBlock, "original", None)  # that it runs fused
+            patch.setattr(FusedTransition, "original", None)
+            fused(x)
+        plain(x)
+        for got, wanted in zip(*seen, strict=True):
+            assert type(got) is meta_tensor and got.is_batch is batch
+            assert got.meta["filename"] == wanted.meta["filename"] == x.meta["filename"]
+            assert torch.equal(got.affine, wanted.affine) and got.affine[0, 0] == 2
+            torch.testing.assert_close(got.as_tensor(), wanted.as_tensor())
+    assert checks.unfused_units(fused) == {}
+    assert_same_state(three_steps(fused, x), three_steps(plain, x))

@@ -22,6 +22,7 @@ from densenet_ext import checks
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.fusing.metadata import as_one_operation, bare
 from densenet_ext.inspection import (
     dimensions_of,
     drop_rate_of,
@@ -141,7 +142,7 @@ class Fused:
 
     def decide(self, x: Any) -> Any:
         """The fused computation, or the original where something stands in the way."""
-        if plain_reason(x) is not None or self.reason() is not None:
+        if plain_reason(bare(x)) is not None or self.reason() is not None:
             return self.original(x)
         return self.run(x)
 
@@ -201,7 +202,8 @@ class FusedBlock(Fused):
         training = [layer.training for layer in self.spelling.layers(self.module).values()]
         weight = _weight(parts[0].conv1)
         x = checks.feature_maps("init_features", x, weight.shape[1], weight.dim() - 2, weight)
-        return dense_block(x, [as_layer(p, t) for p, t in zip(parts, training, strict=True)], save=self.save)
+        layers = [as_layer(p, t) for p, t in zip(parts, training, strict=True)]
+        return as_one_operation(lambda x: dense_block(x, layers, save=self.save), x)
 
 
 def _weight(conv: Any) -> Tensor:

@@ -16,6 +16,7 @@ from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import transition
 from densenet_ext.fusing.forwards import Fused, installed
+from densenet_ext.fusing.metadata import as_one_operation, bare
 from densenet_ext.inspection import (
     dimensions_of,
     hook_on,
@@ -72,7 +73,7 @@ class FusedTransition(Fused):
         x = checks.feature_maps("input", x, weight.shape[1], weight.dim() - 2, weight)
         if min(x.shape[2:]) < 2:
             raise ValueError(f"input: expected at least 2 pixels along every dimension, got shape {list(x.shape)}")
-        return transition(x, norm_of(children["norm"]), weight, 2)
+        return as_one_operation(lambda x: transition(x, norm_of(children["norm"]), weight, 2), x)
 
 
 class FusedFeatures(Fused):
@@ -114,7 +115,7 @@ class FusedFeatures(Fused):
 
     def decide(self, x: Any) -> Any:
         # Also where the stem is not fused the units behind it want channels_last memory.
-        if plain_reason(x) is not None:
+        if plain_reason(bare(x)) is not None:
             return self.original(x)
         out = self.run(x)
         # Fused units return channels_last tensors; who passes a contiguous image may go on with view().
@@ -136,11 +137,12 @@ class FusedFeatures(Fused):
     def _stem(self, x: Tensor) -> Tensor:
         parts: list[Any] = [self.module._modules[name] for name in self.stem]
         norm, pool = parts[0], parts[-1]
-        if plain_reason(x) is not None or x.dim() - 2 != norm_dimensions(norm) or x.shape[1] != norm.num_features:
+        if plain_reason(bare(x)) is not None or x.dim() - 2 != norm_dimensions(norm) or x.shape[1] != norm.num_features:
             for part in parts:
                 x = part(x)
             return x
-        return stem(x, norm_of(norm), pool.kernel_size, pool.stride, pool.padding)
+        window = pool.kernel_size, pool.stride, pool.padding
+        return as_one_operation(lambda x: stem(x, norm_of(norm), *window), x)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class FusedTaps(Fused):
         return "its parts run one by one, for the features between them"
 
     def decide(self, x: Any) -> Any:
-        if plain_reason(x) is not None:
+        if plain_reason(bare(x)) is not None:
             return self.original(x)
         out = self.original(_channels_last(x))
         return tree_map_only(Tensor, Tensor.contiguous, out) if x.is_contiguous() else out
@@ -234,8 +236,8 @@ class FusedHead(Fused):
                 maps = child(maps)
         norm = parts.features._modules[name]
         fits = maps.dim() - 2 == norm_dimensions(norm) and maps.shape[1] == norm.num_features
-        if plain_reason(maps) is None and fits:
-            out = head(maps, norm_of(norm))
+        if plain_reason(bare(maps)) is None and fits:
+            out = as_one_operation(lambda maps: head(maps, norm_of(norm)), maps)
         else:  # where the shape does not fit, the norm says what is wrong with it
             out = F.relu(norm(maps)).flatten(2).mean(2)
         for module in parts.rest.values():
