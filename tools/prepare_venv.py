@@ -7,7 +7,6 @@ Nothing is fetched that is already there, so that without network it works where
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +21,18 @@ sys.path.insert(0, str(ROOT))
 
 from build_backend import environment  # noqa: E402
 
-# torchvision's models serve the tests. Each of its releases belongs to one of torch.
+# Libraries whose models serve the tests, each with what importing these needs besides torch and the extra "dev". They
+# are installed as they stand here, in the versions of constraints.txt, since some would bring a torch along.
+PEERS = {
+    "torchvision": (),
+    "timm": (),
+    "monai": (),
+    "torchxrayvision": (
+        *("imageio", "pandas", "python-dateutil", "scikit-image", "lazy-loader", "tifffile"),
+        *("requests", "urllib3", "idna", "certifi"),
+    ),
+}
+# Each release of torchvision belongs to one of torch.
 TORCHVISION = {"2.11": "0.26.0", "2.13": "0.28.0"}
 
 
@@ -51,9 +61,14 @@ def pip(*arguments: str) -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def pinned() -> dict[str, str]:
+    """The versions in constraints.txt."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
 def wanted(extra: str) -> dict[str, str]:
     """The distributions of an extra of pyproject.toml, with their versions in constraints.txt ("" for any)."""
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pins = pinned()
     names = re.search(rf"^{extra} = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert names is not None, f"pyproject.toml has no extra {extra}"
     return {name: pins.get(name, "") for name in [*re.findall(r'"([\w-]+)"', names[1]), "ninja"]}
@@ -71,12 +86,11 @@ def installed(name: str) -> str | None:
 def install(extra: str) -> None:
     """Brings what is missing into the environment that runs this, torch first and the package itself last."""
     pins = wanted(extra)
-    pinned_torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     if not usable_torch(sys.executable):
-        assert pinned_torch is not None, "constraints.txt names no torch"
-        print(f"installing {pinned_torch[0]}")
-        if not pip(pinned_torch[0]):
-            raise SystemExit(f"{pinned_torch[0]} could not be installed; see pip's message above.")
+        torch = f"torch=={pinned()['torch']}"
+        print(f"installing {torch}")
+        if not pip(torch):
+            raise SystemExit(f"{torch} could not be installed; see pip's message above.")
     missing = {name: pin for name, pin in pins.items() if installed(name) is None or (pin and installed(name) != pin)}
     if missing:
         requirements = [f"{name}=={pin}" if pin else name for name, pin in missing.items()]
@@ -87,7 +101,7 @@ def install(extra: str) -> None:
                 raise SystemExit(f"could not be installed, see pip's message above: {', '.join(absent)}")
             print("not installed; going on with what is there: " + ", ".join(f"{n} {installed(n)}" for n in missing))
     if extra == "dev":
-        install_torchvision()
+        install_peers()
         for command in ("ruff", "clang-format"):
             link_command(command)
     print("building densenet_ext")
@@ -95,16 +109,16 @@ def install(extra: str) -> None:
         raise SystemExit("densenet_ext could not be built; see the message above.")
 
 
-def install_torchvision() -> None:
-    """Optional: the tests that compare with torchvision's models skip themselves without it."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return
+def install_peers() -> None:
+    """Optional: the tests that compare with a library's models skip themselves without it."""
     release = ".".join((environment.torch_version() or "").split(".")[:2])
-    version = TORCHVISION.get(release)
-    if version is None:
-        print(f"no torchvision is known for torch {release}: the tests that need it will skip")
-    elif not pip("--no-deps", f"torchvision=={version}"):
-        print(f"torchvision {version} could not be installed: the tests that need it will skip")
+    pins = {**pinned(), "torchvision": TORCHVISION.get(release, "")}
+    for library, needed in PEERS.items():
+        missing = [name for name in (library, *needed) if installed(name) is None]
+        if library in missing and not pins[library]:
+            print(f"no {library} is known for torch {release}: the tests that need it will skip")
+        elif missing and not pip("--no-deps", *(f"{name}=={pins[name]}" for name in missing)):
+            print(f"{library} could not be installed: the tests that need it will skip")
 
 
 def link_command(name: str) -> None:
