@@ -141,6 +141,10 @@ def test_a_changed_head_says_why() -> None:
         model.class_layers.pool = nn.AdaptiveAvgPool2d(2)
         model.class_layers.out = nn.Linear(64, 10).double()
 
+    def unflattened(model: Any) -> None:
+        model.class_layers.flatten = nn.Flatten(1, 2)
+        model.class_layers.out = nn.Linear(1, 10).double()
+
     def longer(model: Any) -> None:
         model.class_layers.add_module("softmax", nn.Softmax(1))
 
@@ -151,6 +155,7 @@ def test_a_changed_head_says_why() -> None:
         (hook, "class_layers.flatten has a forward hook"),
         (hook_all, "class_layers has a forward pre-hook"),
         (larger, "class_layers.pool has output size 2, not 1"),
+        (unflattened, "class_layers.flatten flattens dimensions 1 to 2, not 1 to -1"),
         (longer, "class_layers has other children than expected: relu, pool, flatten, out, softmax"),
         (another, "class_layers has other children than expected: 0, 1"),
     ):
@@ -177,6 +182,32 @@ def test_a_layer_that_runs_more_says_why() -> None:
     fused = checks.fused_copy(model)
     assert "denselayer2 holds a Sequential that has other children" in (rows(fused)[BLOCK].reason or "")
     torch.testing.assert_close(fused(images(2)), model(images(2)))
+
+
+def test_whatever_acts_through_a_layers_sequential_is_called() -> None:
+    class Halved(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) / 2
+
+    def hook(layers: nn.Module) -> None:
+        layers.register_forward_hook(lambda module, args, out: out * 2)
+
+    def replace(layers: nn.Module) -> None:
+        layers.forward = lambda x: nn.Sequential.forward(layers, x) * 2  # type: ignore[method-assign, arg-type]
+
+    def derive(layers: nn.Module) -> None:
+        layers.__class__ = Halved
+
+    for change, reason in (
+        (hook, "has a forward hook"),
+        (replace, "has a forward that was replaced on the instance"),
+        (derive, "is a Halved, not a plain Sequential"),
+    ):
+        models = [dx.fuse(small(2)), small(2)]
+        for model in models:
+            change(model.features.denseblock1.denselayer2.layers)
+        assert checks.unfused_units(models[0]) == {BLOCK: f"denselayer2 holds a Sequential that {reason}"}
+        torch.testing.assert_close(models[0](images(2)), models[1](images(2)))
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

@@ -176,20 +176,29 @@ def test_a_layer_of_its_own_stays_unfused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
 
-    class _DenseLayer(module._DenseLayer):
+    class NewFirst(module._DenseLayer):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([nn.Sequential.forward(self, x), x], 1)
+            new = nn.functional.dropout(nn.Sequential.forward(self, x), self.drop_rate, self.training)
+            return torch.cat([new, x], 1)
 
-    plain = small()
+    class Undropped(module._DenseLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, nn.Sequential.forward(self, x)], 1)
+
+    for kind in (NewFirst, Undropped):
+        kind.forward.__qualname__ = "_DenseLayer.forward"
+    plain = small(block_config=(2, 2, 2))
     plain.features.denseblock1.denselayer1.__class__ = Doubled
-    for layer in plain.features.denseblock2.children():
-        layer.__class__ = _DenseLayer
-    with pytest.warns(UserWarning, match="none of the 2 dense blocks"):
+    for name, kind in (("denseblock2", NewFirst), ("denseblock3", Undropped)):
+        for layer in plain.features.get_submodule(name).children():
+            layer.__class__ = kind
+    with pytest.warns(UserWarning, match="none of the 3 dense blocks"):
         fused = checks.fused_copy(plain)
     found = rows(fused)
     assert found[BLOCK].reason == "denselayer1 is a Doubled, not a _DenseLayer as when it was fused"
-    assert "it runs norm1, relu1, conv1, norm2" in (found["features.denseblock2"].reason or "")
-    torch.testing.assert_close(fused(images()), plain(images()))
+    assert "it does not join all features along the channels" in (found["features.denseblock2"].reason or "")
+    assert "it runs norm1, relu1, conv1, norm2, relu2, conv2" in (found["features.denseblock3"].reason or "")
+    torch.testing.assert_close(fused(images(size=64)), plain(images(size=64)))
 
 
 def test_the_whole_library_model_in_its_size() -> None:
