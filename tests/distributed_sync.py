@@ -259,6 +259,31 @@ def case_statistics_beside_a_tensor_are_local(world: World) -> None:
     compare(world, got, lambda x: wanted[1](each_alone(wanted[0], x)), got, wanted, x, sizes)
 
 
+def case_statistics_beside_a_tensor_stay_local(world: World) -> None:
+    """What a unit that shares statistics notes beside its input serves one that does not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 6, 6, dtype=F64).add(world.rank).to(world.device).requires_grad_()
+    for plain in (dx.Transition(6, 4).double(), dx.DenseLayer(6, 4, 2, 0.0).double()):
+        plain.to(world.device)
+        shared = 1 * x
+        synced(plain)(shared)
+        close("output", plain(shared), copy.deepcopy(plain)(1 * x))
+
+
+def case_evaluation_without_running_statistics(world: World) -> None:
+    """The batch's own statistics, but each process's: as nn.SyncBatchNorm, which synchronises in training only."""
+    plain = usual().to(world.device)
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+            norm.track_running_stats = False
+    fused = dx.fuse(synced(plain)).eval()
+    x = images(2 + world.rank).to(world.device)
+    with counted() as count:
+        close("output", fused(x), plain.eval()(x))
+    assert count[0] == 0
+
+
 def case_exchanges(world: World) -> None:
     """Two a layer in the forward pass and two in the backward pass; none for a recomputation, none in evaluation."""
     torch.manual_seed(0)
