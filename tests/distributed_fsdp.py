@@ -13,6 +13,7 @@ from fusing_helpers import images
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import densenet_ext as dx
 
@@ -88,8 +89,22 @@ def case_whole_model(world: World) -> None:
         assert all(fused(model).values()), str(dx.report(model))
 
 
+def takes_subclasses_of_dicts() -> bool:
+    """Whether fully_shard takes a ModuleDict with a forward, as a DenseBlock is: not in torch 2.11."""
+
+    class Block(nn.ModuleDict):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    try:
+        fully_shard(Block({"linear": nn.Linear(2, 2)}))
+    except ValueError:
+        return False
+    return True
+
+
 def case_per_block(world: World) -> None:
-    for native in (False, True):
+    for native in (False, True) if takes_subclasses_of_dicts() else (False,):
         model = each(world, lambda model: [*blocks(model), model], native=native)
         assert all(fused(model).values()), str(dx.report(model))
 
@@ -107,6 +122,33 @@ def case_an_inner_layer(world: World) -> None:
         rows = {row.name: row for row in dx.report(model)}
         assert "denselayer2 is sharded" in (rows.pop("features.denseblock1").reason or ""), str(dx.report(model))
         assert all(row.fused for row in rows.values()), str(dx.report(model))
+
+
+def case_state_dict(world: World) -> None:
+    model, other = dx.fuse(usual()).to(world.device), dx.fuse(usual()).to(world.device)
+    shard(world, [model])
+    shard(world, [other])
+    for p in other.parameters():
+        p.data.zero_()
+    model(images().to(world.device))
+    other.load_state_dict(model.state_dict())
+    for (name, a), b in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        close(name, *(x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b)))
+
+
+def case_compiled_blocks(world: World) -> None:
+    alone = usual().to(world.device)
+    sharded = dx.fuse(copy.deepcopy(alone))
+    for block in blocks(sharded):
+        block.compile(backend="aot_eager", fullgraph=True)
+    shard(world, [*blocks(sharded), sharded])
+    x = images().to(world.device)
+    outs = sharded(x), alone(x)
+    close("output", *outs)
+    for out in outs:
+        loss_of(out).backward()
+    for (name, p), q in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+        close(name, p.grad.full_tensor(), q.grad)
 
 
 def case_synchronised_statistics(world: World) -> None:

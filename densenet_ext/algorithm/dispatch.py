@@ -20,7 +20,8 @@ def plain_reason(*tensors: Any) -> str | None:
     differentiation, and tensor subclasses.
     """
     if torch.compiler.is_compiling():
-        return "torch.export captures the single operations" if torch.compiler.is_exporting() else None
+        # the flag itself: torch 2.11's Dynamo takes is_exporting() for true in whatever it compiles
+        return "torch.export captures the single operations" if torch.compiler._is_exporting_flag else None
     if torch.compiler.is_exporting():
         return "torch.export captures the single operations"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
