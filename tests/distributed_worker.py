@@ -100,7 +100,8 @@ def main(module: str, folder: str, rank: int) -> None:
 
 def _run(case: Any, world: World) -> str:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     try:
         case(world)
     except Exception:

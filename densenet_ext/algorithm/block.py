@@ -189,13 +189,13 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     stats, group = mean.numel() > 0, _columns_group(config)
 
-    def append(rows: Tensor, new: slice, drop_rate: float, l: int) -> None:
-        m, v = (mean[new], var[new]) if stats else (None, None)
-        ops.append_features(rows, X[:, new], m, v, drop_rate, seed, l)
+    def append(rows: Tensor, columns: slice, drop_rate: float, l: int) -> None:
+        m, v = (mean[columns], var[columns]) if stats else (None, None)
+        ops.append_features(rows, X[:, columns], m, v, drop_rate, seed, l)
         if group:
-            own_mean[new], own_var[new] = mean[new], var[new]
-            if new is not layers[-1].new:  # the last columns are for the next unit
-                counts[:1] = merge_stats(mean[new], var[new], M, group)
+            own_mean[columns], own_var[columns] = mean[columns], var[columns]
+            if columns is not layers[-1].new:  # the last ones are for the next unit
+                counts[:1] = merge_stats(mean[columns], var[columns], M, group)
 
     append(to_rows(x.to(out.dtype)), layers[0].read, 0.0, 0)
     scratch = _scratch(X, max(layer.b for layer in layers))

@@ -10,8 +10,11 @@ gradient stays the process's, as ``nn.SyncBatchNorm`` has it: who trains average
 
 M_i may differ and may be 0: that process exchanges zeros. Which exchanges a unit makes, and in what order, follows from
 its norms and from which of its tensors ask for gradients, never from data or sizes; so it is the same in every process
-that runs the same model in the same mode. Statistics that travel beside a tensor (``layout.remember_stats``) are always
-the process's own.
+that runs the same model in the same mode. What breaks it, and hangs as it does with ``nn.SyncBatchNorm``: an input that
+asks for its gradient in one process only, a hook on an inner module in one process only (its unit runs unfused there),
+a forward pass in training that not all processes make.
+
+Statistics that travel beside a tensor (``layout.remember_stats``) are always the process's own.
 """
 
 from __future__ import annotations
