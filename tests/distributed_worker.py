@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 SIZE = 2
-PATIENCE = 20
+PATIENCE = 60
 
 
 class World(NamedTuple):
