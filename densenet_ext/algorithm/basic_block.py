@@ -101,7 +101,7 @@ def _parameters(tensors: Tensors) -> list[tuple[Tensors, Tensor]]:
 
 def _layer_columns(config: Config, tensors: Tensors) -> list[Columns]:
     weights = [conv for _, conv in _parameters(tensors)]
-    return layer_columns(weights[0].shape[1], [W.shape[0] for W in weights], config.new_first)
+    return layer_columns(weights[0].shape[1], tuple(W.shape[0] for W in weights), config.new_first)
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.columns import layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
+from densenet_ext.algorithm.folding import scales_shifts
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
@@ -131,7 +132,7 @@ class _LayerTensors(NamedTuple):
 
 def _layers(config: Config, tensors: Tensors) -> Iterator[_LayerTensors]:
     weights = [(tensors[i + 4], tensors[i + 9]) for i in range(2, len(tensors), _PER_LAYER)]
-    growth = [conv2.shape[0] for _, conv2 in weights if conv2 is not None]
+    growth = tuple(conv2.shape[0] for _, conv2 in weights if conv2 is not None)
     x_channels = next(conv1.shape[1] for conv1, _ in weights if conv1 is not None)
     start = 0
     for l, (read, new) in enumerate(layer_columns(x_channels, growth, config.new_first)):
@@ -178,6 +179,14 @@ def _part(scratch: Tensor, M: int, columns: int, start: int = 0) -> Tensor:
     return scratch[M * start : M * (start + columns)].view(M, columns)
 
 
+def _folded(config: Config, layers: Sequence[_LayerTensors], acc: torch.dtype) -> tuple[dict[int, Tensor], ...]:
+    """s and t of every frozen norm2, by layer."""
+    frozen = [l for l in range(len(layers)) if not config.batch_stats[2 * l + 1]]
+    none = torch.empty(0)  # in the place of a batch's statistics, which frozen norms do not have
+    values = [norm_values(layers[l].norm2, none, none, False, config.eps[2 * l + 1], acc) for l in frozen]
+    return tuple(dict(zip(frozen, found, strict=True)) for found in scales_shifts(values))
+
+
 def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     """The buffer [N, C_total, *spatial], then the other results as ``_allocate`` lays them out."""
     x, seed = tensors[:2]
@@ -199,19 +208,19 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
 
     append(to_rows(x.to(out.dtype)), layers[0].read, 0.0, 0)
     scratch = _scratch(X, max(layer.b for layer in layers))
+    s2, t2 = _folded(config, layers, acc) if config.save == "nothing" else ({}, {})
     for l, layer in enumerate(layers):
-        C, b, read, new = layer.C, layer.b, layer.read, layer.new
+        b, read, new = layer.b, layer.read, layer.new
         batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
         prefix = X[:, read]
         norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
-        m2, v2 = (z_mean[layer.z], z_var[layer.z]) if batch2 else (None, None)
-        norm2 = norm_values(layer.norm2, m2, v2, batch2, config.eps[2 * l + 1], acc)  # type: ignore[arg-type]
-        W1 = cast(layer.conv1, acc).view(b, C)
+        W1 = cast(layer.conv1, acc)
         a = _part(scratch, M, b)
         if config.save == "nothing" and not batch2:
-            s2, t2 = scale_shift(*norm2)
-            ops.bn_relu_conv1x1(prefix, *norm1, W1 * s2[:, None], t2, True, a, None, None)
+            ops.bn_relu_conv1x1(prefix, *norm1, W1 * s2[l].view(-1, *[1] * (W1.dim() - 1)), t2[l], True, a, None, None)
         else:
+            m2, v2 = (z_mean[layer.z], z_var[layer.z]) if batch2 else (None, None)
+            norm2 = norm_values(layer.norm2, m2, v2, batch2, config.eps[2 * l + 1], acc)  # type: ignore[arg-type]
             z = _part(z_all, M, b, layer.z.start) if config.save == "bottlenecks" else a
             ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, m2, v2)
             if m2 is not None and v2 is not None and config.groups[2 * l + 1]:
@@ -221,16 +230,6 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         append(y, new, config.drop_rates[l], l)
         del y
     return results
-
-
-def scale_shift(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """s and t of a norm in x s + t."""
-    s = (var + eps).rsqrt()
-    if weight is not None:
-        s = weight * s
-    return s, (-mean * s if bias is None else bias - mean * s)
 
 
 def block_backward(
@@ -270,7 +269,7 @@ def block_backward(
         prefix = X[:, read]
         norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
         norm2 = norm_values(layer.norm2, z_mean[layer.z], z_var[layer.z], batch2, config.eps[2 * l + 1], acc)
-        W1 = cast(layer.conv1, acc).view(b, C)
+        W1 = cast(layer.conv1, acc)
 
         g = incoming[:, new] if G is None else within(G, new, origin)
         p = config.drop_rates[l]
@@ -309,7 +308,7 @@ def block_backward(
             G = incoming
             if not copied:
                 grad_in, G, origin = incoming[:, read], X.new_empty(M, C), read.start
-        dW1 = mean.new_empty(b, C) if own[4] else None
+        dW1 = torch.empty_like(W1) if own[4] else None
         dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
         sums = (gm[read], gv[read]) if batch1 else (None, None)
         grad_x = within(G, read, origin)

@@ -7,7 +7,7 @@ that the kernels need no more than an offset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,7 +20,8 @@ class Columns(NamedTuple):
     new: slice  # k
 
 
-def layer_columns(C: int, growth: Sequence[int], new_first: bool) -> list[Columns]:
+@lru_cache(maxsize=256)
+def layer_columns(C: int, growth: tuple[int, ...], new_first: bool) -> list[Columns]:
     """Per layer, of a block that is given C features and whose layers add ``growth``."""
     C_total = C + sum(growth)
     columns = []

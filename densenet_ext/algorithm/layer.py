@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.block import Layer, scale_shift
+from densenet_ext.algorithm.block import Layer
 from densenet_ext.algorithm.concat import checked_size, columns, fill_feature_stats, gather, promoted, split
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
+from densenet_ext.algorithm.folding import scales_shifts
 from densenet_ext.algorithm.layout import new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
@@ -121,7 +122,7 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     norm2 = norm_values(tensors2, z_mean, z_var, batch2, config.eps[1], mean.dtype)
     a = z
     if config.save == "nothing" and not batch2:
-        s2, t2 = scale_shift(*norm2)
+        (s2,), (t2,) = scales_shifts([norm2])
         ops.bn_relu_conv1x1(rows, *norm1, W1 * s2[:, None], t2, True, a, None, None)
     else:
         m2, v2 = (z_mean, z_var) if batch2 else (None, None)

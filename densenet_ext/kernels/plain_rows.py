@@ -213,9 +213,11 @@ def bn_relu_conv1x1(
 ) -> None:
     """out [M, b] = relu(bn(x [M, C])) @ conv_weight [b, C]^T (+ out_bias [b], then ReLU); its statistics as stored.
 
+    conv_weight and its gradient may be given as the convolution has them, [b, C, 1, ...].
+
     ``tf32``: a GPU may multiply float32 as TF32; here PyTorch's setting for matrix products decides.
     """
-    z = affine(x, mean, var, weight, bias, eps).relu_() @ conv_weight.t()
+    z = affine(x, mean, var, weight, bias, eps).relu_() @ conv_weight.flatten(1).t()
     if out_bias is not None:
         z += out_bias
     if out_relu:
@@ -267,9 +269,9 @@ def bn_relu_conv1x1_backward(
         dz = _input_grad(dz, z, z_mean, r2, s2, z_grad_weight, z_grad_bias)
     r, s = _rstd_scale(var, weight, eps)
     u = affine(x, mean, var, weight, bias, eps)
-    dy = _masked(dz @ conv_weight, u)
+    dy = _masked(dz @ conv_weight.flatten(1), u)
     if grad_conv_weight is not None:
-        grad_conv_weight.copy_(dz.t() @ u.relu_())
+        grad_conv_weight.copy_((dz.t() @ u.relu_()).view(grad_conv_weight.shape))
     _reduce(dy, x, mean, r, grad_weight, grad_bias)
     if grad_mean is not None and grad_var is not None:
         grad_mean.sub_(s * grad_bias)
