@@ -10,6 +10,7 @@ import io
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from fusing_helpers import assert_same_gradients, assert_same_state, three_steps
 from helpers import kept_for_backward
@@ -161,3 +162,21 @@ def check_hooks(plain: nn.Module, x: Tensor, layer: str, part: str) -> None:
         reasons = unfused_units(fused)
         assert set(reasons) - set(unfused_units(fused_copy(plain))) == {block}
         assert "has a forward hook" in (reasons[block] or "")
+
+
+def check_captures(plain: nn.Module, x: Tensor) -> None:
+    """Export, tracing and second derivatives run the unfused form; TorchScript is told to unfuse."""
+    fused = fused_copy(plain.eval())
+    program = torch.export.export(fused, (x,))
+    assert "densenet_ext" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), plain(x))
+    traced = torch.jit.trace(fused, (x,))
+    assert "densenet_ext" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), plain(x))
+    with pytest.raises(RuntimeError, match="call densenet_ext.unfuse"):
+        torch.jit.script(fused)
+    for model in (fused.train(), plain.train()):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert_same_gradients(fused, plain)

@@ -56,8 +56,7 @@ def test_copies(dims: int) -> None:
     checks.check_copies(small(dims), images(dims))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize(("dims", "training"), [(1, True), (2, True), (3, True), (3, False)])
 def test_compile(dims: int, training: bool) -> None:
     checks.check_compile(small(dims), images(dims), training)
 
@@ -70,6 +69,11 @@ def test_autocast(dims: int) -> None:
 @pytest.mark.parametrize("dims", DIMS)
 def test_hooks(dims: int) -> None:
     checks.check_hooks(small(dims), images(dims), LAYER, f"{LAYER}.layers.relu2")
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_captures(dims: int) -> None:
+    checks.check_captures(small(dims), images(dims))
 
 
 @pytest.mark.parametrize("dims", DIMS)

@@ -67,6 +67,10 @@ def test_compile(training: bool) -> None:
     checks.check_compile(small(), images(), training)
 
 
+def test_captures() -> None:
+    checks.check_captures(small(), images())
+
+
 @pytest.mark.parametrize("part", ["norm2", "norm2.act", "norm1.drop", "conv2"])
 def test_hooks(part: str) -> None:
     checks.check_hooks(small(), images(), LAYER, f"{LAYER}.{part}")
@@ -261,6 +265,27 @@ def test_features_only(flag: dict[str, str]) -> None:
         for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
     assert_same_state(fused, plain)
+
+
+@pytest.mark.parametrize("how", ["hook", "getter"])
+def test_features_by_hooks_and_by_forward_intermediates(how: str) -> None:
+    peers.timm_densenet()
+    create = importlib.import_module("timm").create_model
+    torch.manual_seed(0)
+    settings = {"growth_rate": 4, "block_config": (2, 2), "bn_size": 2, "out_indices": (0, 1, 2)}
+    plain = create("densenet121", features_only=True, feature_cls=how, **settings).double()
+    fused = checks.fused_copy(plain)
+    assert sum(row.fused for row in dx.report(fused) if row.kind == "dense block") == 2
+    torch.testing.assert_close(fused(images()), plain(images()))
+    assert_same_state(fused, plain)
+
+
+def test_timms_sync_batch_norm_is_never_taken_for_another() -> None:
+    model = dx.fuse(small())
+    model = importlib.import_module("timm.layers").convert_sync_batchnorm(model)
+    assert not any(row.fused for row in dx.report(model))
+    assert rows(model)[BLOCK].reason == "denselayer1.norm1 is a SyncBatchNormAct, which has code of its own"
+    torch.testing.assert_close(model.eval()(images()), small().eval()(images()))
 
 
 def test_named_networks() -> None:

@@ -59,6 +59,10 @@ def test_autocast() -> None:
     checks.check_autocast(small(), images())
 
 
+def test_captures() -> None:
+    checks.check_captures(small(), images())
+
+
 def test_hooks() -> None:
     checks.check_hooks(small(), images(), LAYER, f"{LAYER}.relu1")
 
