@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from densenet_ext.fusing.adapters.usual import Classes, UsualAdapter, spelled
+from densenet_ext.fusing.adapters.usual import Classes, UsualAdapter, spelled, unit_of
 from densenet_ext.fusing.forwards import LayerParts
 from densenet_ext.fusing.matching import Unit
 from densenet_ext.fusing.probing import differs_from_activated_norm, differs_from_chain
@@ -54,7 +54,7 @@ class Timm(UsualAdapter):
     def match(self, module: nn.Module) -> Unit | None:
         """As :meth:`UsualAdapter.match`; what the class of the norms computes is tried out besides."""
         if type(module).__name__ in _TAPS and self._holds_block(module):
-            return Unit(FusedTaps.kind, module, FusedTaps(module))
+            return unit_of(FusedTaps(module))
         unit = super().match(module)
         if unit is None or unit.functor is None:
             return unit

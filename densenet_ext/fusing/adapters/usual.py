@@ -78,12 +78,12 @@ class UsualAdapter:
         if self._is_block(module):
             return self._block(module)
         if spelled(module, self.classes.transition):
-            return _unit(FusedTransition(module), _differs_from_sequential(module))
+            return unit_of(FusedTransition(module), _differs_from_sequential(module))
         if isinstance(module, nn.Sequential) and self._holds_block(module):
-            return _unit(FusedFeatures(module, self._stem(module)), _differs_from_sequential(module))
+            return unit_of(FusedFeatures(module, self._stem(module)), _differs_from_sequential(module))
         features = module._modules.get("features")
         if spelled(module, self.classes.model) and features is not None and self._holds_block(features):
-            return _unit(FusedHead(module, self), self._differs_from_model(module))
+            return unit_of(FusedHead(module, self), self._differs_from_model(module))
         return None
 
     def _is_layer(self, layer: nn.Module) -> bool:
@@ -118,7 +118,7 @@ class UsualAdapter:
             )
         on = self.memory_mode is not None and any(getattr(layer, self.memory_mode) for layer in layers)
         functor = FusedBlock(block, self, type(layer), "features" if on else "bottlenecks")
-        return dataclasses.replace(_unit(functor, refusal), settings=self)
+        return dataclasses.replace(unit_of(functor, refusal), settings=self)
 
     def _differs_from_model(self, model: nn.Module) -> str | None:
         return _unknown_forward(model, self.classes.model, lambda: differs_from_chain(model, self.head_chain))
@@ -155,7 +155,8 @@ def _unknown_forward(module: nn.Module, name: str, difference: Callable[[], str 
     return None if found is None else f"the forward of {type(module).__name__} is not the known one: {found}"
 
 
-def _unit(functor: Fused, refusal: str | None) -> Unit:
+def unit_of(functor: Fused, refusal: str | None = None) -> Unit:
+    """What ``functor`` is for, with the reason why it can never be installed, if there is one."""
     module = functor.module
     if refusal is None and "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Fused):
         refusal = "its forward was replaced on the instance"
