@@ -1,4 +1,16 @@
-"""Fixtures for every test: a fixed seed, two threads, and the kernels that a test runs on."""
+"""Fixtures for every test (a fixed seed, two threads, the kernels that a test runs on) and the device of the run.
+
+``--device cuda`` runs the same tests on a GPU. torch's default device is set once, before any test file is imported:
+factory functions, modules and what stands at module level land there, so that no test has to name a device and none can
+be forgotten. What the default device does not reach asks ``helpers``: random generators (``helpers.generator``), the
+names of devices in autocast and in messages (``helpers.DEVICE``) and the allocator (``helpers.allocations``). float64
+on the same device stays the reference, and "as good as eager" means eager on the same device. On a GPU the
+convolutions' TF32 is off, since the tests in float32 are about float32 (test_cuda.py turns it on), and PyTorch's own
+operators are deterministic where they can be, since tests compare bits of whole networks; PyTorch then also fills
+every fresh tensor with NaN, so that a kernel that leaves a value out is seen.
+
+What does not run on a GPU stands with its reason in ``devices.py`` and is printed at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +19,52 @@ import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 from emulation import library
 
-from densenet_ext import _extension, kernels
+from densenet_ext import kernels
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests run: cpu, cuda or cuda:N")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--device")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise pytest.UsageError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cpu":
+        return
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {name}: there is no such device here")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what makes cuBLAS deterministic; read at its first call
+    torch.set_default_device(device)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # PyTorch warns once when a thread's first use of cuBLAS is in a backward pass: not in a test that forbids warnings.
+    x = torch.ones(1, 1, requires_grad=True)
+    (x @ x).sum().backward()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.get_default_device().type == "cpu":
+        return
+    left_out = [item for item in items if devices.reason_to_leave_out(item.nodeid)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if torch.get_default_device().type == "cpu":
+        return
+    terminalreporter.section(f"not run on {torch.get_default_device()}")
+    for pattern, reason in devices.LEFT_OUT.items():
+        terminalreporter.line(f"{pattern}: {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +89,15 @@ def emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the compiled kernels, on plain PyTorch, and on the GPU's kernels as they are emulated.
 
-    The first is skipped while nothing is compiled.
+    The first is skipped while nothing is compiled, the last is for CPU tensors.
     """
     if request.param == "plain":
         with kernels.force_plain():
             yield "plain"
         return
-    if _extension.module is None:
-        pytest.skip(f"no compiled part: {_extension.why_missing}")
+    missing = kernels.why_plain(torch.get_default_device())
+    if missing is not None:
+        pytest.skip(f"no compiled part: {missing}")
     if request.param == "emulated":
         monkeypatch.setattr(kernels, "_compiled", request.getfixturevalue("emulated_operators"))
     yield request.param

@@ -6,6 +6,7 @@ from typing import Any
 
 import lookalikes
 import torch
+from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -38,7 +39,7 @@ def net(**kwargs: Any) -> Any:
 
 
 def images(n: int = 2, size: int = 32) -> Tensor:
-    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator(1))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -20,7 +20,13 @@ from densenet_ext.algorithm.block import Layer
 from densenet_ext.algorithm.norm import Norm
 
 F64 = torch.float64
+DEVICE = torch.get_default_device()  # of the run: conftest.py
 SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
+
+
+def generator(seed: int) -> torch.Generator:
+    """A seeded generator of the device on which the tests run."""
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------
@@ -217,14 +223,23 @@ def kept_for_backward(existing: Iterable[Tensor] = ()) -> Iterator[Kept]:
         yield kept
 
 
-def allocations(run: Callable[[], Any]) -> tuple[int, int, int]:
-    """(bytes that stay after ``run`` while its result lives, peak above the start, largest single allocation)."""
+# Bytes by which the allocator may round up what a few tensors need; on a GPU each takes multiples of 512.
+SLACK = 1024 if DEVICE.type == "cpu" else 4096
+
+
+def allocations(run: Callable[[], Any]) -> tuple[int, int]:
+    """(bytes that stay after ``run`` while its result lives, peak above the start), as the allocator counts them."""
+    if DEVICE.type == "cuda":
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        return torch.cuda.memory_allocated() - start, torch.cuda.max_memory_allocated() - start
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         result = run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = largest = 0
+    now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
-        peak, largest = max(peak, now), max(largest, event.nbytes())
+        peak = max(peak, now)
     del result
-    return now, peak, largest
+    return now, peak

@@ -13,6 +13,7 @@ from helpers import (
     assert_equal,
     buffers,
     clone,
+    generator,
     gradients,
     make_input,
     make_layers,
@@ -248,8 +249,7 @@ def test_penalty_on_the_gradient(backend: str) -> None:
     """Double backward that starts from one gradient and ends at every parameter, twice the same weight included."""
     results = []
     layers, x = make_layers(drop_rate=0.3), make_input(2, 5, 4, 3)
-    seed = torch.Generator().manual_seed(0)
-    grad = torch.randn(2, 14, 4, 3, dtype=F64, generator=seed)
+    grad = torch.randn(2, 14, 4, 3, dtype=F64, generator=generator(0))
     torch.manual_seed(11)
     torch_seed = torch.randint(2**62, (1,))
     factors = [from_rows(kernels.plain.dropout_factor(torch_seed, i, 24, 3, 0.3, F64), x.shape) for i in range(3)]

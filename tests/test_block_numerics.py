@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DEVICE,
     F64,
     assert_as_good,
     assert_equal,
@@ -63,7 +64,7 @@ def test_autocast(given: torch.dtype, save: str, backend: str) -> None:
         (reference.dense_block, x, clone(layers), True),
         (reference.dense_block, clone(x, F64), clone(layers, F64), False),
     ):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
             out = block(y, ls, save)
         results.append([out, *gradients(out, [y, *parameters(ls)])])
     got, eager, exact = results
@@ -74,7 +75,7 @@ def test_autocast(given: torch.dtype, save: str, backend: str) -> None:
 
 def test_autocast_double_backward() -> None:
     layers, x = make_layers(16, 8, 32, dtype=torch.float32), make_input(4, 16, 7, 7, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = dense_block(x, layers)
     (dx,) = torch.autograd.grad(out.float().square().sum(), [x], create_graph=True)
     dx.square().sum().backward()

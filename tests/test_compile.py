@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import F64, assert_equal, clone, make_conv, make_input, make_layers, make_norm
+from helpers import DEVICE, F64, assert_equal, clone, make_conv, make_input, make_layers, make_norm
 from torch import Tensor, nn
 
 from densenet_ext.algorithm import graph_ops
@@ -92,7 +92,7 @@ def test_inductor(dtype: torch.dtype) -> None:
     compiled = torch.compile(other, fullgraph=True)
     x = make_input(2, 3, 14, 12, dtype=torch.float32)
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             got, expected = compiled(x), net(x)
         assert_equal([got], [expected], 1e-4 if dtype == torch.float32 else 0.1)
         got.float().square().sum().backward()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import F64, SPATIAL, assert_equal, gradients, make_conv, make_input
+from helpers import DEVICE, F64, SPATIAL, assert_equal, gradients, make_conv, make_input
 from torch import Tensor
 
 from densenet_ext import kernels, reference
@@ -183,7 +183,7 @@ WRONG = {
         r"features\[1\]: expected \[2, C, 5, 4\].*got \[2, 1, 5, 1\]",
     ),
     "integers": (lambda f, n, w: (f[0].long(), w, n), r"features: expected a floating-point dtype, got torch.int64"),
-    "device": (lambda f, n, w: ([f[0], f[1].to("meta")], w, n), r"features\[1\]: expected device cpu.*got meta"),
+    "device": (lambda f, n, w: ([f[0], f[1].to("meta")], w, n), rf"features\[1\]: expected device {DEVICE}.*got meta"),
     "weight": (lambda f, n, w: (f, w, {**n, "weight": n["weight"][1:]}), r"weight: expected shape \[6\].*got \[5\]"),
     "mean": (lambda f, n, w: (f, w, {**n, "running_mean": None}), r"running_mean: expected a tensor.*got None"),
     "eps": (lambda f, n, w: (f, w, {**n, "eps": -1.0}), r"eps: expected a number above 0, got -1.0"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fusing_helpers import assert_same_gradients, assert_same_state, gradients, images, net, rows, three_steps
+from helpers import DEVICE
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -324,7 +325,7 @@ def test_autocast_has_eagers_dtypes() -> None:
             model.features.get_submodule(name).register_forward_hook(
                 lambda module, args, out, found=found: found.append(out.dtype)
             )
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             found.append(model(x).dtype)
         dtypes.append(found)
     assert dtypes[0] == dtypes[1]

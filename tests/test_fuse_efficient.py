@@ -8,6 +8,7 @@ import lookalikes
 import pytest
 import torch
 from fusing_helpers import assert_same_state, rows, three_steps
+from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -19,7 +20,7 @@ def small(**kwargs: object) -> lookalikes.DenseNet:
 
 
 def images(size: int = 16) -> Tensor:
-    return torch.randn(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 3, size, size, dtype=torch.float64, generator=generator(1))
 
 
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])

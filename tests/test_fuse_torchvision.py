@@ -10,6 +10,7 @@ import peers
 import pytest
 import torch
 from fusing_helpers import assert_same_state, rows, three_steps
+from helpers import generator
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -26,7 +27,7 @@ def small(**kwargs: Any) -> nn.Module:
 
 
 def images(n: int = 2, size: int = 64) -> Tensor:
-    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator(1))
 
 
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])

@@ -8,23 +8,27 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import F64, assert_as_good
+from helpers import DEVICE, F64, assert_as_good
 from torch import Tensor
 
 from densenet_ext import _extension, kernels
 from densenet_ext.kernels import plain
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LEVELS = list(_extension.module.simd_levels()) if _extension.module is not None else []
-compiled_only = pytest.mark.skipif(_extension.module is None, reason=f"no compiled part: {_extension.why_missing}")
+MISSING = kernels.why_plain(DEVICE)
+LEVELS = _extension.module.simd_levels() if _extension.module is not None and DEVICE.type == "cpu" else []
+compiled_only = pytest.mark.skipif(MISSING is not None, reason=f"no compiled part: {MISSING}")
 
 
-@pytest.fixture(params=LEVELS or ["none"])
+@pytest.fixture(params=LEVELS or [DEVICE.type])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test at each SIMD level that this processor has."""
+    """Runs the test at each SIMD level that this processor has; once on a GPU."""
     module = _extension.module
-    if module is None:
-        pytest.skip(f"no compiled part: {_extension.why_missing}")
+    if MISSING is not None or module is None:
+        pytest.skip(f"no compiled part: {MISSING}")
+    if not LEVELS:
+        yield request.param
+        return
     before = module.simd_level()
     module.set_simd_level(request.param)
     yield request.param
@@ -391,10 +395,10 @@ def test_every_schema_has_the_plain_functions_arguments(name: str) -> None:
 
 def test_who_computes() -> None:
     x = torch.zeros(1)
-    usable = _extension.module is not None
-    assert kernels.backend("cpu", torch.float32) == ("compiled" if usable else "plain")
-    assert (kernels.why_plain("cpu") is None) == usable
+    usable = _extension.has_cpu if DEVICE.type == "cpu" else _extension.has_cuda
+    assert kernels.backend(DEVICE, torch.float32) == ("compiled" if usable else "plain")
+    assert (kernels.why_plain(DEVICE) is None) == usable
     with kernels.force_plain():
-        assert kernels.select(x) is plain and kernels.backend("cpu") == "plain"
-    assert kernels.backend("cpu", torch.complex64) == "plain" and kernels.select(x.to("meta")) is plain
+        assert kernels.select(x) is plain and kernels.backend(DEVICE) == "plain"
+    assert kernels.backend(DEVICE, torch.complex64) == "plain" and kernels.select(x.to("meta")) is plain
     assert kernels.why_plain("meta")

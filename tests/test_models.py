@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from helpers import DEVICE
 from peers import torchvision_densenet
 from torch import nn
 
@@ -150,7 +151,7 @@ def test_no_classes_gives_the_pooled_features():
         (torch.zeros(1, 4, 32, 32), ValueError, r"x: expected 3 channels, .*got shape \[1, 4, 32, 32\]"),
         (torch.zeros(1, 3, 32, 32).double(), TypeError, "x: expected dtype torch.float32, .*got torch.float64"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "x: expected dtype torch.float32, .*uint8"),
-        (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, "x: expected a tensor on cpu, .*got one on meta"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, f"x: expected a tensor on {DEVICE}, .*got one on meta"),
         ([1.0], TypeError, "x: expected a tensor, got list"),
     ],
 )
@@ -172,7 +173,7 @@ def test_one_value_per_channel_in_training_is_pytorchs_error():
 
 def test_autocast_takes_another_dtype():
     model = dx.DenseNet(**TINY)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert model(torch.randn(2, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from torch import nn
 
 import densenet_ext as dx
@@ -105,7 +106,7 @@ def test_layer_in_low_precision():
     layer = dx.DenseLayer(6, 3, 2, 0.0)
     features = [torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)]
     expected = layer(features)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = layer([features[0].bfloat16(), features[1]])
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
@@ -354,7 +355,7 @@ BLOCK, LAYER, TRANSITION = dx.DenseBlock(1, 6, 2, 3, 0.0), dx.DenseLayer(6, 3, 2
             dx.DenseBlock(1, 6, 2, 3, 0.0),
             torch.zeros(2, 6, 5, 5, device="meta"),
             ValueError,
-            "expected a tensor on cpu",
+            f"expected a tensor on {DEVICE}",
         ),
         (BLOCK, None, TypeError, "init_features: expected a tensor, got NoneType"),
         (dx.DenseBlock(1, 6, 2, 3, 0.0, dims=1), torch.zeros(2, 6, 5, 5), ValueError, r"expected 3 dim.*\[N, 6, W\]"),

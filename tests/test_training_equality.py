@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import generator
 from peers import torchvision_densenet
 
 import densenet_ext as dx
@@ -30,14 +31,14 @@ def reference_scores(model: dx.DenseNet, x: torch.Tensor) -> torch.Tensor:
 
 def losses(model, scores, steps, size, frozen=()):
     """The losses of ``steps`` steps of SGD on the same random images; ``scores(model, x)`` runs the model."""
-    generator = torch.Generator().manual_seed(7)
+    noise = generator(7)
     model.train()
     for name in frozen:
         model.get_submodule(name).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
     values = []
     for _ in range(steps):
-        x = torch.randn((6, 3, size, size), dtype=torch.float64, generator=generator)
+        x = torch.randn((6, 3, size, size), dtype=torch.float64, generator=noise)
         y = (x.mean((1, 2, 3)) * 1000).long() % 4
         loss = F.cross_entropy(scores(model, x), y)
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import lookalikes
 import pytest
 import torch
+from helpers import DEVICE, generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -21,8 +22,13 @@ def net(**kwargs: Any) -> lookalikes.DenseNet:
     return lookalikes.DenseNet(**{"growth_rate": 4, "num_init_features": 8, "bn_size": 2, **kwargs}).double()
 
 
+def generator_state() -> Tensor:
+    """The state of the generator from which models draw on the device of the run."""
+    return torch.cuda.get_rng_state() if DEVICE.type == "cuda" else torch.get_rng_state()
+
+
 def images() -> Tensor:
-    return torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator(1))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -35,9 +41,9 @@ def test_verify_compares_everything_and_leaves_no_trace(training: bool, fused: b
     model(x).sum().backward()
     state = copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    random_state, attributes = torch.get_rng_state(), {n: dict(m.__dict__) for n, m in model.named_modules()}
+    random_state, attributes = generator_state(), {n: dict(m.__dict__) for n, m in model.named_modules()}
     result = dx.verify(model, x)
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(generator_state(), random_state)
     assert {n: dict(m.__dict__) for n, m in model.named_modules()} == attributes
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
@@ -117,13 +123,15 @@ def test_report_is_a_table() -> None:
     ]
     assert len(report) == 7 and lines[2].split() == ["head", "(model)", "yes"]
     assert any(line.endswith("denselayer1.relu1 is a PReLU, not a ReLU") for line in lines)
-    assert lines[-1].startswith("float64 on cpu: ")
+    assert lines[-1].startswith(f"float64 on {DEVICE.type}: ")
 
 
 def test_report_says_who_computes() -> None:
     with kernels.force_plain():
         notes = dx.report(net()).notes
-    assert len(notes) == 1 and notes[0].startswith("float64 on cpu: plain PyTorch computes, with the same memory: ")
+    assert len(notes) == 1 and notes[0].startswith(
+        f"float64 on {DEVICE.type}: plain PyTorch computes, with the same memory: "
+    )
 
 
 def test_report_of_what_was_never_fused() -> None:

@@ -1,0 +1,32 @@
+"""Which tests do not run on a GPU (``--device cuda``), and why: an explicit list, printed at the end of such a run."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+# Pattern of a test's name, "file", "file::function" or "file::function[parameter]": reason.
+LEFT_OUT = {
+    "*::*[emulated]": "the GPU's operators over emulated kernels, for tensors of the processor",
+    "test_emulation*.py": "executes the GPU kernels on the processor, without a GPU",
+    "test_cuda_compiles.py": "compiles for several architectures; `make gpu` keeps ptxas' report of its own build",
+    "test_build.py": "decisions of the build and errors of a machine without torch or compiler; no tensor is computed",
+    "test_train.py": "the command trains on the processor",
+    "test_benchmarks.py": "arithmetic of the benchmarks and their files, on the processor",
+    "test_gpu_tool.py": "how `make gpu` runs its stages",
+    "test_memory.py::test_inference_needs_the_buffer_and_one_scratch": "counts every temporary, and cuDNN takes "
+    "workspaces of its own choice; test_cuda.py measures peaks of whole networks",
+    "test_memory.py::test_backward_needs_one_gradient_buffer": "the same",
+}
+
+
+def reason_to_leave_out(nodeid: str) -> str | None:
+    """Why the test ``nodeid`` ("tests/file.py::function[parameters]") does not run on a GPU, or None when it does."""
+    name, _, parameters = nodeid.rstrip("]").partition("[")
+    file, _, function = name.rpartition("/")[2].partition("::")
+    for pattern, reason in LEFT_OUT.items():
+        pattern, _, parameter = pattern.rstrip("]").partition("[")
+        file_pattern, _, function_pattern = pattern.partition("::")
+        alike = fnmatch(file, file_pattern) and fnmatch(function, function_pattern or "*")
+        if alike and (not parameter or parameter in parameters.split("-")):
+            return reason
+    return None
