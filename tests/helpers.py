@@ -162,13 +162,14 @@ def assert_as_good(
     exact: Sequence[Tensor],
     factor: float = 2.0,
     floor: float = 4.0,
+    least: float = 0.0,
     measure: Callable[[Tensor, Tensor], float] = error,
 ) -> None:
     """``got`` is as near to ``exact`` (float64) as ``eager`` is: ``factor`` times, or ``floor`` roundings of its
-    dtype."""
+    dtype, or an error of ``least``."""
     for i, (a, e, x) in enumerate(zip(got, eager, exact, strict=True)):
         assert a.dtype == e.dtype and a.shape == e.shape, f"tensor {i}: {a.dtype} {a.shape} against {e.dtype} {e.shape}"
-        allowed = max(factor * measure(e, x), floor * torch.finfo(a.dtype).eps)
+        allowed = max(factor * measure(e, x), floor * torch.finfo(a.dtype).eps, least)
         found = measure(a, x)
         assert found <= allowed, f"tensor {i} {tuple(a.shape)}: error {found:.2e}, allowed {allowed:.2e}"
 

@@ -279,7 +279,10 @@ def check(name: str, call: Call, dtype: torch.dtype) -> None:
         for a, e in zip(results[0], results[2], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
     else:
-        assert_as_good(*results, factor=3.0, floor=64.0)
+        # tensor cores multiply what was rounded to dtype; the processor and plain PyTorch multiply in float32
+        rounded_factors = DEVICE.type == "cuda" and "conv1x1" in name
+        least = 2 * torch.finfo(dtype).eps if rounded_factors else 0.0
+        assert_as_good(*results, factor=3.0, floor=64.0, least=least)
     assert all(outside_is_untouched(args) for args in got.values() if isinstance(args, Tensor))
 
 

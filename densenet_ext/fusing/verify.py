@@ -175,7 +175,7 @@ def _run(model: nn.Module, x: Tensor) -> Results:
 
 def _fixed_gradient(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu")
     return gradient.to(device=output.device, dtype=output.dtype)
 
 
