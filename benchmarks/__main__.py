@@ -1,22 +1,27 @@
-"""``python -m benchmarks`` measures; ``python -m benchmarks table`` writes the figures into README.md."""
+"""``python -m benchmarks`` measures training steps on the processor, ``python -m benchmarks networks`` and ``kernels``
+whole networks and single operators on a GPU; ``python -m benchmarks table`` writes the figures into README.md.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the profiler else announces every session
 
 import torch
 import typer
 
-from benchmarks import peers, table
+from benchmarks import gpu_table, kernels, networks, peers, table
 from benchmarks.run import run
+from densenet_ext import kernels as dx_kernels
 
+BATCH = Annotated[int, typer.Option(min=1, help="Images of a call.")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -26,6 +31,9 @@ class Choice(str, Enum):
     bc100 = "bc100"
     densenet121 = "densenet121"
     both = "both"
+
+
+MEASURED = ("bc100", "densenet121")
 
 
 @app.callback(invoke_without_command=True)
@@ -51,7 +59,7 @@ def measure(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="'--out'") from error
     torch.set_num_threads(threads)
-    for name in peers.NETWORKS if network is Choice.both else [network.value]:
+    for name in MEASURED if network is Choice.both else [network.value]:
         chosen = peers.NETWORKS[name]
         chosen = chosen._replace(batch=batch_size or chosen.batch, image=image or chosen.image)
         start = time.perf_counter()
@@ -63,15 +71,78 @@ def measure(
             typer.echo(f"\n{render({name: runs[name]})}")
 
 
+DEVICE = Annotated[str, typer.Option(help="Where to measure: cuda, cuda:N or cpu.")]
+SECONDS = Annotated[float, typer.Option(min=1, help="Starts nothing new after so many; the essential comes first.")]
+OUT = Annotated[Path, typer.Option(help="Results file, written anew.")]
+
+
+@app.command("kernels")
+def measure_kernels(
+    device: DEVICE = "cuda", seconds: SECONDS = 120.0, out: OUT = table.GPU_RESULTS[1], batch_size: BATCH = 64
+) -> None:
+    """Every operator at the shapes of DenseNet-121, DenseNet-201 and DenseNet-BC-100: time, bytes, share of a copy."""
+    chosen = [peers.NETWORKS[name]._replace(batch=batch_size) for name in ("densenet121", "densenet201", "bc100")]
+    where, save = _device(device), _saving(out)
+    found = kernels.run(chosen, where, seconds, _say, save)
+    typer.echo(gpu_table.kernels(found))
+
+
+@app.command("networks")
+def measure_networks(
+    device: DEVICE = "cuda",
+    seconds: SECONDS = 3600.0,
+    out: OUT = table.GPU_RESULTS[0],
+    rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = networks.ROUNDS,
+    try_algorithms: Annotated[bool, typer.Option(help="cuDNN chooses its algorithms by trying them.")] = False,
+) -> None:
+    """Whole networks, training and inference, against torchvision's, compiled ones and CUDA graphs; peak memory."""
+    where, save = _device(device), _saving(out)
+    found = networks.run(networks.cases(), where, seconds, _say, save, rounds, try_algorithms)
+    typer.echo(gpu_table.networks(found))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"expected cuda, cuda:N or cpu, got {name!r}", param_hint="'--device'") from error
+    missing = dx_kernels.why_plain(device)
+    if missing is not None:
+        raise typer.BadParameter(f"nothing to measure on {name}: {missing}", param_hint="'--device'")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _saving(out: Path) -> Callable[[dict[str, Any]], None]:
+    """Writes results to ``out``, whole or not at all: the process may be ended at any time."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from error
+
+    def save(found: dict[str, Any]) -> None:
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out)
+
+    return save
+
+
 @app.command("table")
 def write_table(
     results: Annotated[Path, typer.Option(help="Results file.")] = table.RESULTS,
     readme: Annotated[Path, typer.Option(help="Where the markers stand.")] = table.README,
 ) -> None:
-    """Writes the tables of a results file into README.md, between their markers."""
+    """Writes the tables of the results files, a GPU's too if there are any, into README.md, between their markers."""
+    gpu = [results.with_name(path.name) for path in table.GPU_RESULTS]
     try:
         old = readme.read_text(encoding="utf-8")
-        new = table.rewrite(old, table.load(results))
+        new = table.rewrite(old, table.load(results), table.of_gpu(gpu))
         readme.write_text(new, encoding="utf-8")
     except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)

@@ -29,15 +29,18 @@ SELDOM = 3
 class Step:
     """A training step: forward, cross entropy, backward, SGD with momentum. Gradients are freed at its end."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None = None) -> None:
+        """``autocast``: the dtype to which autocast lowers the forward pass; None: everything in float32."""
         self.model = model
         self.images = images  # [N, C, H, W] float32
         self.labels = labels  # [N] int64
+        self.autocast = autocast
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def forward(self) -> Tensor:
         """The loss, with its graph."""
-        return F.cross_entropy(self.model(self.images), self.labels)
+        with lowered(self.images, self.autocast):
+            return F.cross_entropy(self.model(self.images), self.labels)
 
     def backward(self, loss: Tensor) -> None:
         """The rest of the step."""
@@ -47,6 +50,26 @@ class Step:
 
     def __call__(self) -> None:
         self.backward(self.forward())
+
+
+class Inference:
+    """The scores of a model in evaluation mode, without gradients."""
+
+    def __init__(self, model: nn.Module, images: Tensor, autocast: torch.dtype | None = None) -> None:
+        self.model = model.eval()
+        self.images = images  # [N, C, H, W] float32
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        with lowered(self.images, self.autocast):
+            scores: Tensor = self.model(self.images)
+            return scores
+
+
+def lowered(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to ``dtype`` where ``images`` are, off when it is None."""
+    return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class Ratio(NamedTuple):
@@ -64,12 +87,19 @@ class Memory(NamedTuple):
     peak: int  # the most that was held at once, over what was held at the start
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """The wall time of one call, with the garbage of earlier ones out of the way."""
+def seconds(step: Callable[[], object], device: torch.device | None = None) -> float:
+    """The wall time of one call until its last result is there, with the garbage of earlier ones out of the way."""
     gc.collect()
+    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else _no_wait
+    wait(device)
     start = time.perf_counter()
     step()
+    wait(device)
     return time.perf_counter() - start
+
+
+def _no_wait(device: torch.device | None) -> None:
+    return None  # on the processor a call has ended when it returns
 
 
 def interleave(

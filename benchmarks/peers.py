@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,8 @@ NETWORKS = {
     for network in (
         Network("bc100", "DenseNet-BC-100 (k = 12)", 12, (16, 16, 16), 24, 10, True, batch=64, image=32),
         Network("densenet121", "DenseNet-121", 32, (6, 12, 24, 16), 64, 1000, False, batch=16, image=224),
+        Network("densenet201", "DenseNet-201", 32, (6, 12, 48, 32), 64, 1000, False, batch=16, image=224),
+        Network("densenet264", "DenseNet-264", 32, (6, 12, 64, 48), 64, 1000, False, batch=16, image=224),
     )
 }
 
@@ -135,13 +138,17 @@ def peer(name: str) -> ModuleType:
     Known are torchvision.models.densenet, timm.models.densenet, monai.networks.nets.densenet, torchxrayvision.models.
     """
     try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except AttributeError:
+        return importlib.import_module("torchvision.models.densenet")
+    except RuntimeError:
         # The wheel's operators don't load on every build of torch, and the import asks for these two; the models don't.
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
+    except ImportError as error:
+        raise Unavailable("torchvision can't be imported") from error
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # what the failed import has left behind
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -125,15 +126,37 @@ def row(network: Network, made: Prepared, times: Mapping[str, Sequence[float | N
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on beside the settings; nothing that tells one machine from another of its kind."""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What the figures depend on beside the settings; nothing that tells one machine from another of its kind.
+
+    ``device``: also the GPU that was measured, with its driver and CUDA.
+    """
+    facts = {} if device is None or device.type != "cuda" else _gpu(device)
     return {
+        **facts,
         "cpu": _cpu_model(),
         "simd": dx.build_info()["simd"],
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 
@@ -147,7 +170,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of this source tree, with a mark when the measured code differs from it."""
+    """The commit of this source tree, with a mark when the measured code differs from it.
+
+    Where the tree has come without its history, DENSENET_EXT_COMMIT says which it is.
+    """
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -157,4 +183,4 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "csrc", "densenet_ext")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("DENSENET_EXT_COMMIT") or "unknown"

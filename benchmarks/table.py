@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_table
+
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
+# Of `make gpu` on one machine; the names between its markers in README.md are those without the ending.
+GPU_RESULTS = [RESULTS.with_name(f"gpu-{name}") for name in gpu_table.RENDERERS]
 README = Path(__file__).parent.parent / "README.md"
 
 Row = Mapping[str, Any]  # of one contender on one network
@@ -44,15 +48,36 @@ def memory(runs: Mapping[str, Run]) -> str:
 RENDERERS: dict[str, Callable[[Mapping[str, Run]], str]] = {"speed": speed, "memory": memory}
 
 
-def rewrite(text: str, runs: Mapping[str, Run]) -> str:
-    """``text`` with the tables of ``runs`` between their markers. Raises ValueError when a marker is missing."""
-    for name, render in RENDERERS.items():
+def of_gpu(files: Sequence[Path] = GPU_RESULTS) -> dict[str, str]:
+    """The tables of a GPU by the names of their markers, of those results files that are there.
+
+    Raises ValueError, with the file's name, when one is none.
+    """
+    tables = {}
+    for path in files:
+        if not path.is_file():
+            continue
+        try:
+            render = gpu_table.RENDERERS[path.name.removeprefix("gpu-")]
+            tables[path.stem] = render(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path.name}: expected a results file of benchmarks, got something else") from error
+    return tables
+
+
+def rewrite(text: str, runs: Mapping[str, Run], gpu: Mapping[str, str] | None = None) -> str:
+    """``text`` with the tables of ``runs``, and those of a GPU as ``of_gpu`` gives them, between their markers.
+
+    Raises ValueError when a marker is missing.
+    """
+    tables = {**{name: render(runs) for name, render in RENDERERS.items()}, **(gpu or {})}
+    for name, table in tables.items():
         opening, closing = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
         before, found, rest = text.partition(opening)
         _, found_too, after = rest.partition(closing)
         if not found or not found_too:
             raise ValueError(f"README.md: expected the markers {opening} and {closing}, in this order, got none")
-        text = f"{before}{opening}\n{render(runs)}\n{closing}{after}"
+        text = f"{before}{opening}\n{table}\n{closing}{after}"
     return text
 
 

@@ -48,7 +48,9 @@ def create(folder: Path) -> None:
     """A new environment at `folder`, which sees this Python's packages if a usable torch is among them."""
     shared = usable_torch(sys.executable)
     print(f"new environment {folder}" + (f", with the torch of {sys.executable}" if shared else ""), flush=True)
-    venv.create(folder, with_pip=True, system_site_packages=shared, symlinks=True, clear=True)
+    # a shared pip will do, and some Pythons have no ensurepip to make another
+    with_pip = not (shared and importlib.util.find_spec("pip"))
+    venv.create(folder, with_pip=with_pip, system_site_packages=shared, symlinks=True, clear=True)
     if shared and not usable_torch(str(folder / "bin" / "python")):
         # This Python is in a virtual environment itself, and "system" means the one below it.
         packages = next((folder / "lib").glob("python*")) / "site-packages"

@@ -1,0 +1,151 @@
+"""How fast the operators are: time, bytes and the share of what a plain copy moves in the same time, on the same GPU.
+
+Between two calls a buffer larger than the second-level cache is written, so that each call finds its arguments in
+memory, as in a network whose layers fill the cache many times over.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import operators
+from benchmarks.peers import Network
+from benchmarks.run import Say, machine
+
+GIB = 2**30
+REPEATS = 15
+
+
+class Precision(NamedTuple):
+    """The dtype of the rows, and whether products may use TF32."""
+
+    name: str
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+PRECISIONS = (
+    Precision("bfloat16", torch.bfloat16),
+    Precision("float32", torch.float32),
+    Precision("float32, TF32", torch.float32, tf32=True),
+    Precision("float16", torch.float16),
+)
+
+
+class Stopwatch:
+    """Seconds of single calls on a device, with nothing of their arguments in its cache."""
+
+    def __init__(self, device: torch.device, flush_bytes: int | None = None) -> None:
+        """``flush_bytes``: what is written between two calls; by default several times the cache of a GPU."""
+        self.device = device
+        if flush_bytes is None:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+            flush_bytes = max(4 * cache, 2**20)
+        self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
+
+    def median(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
+        """The median seconds of ``repeats`` calls after three that are not counted."""
+        for _ in range(3):
+            call()
+        times = self._on_gpu(call, repeats) if self.device.type == "cuda" else self._here(call, repeats)
+        return statistics.median(times)
+
+    def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[float]:
+        # the flush takes longer than a launch: the calls are in the queue before the GPU comes to them
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    def _here(self, call: Callable[[], object], repeats: int) -> list[float]:
+        times = []
+        for _ in range(repeats):
+            self.flush.zero_()
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+def copy_bandwidth(stopwatch: Stopwatch, size: int = GIB) -> float:
+    """Bytes read and written per second by ``copy_`` of ``size`` bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=stopwatch.device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / stopwatch.median(lambda: target.copy_(source))
+
+
+def wanted(networks: Sequence[Network], device: torch.device) -> Iterator[tuple[Network, Precision, operators.Case]]:
+    """All cases, the first network in all precisions before the next. TF32 is for what multiplies only."""
+    for network in networks:
+        for precision in PRECISIONS:
+            for case in operators.cases(network, precision.dtype, device):
+                if case.flops or not precision.tf32:
+                    yield network, precision, case
+
+
+def measure(case: operators.Case, precision: Precision, stopwatch: Stopwatch, copy: float) -> dict[str, Any]:
+    """The figures of one call; ``copy``: bytes per second of a copy."""
+    operator = getattr(torch.ops.densenet_ext, case.operator).default
+    arguments = {**case.make(), **operators.arithmetic(operator, precision.tf32)}
+    seconds = stopwatch.median(lambda: operator(**arguments))
+    moved = operators.bytes_moved(operator, arguments)
+    return {
+        "operator": case.operator,
+        "where": case.where,
+        "rows": case.rows,
+        "columns": case.columns,
+        "precision": precision.name,
+        "seconds": seconds,
+        "bytes": moved,
+        "bytes_per_second": moved / seconds,
+        "share_of_copy": round(moved / seconds / copy, 4),
+        "flops": case.flops,
+        "flops_per_second": case.flops / seconds,
+    }
+
+
+def run(
+    networks: Sequence[Network],
+    device: torch.device,
+    seconds: float,
+    say: Say,
+    save: Callable[[dict[str, Any]], None],
+    copy_bytes: int = GIB,
+) -> dict[str, Any]:
+    """Measures the operators at the shapes of ``networks`` for at most about ``seconds``; returns a results file.
+
+    ``save`` is called with what there is after every network and precision. A case for which the memory does not
+    suffice is left out, with the reason.
+    """
+    end = time.monotonic() + seconds
+    stopwatch = Stopwatch(device)
+    copy = copy_bandwidth(stopwatch, copy_bytes)
+    say(f"a copy moves {copy / 1e9:.0f} GB/s")
+    found: dict[str, Any] = {"machine": machine(device), "copy_bytes_per_second": copy, "repeats": REPEATS}
+    found |= {"rows": [], "skipped": [], "left_out": 0}
+    group = ""
+    for network, precision, case in wanted(networks, device):
+        if time.monotonic() > end:
+            found["left_out"] += 1
+            continue
+        if group != (group := f"{network.name}, batch {network.batch}, {precision.name}"):
+            say(group)
+            save(found)
+        try:
+            row = measure(case, precision, stopwatch, copy)
+        except torch.OutOfMemoryError:
+            name = f"{case.operator}, {group}, {case.where}"
+            found["skipped"].append({"case": name, "reason": "out of memory"})
+            continue
+        found["rows"].append({"network": network.name, "batch": network.batch, **row})
+    save(found)
+    return found

@@ -1,0 +1,75 @@
+"""Calls every operator on small odd shapes in every dtype: what ``make gpu`` runs under compute-sanitizer.
+
+``python tests/every_operator.py --device cuda --seconds 60``. Arguments are made on the processor and copied, so that
+the kernels of this package are nearly all that runs on the GPU. Results are not looked at: the other tests do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from test_kernels import MAKERS, Call, converted  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from densenet_ext import kernels  # noqa: E402
+
+SHAPES = [(37, 12, True), (131, 70, True)]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+
+
+def calls() -> Iterator[tuple[str, torch.dtype, Call]]:
+    """Every operator once before any of them again, so that an early end leaves none out."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            for name in kernels.OPS:
+                for call in MAKERS[name](*shape):
+                    yield name, dtype, call
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same on ``device``; a slice stays a slice of wider rows, with the same memory around it."""
+    if isinstance(value, list):
+        return [moved(x, device) for x in value]
+    if not isinstance(value, Tensor):
+        return value
+    base = value if value._base is None else value._base
+    return base.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="starts no call after so many")
+    options = parser.parse_args()
+    missing = kernels.why_plain(options.device)
+    if missing is not None:
+        print(f"every_operator: nothing to call: {missing}", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    end = time.monotonic() + options.seconds
+    made = total = 0
+    for name, dtype, call in calls():
+        total += 1
+        if time.monotonic() > end:
+            continue
+        arguments = [moved(value, options.device) for value in converted(call, dtype).values()]
+        getattr(torch.ops.densenet_ext, name).default(*arguments)
+        if options.device.type == "cuda":
+            torch.cuda.synchronize()
+        made += 1
+    print(f"{made} of {total} calls, {len(kernels.OPS)} operators in {len(DTYPES)} dtypes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
