@@ -11,6 +11,7 @@ goes.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 import weakref
@@ -63,6 +64,27 @@ class Spelling(Protocol):
         """The parts of ``layer`` as they are now."""
 
 
+_INSTALLED = ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__", "__getstate__")
+"""What a functor puts on the instance of its module."""
+
+
+class _State(dict[str, Any]):
+    """The attributes of a fused module without the functor, which cannot tell a shallow copy from the module.
+
+    ``copy.copy`` takes them as they are; ``copy.deepcopy`` and ``pickle`` make the functor anew, for the new module.
+    """
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        super().__init__({name: value for name, value in attributes.items() if name not in _INSTALLED})
+        self._attributes = attributes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self._attributes, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._attributes,)
+
+
 class Fused:
     """What all functors have in common. Subclasses say why they cannot run, and run."""
 
@@ -88,13 +110,23 @@ class Fused:
     def install(self) -> None:
         """Makes this the module's ``forward``."""
         self.module.__dict__.update(
-            forward=self, _replicate_for_data_parallel=self.replicate, __prepare_scriptable__=self.refuse_script
+            forward=self,
+            _replicate_for_data_parallel=self.replicate,
+            __prepare_scriptable__=self.refuse_script,
+            __getstate__=self.state,
         )
 
     def remove(self) -> None:
         """Takes away what :meth:`install` put there."""
-        for name in ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__"):
+        for name in _INSTALLED:
             self.module.__dict__.pop(name, None)
+
+    def state(self) -> Any:
+        """What copies and pickles of the module are made of: a shallow copy comes out unfused, any other one fused."""
+        module = self.module
+        own = getattr(type(module), "__getstate__", None)  # of object from Python 3.11 on
+        state = dict(module.__dict__) if own is None else own(module)
+        return _State(state) if isinstance(state, dict) else state
 
     def replicate(self) -> nn.Module:
         """The module's replica for ``nn.DataParallel``, with a functor of its own."""
