@@ -74,11 +74,15 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
     tensors: list[Tensor | None] = [x, seed]
     for layer in layers:
         tensors += (*norm_tensors(layer.norm), layer.conv)
-    out, mean, var = run(BASIC_BLOCK, config, tensors)
-    if any(layer.norm.update for layer in layers):
-        read = [columns.read for columns in _layer_columns(config, tensors)]
-        norms = [layer.norm for layer in layers]
-        update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], [pixels(x.shape)] * len(read))
+
+    def move(results: Sequence[Tensor]) -> None:
+        if any(layer.norm.update for layer in layers):
+            _, mean, var = results
+            read = [columns.read for columns in _layer_columns(config, tensors)]
+            norms = [layer.norm for layer in layers]
+            update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], [pixels(x.shape)] * len(read))
+
+    out, mean, var = run(BASIC_BLOCK, config, tensors, move)
     if mean.numel() and not torch.compiler.is_compiling():
         remember_stats(out, mean, var)
     return out

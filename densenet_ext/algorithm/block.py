@@ -96,8 +96,11 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", n
     tensors: list[Tensor | None] = [x, seed]
     for layer in layers:
         tensors += (*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2)
-    out, _, mean, var, z_mean, z_var, counts, own_mean, own_var = run(BLOCK, config, tensors)
-    if any(norm.update for norm in norms):
+
+    def move(results: Sequence[Tensor]) -> None:
+        if not any(norm.update for norm in norms):
+            return
+        mean, var, z_mean, z_var, counts = results[2:7]
         means, vars, rows = [], [], []
         for l, place in enumerate(_layers(config, tensors)):
             means += [mean[place.read], z_mean[place.z]]
@@ -105,6 +108,8 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", n
             rows += [counts[:1] if groups[2 * l] else pixels(x.shape)]
             rows += [counts[l + 1 : l + 2] if groups[2 * l + 1] else pixels(x.shape)]
         update_running_stats(norms, means, vars, rows)
+
+    out, _, mean, var, _, _, _, own_mean, own_var = run(BLOCK, config, tensors, move)
     if mean.numel() and not torch.compiler.is_compiling():
         if own_mean.numel():
             mean, var = own_mean, own_var

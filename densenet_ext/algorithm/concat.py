@@ -44,8 +44,8 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
     if pixels(size) == 0:
         return reference.cat_bn_relu(features, norm)
     config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
-    out, mean, var = run(CAT_BN_RELU, config, [*features, *norm_tensors(norm)])
-    move(norm, size, mean, var)
+    tensors = [*features, *norm_tensors(norm)]
+    out = run(CAT_BN_RELU, config, tensors, lambda results: move(norm, size, results))[0]
     return out
 
 
@@ -58,8 +58,8 @@ def bottleneck(features: Sequence[Tensor], conv_weight: Tensor, norm: Norm) -> T
     if pixels(size) == 0:
         return reference.bottleneck(features, conv_weight, norm)
     config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
-    out, mean, var = run(BOTTLENECK, config, [*features, *norm_tensors(norm), conv_weight])
-    move(norm, size, mean, var)
+    tensors = [*features, *norm_tensors(norm), conv_weight]
+    out = run(BOTTLENECK, config, tensors, lambda results: move(norm, size, results))[0]
     return out.to(result_dtype(out))
 
 

@@ -34,8 +34,7 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
     config = Config((norm.batch_stats,), (norm.eps,), x.dtype, groups=(norm.group,), cached=True)
-    out, mean, var, count = run(HEAD, config, [x, *norm_tensors(norm)])
-    move(norm, x.shape, mean, var, count)
+    out = run(HEAD, config, [x, *norm_tensors(norm)], lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

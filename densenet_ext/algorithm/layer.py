@@ -59,10 +59,14 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
         cached=True,
     )
     parameters = [*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2]
-    out, _, mean, var, z_mean, z_var, counts = run(LAYER, config, [*features, *parameters])
-    if any(norm.update for norm in norms):
-        rows = [counts[i : i + 1] if groups[i] else pixels(size) for i in (0, 1)]
-        update_running_stats(norms, [mean, z_mean], [var, z_var], rows)
+
+    def move(results: Sequence[Tensor]) -> None:
+        if any(norm.update for norm in norms):
+            mean, var, z_mean, z_var, counts = results[2:]
+            rows = [counts[i : i + 1] if groups[i] else pixels(size) for i in (0, 1)]
+            update_running_stats(norms, [mean, z_mean], [var, z_var], rows)
+
+    out = run(LAYER, config, [*features, *parameters], move)[0]
     return out.to(result_dtype(out))
 
 

@@ -75,7 +75,11 @@ def input_sums(
     return dgamma, dbeta
 
 
-def move(norm: Norm, size: Sequence[int], mean: Tensor, var: Tensor, count: Tensor | None = None) -> None:
-    """Moves the norm's running statistics by what a batch of ``size`` [N, C, *spatial], or of ``count`` rows, had."""
+def move(norm: Norm, size: Sequence[int], results: Sequence[Tensor]) -> None:
+    """Moves the norm's running statistics by what a batch of ``size`` [N, C, *spatial] had.
+
+    results: a unit's, of which the second and third are mean and variance, and the fourth the count of rows that
+    several processes had.
+    """
     if norm.update:
-        update_running_stats([norm], [mean], [var], [count if count is not None and norm.group else pixels(size)])
+        update_running_stats([norm], [results[1]], [results[2]], [results[3] if norm.group else pixels(size)])

@@ -55,8 +55,7 @@ def stem(
         groups=(norm.group,),
         cached=True,
     )
-    out, mean, var, count, _ = run(STEM, config, [x, *norm_tensors(norm)])
-    move(norm, x.shape, mean, var, count)
+    out = run(STEM, config, [x, *norm_tensors(norm)], lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

@@ -44,8 +44,8 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[i
         return reference.transition(x, norm, conv_weight, window)
     size = volume(x.dim() - 2, window, 1)
     config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,), cached=True)
-    out, mean, var, count = run(TRANSITION, config, [x, *norm_tensors(norm), conv_weight])
-    move(norm, x.shape, mean, var, count)
+    tensors = [x, *norm_tensors(norm), conv_weight]
+    out = run(TRANSITION, config, tensors, lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

@@ -124,27 +124,38 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def run(unit: Unit, config: Config, tensors: Tensors) -> Sequence[Tensor]:
-    """The unit's results; the first is its output, differentiable in ``tensors``, the others are values."""
+def run(unit: Unit, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]) -> Sequence[Tensor]:
+    """The unit's results; the first is its output, differentiable in ``tensors``, the others are values.
+
+    ``then`` is called with them, to move running statistics: before autograd saves anything, because a recomputation
+    by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and eager's norms have moved by then.
+    """
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
         config = config._replace(save="nothing")
     if torch.compiler.is_compiling():
         from densenet_ext.algorithm.graph_ops import call
 
-        return call(unit.name, config, tensors)
+        results = call(unit.name, config, tensors)
+        then(results)
+        return results
     if config.save == "nothing":
         assert tensors[0] is not None
         with _without_autocast(tensors[0].device.type):
-            return unit.forward(config, tensors)
-    return _Fused.apply(unit, config, *tensors)
+            results = unit.forward(config, tensors)
+        then(results)
+        return results
+    return _Fused.apply(unit, config, then, *tensors)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, unit: Unit, config: Config, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, unit: Unit, config: Config, then: Callable[[Sequence[Tensor]], object], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         kind = tensors[0].device.type  # type: ignore[union-attr]
         with _without_autocast(kind):
             results = tuple(unit.forward(config, tensors))
+        then(results)
         ctx.unit, ctx.config, ctx.count = unit, config, len(tensors)
         enabled = autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
@@ -160,18 +171,18 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         unit, config, count = ctx.unit, ctx.config, ctx.count
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (2 + count)
+            return (None,) * (3 + count)
         saved = ctx.saved_tensors
         tensors, results = saved[:count], saved[count:]
         if torch.is_grad_enabled():
             if unit.restore is not None:
                 x = unit.restore(config, tensors, results[0])
                 tensors = (x if ctx.input_requires_grad else x.detach(), *tensors[1:])
-            return (None, None, *_differentiable_backward(unit, config, grad, tensors, needs, ctx.autocast))
+            return (None, None, None, *_differentiable_backward(unit, config, grad, tensors, needs, ctx.autocast))
         with _without_autocast(grad.device.type):
-            return (None, None, *unit.backward(config, grad, tensors, results, needs))
+            return (None, None, None, *unit.backward(config, grad, tensors, results, needs))
 
 
 def _differentiable_backward(
