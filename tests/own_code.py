@@ -269,6 +269,14 @@ class AlwaysDropping(Shared):
         return torch.cat([x, F.dropout(new, self.droprate, training=True)], 1)
 
 
+class DroppingWithTheNorm(Shared):
+    """Which differs only where a norm is frozen while its layer trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+        return torch.cat([x, F.dropout(new, self.droprate, training=self.bn1.training)], 1)
+
+
 class Extra(Narrow):
     """Another parameter takes part."""
 

@@ -16,7 +16,7 @@ from helpers import F64, assert_equal, kept_for_backward
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from densenet_ext.fusing import trial
+from densenet_ext.fusing import block_trial
 from densenet_ext.fusing.adapters import generic
 from densenet_ext.fusing.forwards import installed
 from densenet_ext.fusing.generic_block import FusedGenericBlock
@@ -52,6 +52,7 @@ NEARLY: dict[type[nn.Module], str] = {
     own.FixedRate: "its values are not those",
     own.AlwaysDropping: "its values are not those of norm, ReLU, 1x1, norm, ReLU, 3x3, dropout and concatenation",
     own.Extra: "its values are not those",
+    own.DroppingWithTheNorm: "its values are not those of norm, ReLU, 1x1, norm, ReLU, 3x3, dropout",
 }
 
 
@@ -117,7 +118,7 @@ def test_other_dimensions(dims: int) -> None:
 
 @pytest.mark.parametrize("layer", NEARLY, ids=lambda layer: layer.__name__)
 def test_what_is_nearly_dense_is_refused(layer: type[nn.Module]) -> None:
-    block = own.chain(layer, **({"droprate": 0.2} if layer is own.AlwaysDropping else {}))
+    block = own.chain(layer, **({"droprate": 0.2} if issubclass(layer, own.Shared) else {}))
     (row,) = dx.report(block)
     assert not row.fused and row.reason is not None
     assert row.reason.startswith(f"this block of {layer.__name__} layers is not a known one: {NEARLY[layer]}")
@@ -267,7 +268,7 @@ def test_the_trial_runs_anywhere() -> None:
 
 def test_alike_blocks_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = []
-    monkeypatch.setattr(generic, "try_out", lambda *args: (count.append(1), trial.try_out(*args))[1])
+    monkeypatch.setattr(generic, "try_out_block", lambda *args: (count.append(1), block_trial.try_out_block(*args))[1])
     generic._known.clear()
     model = net("one ReLU for two")
     dx.report(model)

@@ -19,6 +19,10 @@ from torch import nn
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm, normalization
 from torch.nn.modules.conv import _ConvNd
 
+from densenet_ext.algorithm.basic_block import BasicLayer
+from densenet_ext.algorithm.block import Layer
+from densenet_ext.algorithm.norm import norm_of
+
 _NORMS = (batchnorm, instancenorm, normalization)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STANDARD = frozenset(nn.Module().__dict__)
@@ -63,6 +67,15 @@ class Anatomy:
         children = {} if holder is None else holder._modules
         prefix = f"{self.container}." if self.container else ""
         return {prefix + name: layer for name, layer in children.items() if layer is not None}
+
+    def as_layer(self, layer: nn.Module) -> Layer | BasicLayer:
+        """A layer as the algorithm takes it, as it stands at this call."""
+        norms: list[Any] = [part(layer, name) for name in self.parts.norms]
+        convs: list[Any] = [part(layer, name) for name in self.parts.convs]
+        rate = self.drop_rate(layer)
+        if len(norms) == 1:
+            return BasicLayer(norm_of(norms[0]), convs[0].weight, rate)
+        return Layer(norm_of(norms[0]), convs[0].weight, norm_of(norms[1]), convs[1].weight, rate)
 
     def drop_rate(self, layer: nn.Module) -> float:
         """The probability with which ``layer`` drops a value of its new features now; 0 when it is not training."""

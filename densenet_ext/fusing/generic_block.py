@@ -15,7 +15,6 @@ from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.fusing.anatomy import Anatomy, Settings, part, settings_of
 from densenet_ext.fusing.forwards import FusedBlock
-from densenet_ext.fusing.trial import as_layer
 from densenet_ext.inspection import (
     hooks_on_all_modules,
     obstacle,
@@ -91,7 +90,7 @@ class FusedGenericBlock(FusedBlock):
         return None if len(norms) == len(names.norms) * len(layers) else "layers share modules"
 
     def run(self, x: Tensor) -> Tensor:
-        layers = [as_layer(layer, self.anatomy) for layer in self.anatomy.layers_of(self.module).values()]
+        layers = [self.anatomy.as_layer(layer) for layer in self.anatomy.layers_of(self.module).values()]
         first = layers[0].conv1 if isinstance(layers[0], Layer) else layers[0].conv
         x = checks.feature_maps("input", x, self.channels, self.dims, first)
         bottlenecks = [layer for layer in layers if isinstance(layer, Layer)]

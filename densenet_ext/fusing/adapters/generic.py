@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from densenet_ext.fusing.anatomy import Anatomy, anatomy_of, configuration
+from densenet_ext.fusing.block_trial import try_out_block
 from densenet_ext.fusing.forwards import installed
 from densenet_ext.fusing.generic_block import FusedGenericBlock
 from densenet_ext.fusing.matching import Unit
-from densenet_ext.fusing.trial import Refusal, try_out
+from densenet_ext.fusing.trial import Refusal
 from densenet_ext.inspection import hooks_on_all_modules
 
 _LIMIT = 256
@@ -69,9 +70,9 @@ def _tried_out(block: nn.Module, anatomy: Anatomy) -> Anatomy | Refusal:
         return Refusal(reason, "values")  # they would be called for what is tried out
     key = configuration(block)
     if key is None:
-        return try_out(block, anatomy)
+        return try_out_block(block, anatomy)
     if key not in _known:
         if len(_known) >= _LIMIT:
             _known.clear()
-        _known[key] = try_out(block, anatomy)
+        _known[key] = try_out_block(block, anatomy)
     return _known[key]
