@@ -198,6 +198,65 @@ class Net(nn.Module):
         return self.linear(x.view(x.size(0), -1))
 
 
+class Transition(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, out, kernel_size=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+class DroppingTransition(nn.Module):
+    def __init__(self, channels: int, out: int, droprate: float = 0.0) -> None:
+        super().__init__()
+        self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(channels, out, kernel_size=1, stride=1, padding=0, bias=False)
+        self.droprate = droprate
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.relu(self.bn1(x)))
+        if self.droprate > 0:
+            out = F.dropout(out, p=self.droprate, inplace=False, training=self.training)
+        return F.avg_pool2d(out, 2)
+
+
+def transition_of_modules(channels: int, out: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, out, 1, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), conv, nn.Dropout(0.0), nn.AvgPool2d(2, 2))
+
+
+class PooledByMaximum(Transition):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+class NormBehind(Transition):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.relu(self.conv(self.bn(x))), 2)
+
+
+class Unpooled(Transition):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.bn(x)))
+
+
+class NetWithTransitions(nn.Module):
+    """For 32x32 images."""
+
+    def __init__(self, transition: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.dense1, self.trans1 = chain(Shared), transition(20, 8)
+        self.dense2, self.trans2 = chain(Shared), transition(20, 8)
+        self.linear = nn.Linear(8 * 8 * 8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trans2(self.dense2(self.trans1(self.dense1(self.conv1(x)))))
+        return self.linear(x.view(x.size(0), -1))
+
+
 # ---- nearly dense blocks ---------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ def part(layer: nn.Module, name: str) -> nn.Module | None:
 
 def anatomy_of(block: nn.Module) -> Anatomy | None:
     """The block's modules, or None when it is not built like a dense block."""
-    if not _own_code(block):
+    if not own_code(block):
         return None
     children = {name: child for name, child in block._modules.items() if child is not None}
     container = ""
@@ -124,18 +124,19 @@ def anatomy_of(block: nn.Module) -> Anatomy | None:
     return Anatomy(container, tuple(children), found[0], drop)
 
 
-def _own_code(module: nn.Module) -> bool:
+def own_code(module: nn.Module) -> bool:
+    """Whether what ``module`` does is all in the values that it returns, and not a library's business."""
     # what torch wraps models in (DataParallel, a compiled module) has a meaning beyond the values that it returns
     return type(module) is nn.Sequential or not type(module).__module__.startswith(("torch.", "densenet_ext."))
 
 
 def parts_of(layer: nn.Module) -> Parts | None:
     """The parts of a dense layer, or None when it is not built like one."""
-    if not _own_code(layer):
+    if not own_code(layer):
         return None
     names: dict[str, list[str]] = defaultdict(list)
     for name, module in _leaves(layer, ""):
-        kind = _kind(module)
+        kind = kind_of(module)
         if kind is None:
             return None
         names[kind].append(name)
@@ -149,7 +150,8 @@ def parts_of(layer: nn.Module) -> Parts | None:
     return Parts(*(tuple(names[kind]) for kind in kinds))
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
+    """ "norm", "conv", "activation" or "dropout"; "between" for what holds other modules; None for anything else."""
     if isinstance(module, _ConvNd):
         return "conv"
     homes = {cls.__module__ for cls in type(module).__mro__}
@@ -167,7 +169,7 @@ def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
             yield prefix + name, child
-            if _kind(child) == "between":
+            if kind_of(child) == "between":
                 yield from _leaves(child, f"{prefix}{name}.")
 
 

@@ -1,6 +1,9 @@
-"""Dense blocks of somebody's own code: found by how they are built, known by trying them out."""
+"""Dense blocks and transitions of somebody's own code: found by how they are built, known by trying them out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -8,31 +11,43 @@ from densenet_ext.fusing.anatomy import Anatomy, anatomy_of, configuration
 from densenet_ext.fusing.block_trial import try_out_block
 from densenet_ext.fusing.forwards import installed
 from densenet_ext.fusing.generic_block import FusedGenericBlock
+from densenet_ext.fusing.generic_transition import (
+    FusedGenericTransition,
+    TransitionParts,
+    transition_parts_of,
+    try_out_transition,
+)
 from densenet_ext.fusing.matching import Unit
 from densenet_ext.fusing.trial import Refusal
 from densenet_ext.inspection import hooks_on_all_modules
 
 _LIMIT = 256
-_known: dict[tuple[object, ...], Anatomy | Refusal] = {}
+_known: dict[tuple[object, ...], Any] = {}
 """What trials found, by class and configuration: a model's blocks are alike, and `report` asks again."""
+
+Found = TypeVar("Found")
 
 
 class Generic:
-    """Any block of layers of norm, ReLU, 1x1, norm, ReLU, 3x3, or of norm, ReLU, 3x3, over concatenation."""
+    """Dense blocks whose layers are norm, ReLU, 1x1, norm, ReLU, 3x3 or norm, ReLU, 3x3, and transitions."""
 
     library = "your own code (layers of norm, ReLU and convolution over concatenation)"
 
     def match(self, module: nn.Module) -> Unit | None:
-        """``module`` as a dense block, or None when it is not built like one."""
+        """``module`` as a dense block or a transition, or None when it is built like neither."""
         functor = installed(module)
-        if isinstance(functor, FusedGenericBlock):
+        if isinstance(functor, (FusedGenericBlock, FusedGenericTransition)):
             return Unit(functor.kind, module, functor, settings=self)
+        unit = self._block(module)
+        return self._transition(module) if unit is None else unit
+
+    def _block(self, module: nn.Module) -> Unit | None:
         anatomy = anatomy_of(module)
         if anatomy is None or any(installed(child) for child in module.children()):
             return None
         if any("forward" in inner.__dict__ for inner in module.modules()):
             return Unit(FusedGenericBlock.kind, module, refusal="a forward in it was replaced on the instance")
-        found = _tried_out(module, anatomy)
+        found = _tried_out("block", module, lambda: try_out_block(module, anatomy))
         if isinstance(found, Anatomy):
             return Unit(FusedGenericBlock.kind, module, FusedGenericBlock(module, found), settings=self)
         if found.stage == "running" and type(module).forward is nn.Sequential.forward:
@@ -46,8 +61,21 @@ class Generic:
         unknown = f"this block of {layer} layers is not a known one: {found.reason}"
         return Unit(FusedGenericBlock.kind, module, refusal=reason or unknown)
 
+    def _transition(self, module: nn.Module) -> Unit | None:
+        parts = transition_parts_of(module)
+        if parts is None or hooks_on_all_modules() or any("forward" in inner.__dict__ for inner in module.modules()):
+            return None
+        found = _tried_out("transition", module, lambda: try_out_transition(module, parts))
+        if isinstance(found, TransitionParts):
+            return Unit(FusedGenericTransition.kind, module, FusedGenericTransition(module, found))
+        if found.stage != "values":
+            return None  # norm and convolution occur in any network
+        reason = FusedGenericTransition(module, parts).reason()
+        unknown = f"{type(module).__name__} is not a known transition: {found.reason}"
+        return Unit(FusedGenericTransition.kind, module, refusal=reason or unknown)
+
     def _is_block(self, module: nn.Module) -> bool:
-        unit = self.match(module)
+        unit = self._block(module)
         return unit is not None and unit.functor is not None
 
     def set_deterministic(self, block: nn.Module) -> bool:
@@ -64,15 +92,16 @@ class Generic:
         return False
 
 
-def _tried_out(block: nn.Module, anatomy: Anatomy) -> Anatomy | Refusal:
+def _tried_out(kind: str, module: nn.Module, trial: Callable[[], Found | Refusal]) -> Found | Refusal:
     reason = hooks_on_all_modules()
     if reason is not None:
         return Refusal(reason, "values")  # they would be called for what is tried out
-    key = configuration(block)
-    if key is None:
-        return try_out_block(block, anatomy)
+    configured = configuration(module)
+    if configured is None:
+        return trial()
+    key = (kind, *configured)
     if key not in _known:
         if len(_known) >= _LIMIT:
             _known.clear()
-        _known[key] = try_out_block(block, anatomy)
+        _known[key] = trial()
     return _known[key]
