@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Narrow(nn.Module):
@@ -156,6 +157,19 @@ class Listed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first = self.a([x])
         return torch.cat([x, first, self.b([x, first])], 1)
+
+
+class Checkpointed(Narrow):
+    """Saves memory by running its layers again in the backward pass."""
+
+    def __init__(self, channels: int, growth: int, reentrant: bool = False, efficient: bool = True) -> None:
+        super().__init__(channels, growth)
+        self.reentrant, self.efficient = reentrant, efficient
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.efficient and x.requires_grad:
+            return torch.cat([x, checkpoint(self.new, x, use_reentrant=self.reentrant)], 1)
+        return torch.cat([x, self.new(x)], 1)
 
 
 class Wrapped(nn.Module):

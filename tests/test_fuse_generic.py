@@ -106,6 +106,21 @@ def test_trains_as_the_unfused_model(style: str, save: str, backend: str) -> Non
     assert not any(installed(module) for module in model.modules()) and torch.equal(model(x), model(x))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_no_longer_needed(reentrant: bool) -> None:
+    """The fused block keeps even less, and its statistics move once."""
+    model = own.Net([own.chain(own.Checkpointed, reentrant=reentrant) for _ in range(3)], 20).double()
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, own.Checkpointed):
+            module.efficient = False
+    fused_quietly(model)
+    assert [(row.fused, row.save) for row in dx.report(model)] == [(True, "features")] * 3
+    x = images(2)
+    assert_same_state(three_steps(model, x), three_steps(plain, x))
+    assert_same_gradients(model, plain)
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_dimensions(dims: int) -> None:
     block = without_dropout(own.Grown(3, (2, 4), dims=dims)).double()

@@ -45,7 +45,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """How a block of somebody's own code is built. The last three are what its ``forward`` turned out to do."""
+    """How a block of somebody's own code is built. The last four are what its ``forward`` turned out to do."""
 
     container: str  # name of the child that holds the layers, "" where the block itself does
     layers: tuple[str, ...]
@@ -53,6 +53,7 @@ class Anatomy:
     drop: tuple[str, str] | None = None  # a layer's drop rate: name of the part, "" for itself, and attribute
     new_first: bool = False  # features are joined as [new, x]
     returns: str = "all"  # or "new": the block's own input is left out
+    recomputes: bool = False  # it saves memory by gradient checkpointing
 
     def holders(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules between the block and the layers, by name: the container, if there is one."""

@@ -51,14 +51,13 @@ class _BlockTrial(Trial):
         """``dropping``: whatever its drop rates are, else only with those that it has."""
         self.anatomy = replace(self.anatomy, drop=self._drop() if dropping else None)
         if dropping:
-            for buffer, other in zip(self.theirs.buffers(), self.ours.buffers(), strict=True):
-                buffer.copy_(other)
+            self.forget_statistics()
             for block in (self.theirs, self.ours):
                 for i, layer in enumerate(self.anatomy.layers_of(block).values()):
                     self.anatomy.set_drop_rate(layer, 0.2 + 0.5 * i / len(self.anatomy.layers))
         self.anatomy = self._arranged()
         self.compare()
-        return self.anatomy
+        return replace(self.anatomy, recomputes=self.recomputes)
 
     def _drop(self) -> tuple[str, str] | None:
         """Where the layers' drop rate stands: their attribute whose value arrives at F.dropout, or the module."""

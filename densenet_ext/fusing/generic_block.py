@@ -25,9 +25,13 @@ from densenet_ext.inspection import (
 
 
 class FusedGenericBlock(FusedBlock):
-    """A dense block over one buffer; it remembers how it was built and set when its ``forward`` was tried out."""
+    """A dense block over one buffer; it remembers how it was built and set when its ``forward`` was tried out.
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, save: str = "bottlenecks") -> None:
+    One that uses gradient checkpointing saves "features" unless told otherwise, and moves running statistics once.
+    """
+
+    def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
+        save = "features" if anatomy.recomputes else "bottlenecks"
         spelling: Any = anatomy
         super().__init__(module, spelling, type(next(iter(anatomy.layers_of(module).values()))), save)
         self.anatomy = anatomy

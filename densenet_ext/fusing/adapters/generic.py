@@ -88,7 +88,7 @@ class Generic:
         return any(found)
 
     def set_memory_mode_off(self, block: nn.Module) -> bool:
-        """There is none whose numbers differ: a block that moves its statistics twice is not recognised."""
+        """How somebody's own code switches its checkpoints off is not known."""
         return False
 
 
