@@ -15,15 +15,19 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("pattern", devices.LEFT_OUT)
 def test_every_pattern_names_tests(pattern: str) -> None:
-    file, _, function = pattern.partition("::")
+    name, _, parameter = pattern.rstrip("]").partition("[")
+    file, _, function = name.partition("::")
     found = [path for path in HERE.glob("test_*.py") if fnmatch(path.name, file)]
-    assert found and all(f"def {function}(" in path.read_text() for path in found if function)
+    assert found and all(f"def {function}(" in path.read_text() for path in found if function not in ("", "*"))
+    assert not parameter or f'"{parameter}"' in (HERE / "conftest.py").read_text()
     assert devices.LEFT_OUT[pattern]
 
 
 def test_parameters_and_folders_do_not_matter() -> None:
     assert devices.reason_to_leave_out("tests/test_build.py::test_cuda_decision[None-13.0/x]")
     assert devices.reason_to_leave_out("test_memory.py::test_backward_needs_one_gradient_buffer[features-plain]")
+    assert devices.reason_to_leave_out("tests/test_block.py::test_gradcheck[emulated-train-features]")
+    assert devices.reason_to_leave_out("tests/test_block.py::test_gradcheck[compiled-train-features]") is None
     assert devices.reason_to_leave_out("tests/test_memory.py::test_a_fraction_of_eagers") is None
     assert devices.reason_to_leave_out("tests/test_block.py::test_build.py") is None
 

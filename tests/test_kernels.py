@@ -303,6 +303,31 @@ def test_many_rows(dtype: torch.dtype, level: str) -> None:
             check(name, call, dtype)
 
 
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_no_rows(name: str, backend: str) -> None:
+    """What an empty local batch asks for, beside other processes that have one. It has no statistics."""
+    statistics = {"channel_stats": ("mean", "var"), "append_features": ("mean", "var")}
+    statistics["bn_relu_conv1x1"] = ("out_mean", "out_var")
+    for call in MAKERS[name](7, 12, True):
+        args = dict(call.args, size=[0, *call.args["size"][1:]]) if "size" in call.args else call.args
+        call = Call({k: _without_rows(v) if k in (*ROWS, "index") else v for k, v in args.items()}, call.outputs)
+        for dtype in (torch.float64, torch.bfloat16):
+            got, expected = converted(call, dtype), converted(call, dtype)
+            getattr(kernels.select(torch.empty(0, dtype=dtype)), name)(*got.values())
+            getattr(plain, name)(*expected.values())
+            for k in set(call.outputs) - set(statistics.get(name, ())):
+                if got[k] is not None:
+                    torch.testing.assert_close(
+                        got[k], expected[k], equal_nan=True, msg=lambda text, k=k: f"{k}: {text}"
+                    )
+
+
+def _without_rows(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_without_rows(t) for t in x]
+    return x[:0] if isinstance(x, Tensor) else x
+
+
 @compiled_only
 @pytest.mark.parametrize("name", kernels.OPS)
 def test_the_same_bits_from_run_to_run(name: str) -> None:

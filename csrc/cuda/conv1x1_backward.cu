@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(BackwardShape<T, Math, CHANNELS>::kThreads, 1)
     }
   }
   if constexpr (DGRAD) {
+    cp_async_wait<0>();  // where there are no rows, nobody waited
     sync_block();
     columns.store_sums(tile, p.sums + block_y() * 2 * p.prepared.Cp + c0, p.prepared.Cp);
   }
