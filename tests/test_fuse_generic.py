@@ -155,10 +155,10 @@ def test_dropping_twice_is_refused_and_so_is_a_rate_that_rises_later() -> None:
     assert functor_of(block).anatomy.drop is None
     block.layers[0].composite[2].p = 0.3
     (row,) = dx.report(block)
-    assert row.reason == "layers.0.composite.2 drops at rate 0.3, which was 0 when its forward was tried out"
+    assert row.reason == "layers.0.composite.2 drops too, at rate 0.3"
 
 
-def test_words_for_what_stands_in_the_way() -> None:
+def test_words_for_what_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(change: Callable[[nn.Sequential], object]) -> str | None:
         block = own.chain(own.Shared)
         change(block)
@@ -176,6 +176,9 @@ def test_words_for_what_stands_in_the_way() -> None:
     assert reason(lambda b: b[0].bn1.register_forward_hook(print)) == "0.bn1 has a forward hook"
     assert reason(lambda b: b[0].register_forward_hook(print)) == "0 has a forward hook"
     assert reason(lambda b: setattr(b[0], "forward", lambda x: x)) == "a forward in it was replaced on the instance"
+    with monkeypatch.context() as patched:
+        patched.setattr(generic, "try_out_block", None)  # there is nothing to try out
+        assert reason(lambda b: setattr(b[2], "relu", nn.GELU())) == "2.relu is a GELU, not a ReLU"
     spatial = own.Grown(8, (4, 4))
     spatial.layers[1].composite[3] = nn.Dropout2d(0.2)
     assert next(iter(dx.report(spatial))).reason == "layers.1.composite.3 is a Dropout2d, not a Dropout"
@@ -321,6 +324,16 @@ def test_modules_that_are_no_dense_blocks() -> None:
             self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
             self.bn2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
 
+    class UNet(nn.Module):
+        """Concatenates around a single norm and convolution, and adds an activation."""
+
+        def __init__(self, down: nn.Module) -> None:
+            super().__init__()
+            self.down = nn.Sequential(down)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.down(x).relu()], 1)
+
     for model in (
         composite(4, 4),
         nn.Sequential(composite(4, 4)),
@@ -331,6 +344,7 @@ def test_modules_that_are_no_dense_blocks() -> None:
         nn.ModuleList([own.Narrow(8, 4), own.Narrow(12, 4)]),
         own.Narrow(8, 4),
         nn.Sequential(),
+        UNet(composite(4, 4)),
     ):
         assert len(dx.report(model)) == 0, model
 
@@ -355,6 +369,17 @@ def test_a_block_inside_a_wrapper_is_one_unit() -> None:
     assert [row.name for row in dx.report(block)] == ["layer"]
     dx.fuse(block)
     assert [(row.name, row.fused) for row in dx.report(block)] == [("layer", True)]
+
+
+def test_layers_of_a_refused_block_are_no_blocks() -> None:
+    class Joining(own.Returning):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.composite(x)], 1)
+
+    block = nn.Sequential(Joining(8, 4), Joining(12, 4), Joining(16, 4))
+    block[1].composite[1] = nn.SiLU()
+    (row,) = dx.report(block)
+    assert row.reason == "1.composite.1 is a SiLU, not a ReLU"
 
 
 def test_a_forward_of_two_arguments_is_refused() -> None:

@@ -42,6 +42,11 @@ class Parts:
     dropouts: tuple[str, ...]
     between: tuple[str, ...]  # modules that hold the parts
 
+    @property
+    def everything(self) -> tuple[str, ...]:
+        """All names."""
+        return (*self.norms, *self.convs, *self.activations, *self.dropouts, *self.between)
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -121,6 +126,8 @@ def anatomy_of(block: nn.Module) -> Anatomy | None:
         return None
     if len({type(layer) for layer in children.values()}) != 1 or not _channels_add_up(children.values(), found[0]):
         return None
+    if len(found) == 1 and type(block).forward is not nn.Sequential.forward:
+        return None  # a layer with its parts in a container looks like that
     drop = (found[0].dropouts[0], "p") if found[0].dropouts else None
     return Anatomy(container, tuple(children), found[0], drop)
 

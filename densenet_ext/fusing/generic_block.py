@@ -75,6 +75,16 @@ class FusedGenericBlock(FusedBlock):
                 return f"{name or 'it'} {reason}"
         return self._layers_reason(layers) or hooks_on_all_modules()
 
+    def other_parts(self) -> bool:
+        """Whether some layer has parts that no fused block computes: then there is nothing to try out."""
+        channels = self.channels
+        for layer in self.anatomy.layers_of(self.module).values():
+            if _other_layer(layer, self.anatomy, channels, self.dims) is not None:
+                return True
+            last: Any = part(layer, self.anatomy.parts.convs[-1])
+            channels += last.weight.shape[0]
+        return False
+
     def _layers_reason(self, layers: dict[str, nn.Module]) -> str | None:
         names = self.anatomy.parts
         norms: set[nn.Module] = set()
@@ -114,17 +124,26 @@ class FusedGenericBlock(FusedBlock):
 
 def _layer_reason(layer: nn.Module, anatomy: Anatomy, channels: int, dims: int) -> str | None:
     """Why a layer that reads ``channels`` features is not fused: "bn1 has a forward hook"; or None."""
+    for name in anatomy.parts.everything:
+        module = part(layer, name)
+        reason = "is missing" if module is None else obstacle(module)
+        if reason is not None:
+            return f"{name} {reason}"
+    return _other_layer(layer, anatomy, channels, dims)
+
+
+def _other_layer(layer: nn.Module, anatomy: Anatomy, channels: int, dims: int) -> str | None:
+    """What makes the layer another one than a fused block computes, whatever its ``forward`` does; or None."""
     names = anatomy.parts
     sizes = (1, 3)[-len(names.convs) :]
-    checks_of_parts: list[tuple[str, Callable[[nn.Module], str | None]]] = [
+    others: list[tuple[str, Callable[[Any], str | None]]] = [
         *((name, lambda norm: other_norm(norm, dims)) for name in names.norms),
         *((name, other_relu) for name in names.activations),
         *((name, lambda conv, n=n: other_conv(conv, dims, n)) for name, n in zip(names.convs, sizes, strict=True)),
         *((name, lambda module, n=name: _other_dropout(module, (n, "p") == anatomy.drop)) for name in names.dropouts),
     ]
-    for name, other in checks_of_parts:
-        module = part(layer, name)
-        reason = "is missing" if module is None else obstacle(module) or other(module)
+    for name, other in others:
+        reason = other(part(layer, name))
         if reason is not None:
             return f"{name} {reason}"
     for norm_name, conv_name in zip(names.norms, names.convs, strict=True):
@@ -140,4 +159,4 @@ def _layer_reason(layer: nn.Module, anatomy: Anatomy, channels: int, dims: int) 
 def _other_dropout(module: nn.Module, known: bool) -> str | None:
     if type(module) is not nn.Dropout:
         return f"is a {type(module).__name__}, not a Dropout"
-    return None if known or module.p == 0 else f"drops at rate {module.p}, which was 0 when its forward was tried out"
+    return None if known or module.p == 0 else f"drops too, at rate {module.p}"

@@ -158,19 +158,29 @@ class Trial:
         return out
 
     def compare(self) -> None:
-        """Results, buffers and gradients in every combination of flags."""
+        """Results, buffers and gradients in training and in evaluation, results and buffers with mixed flags."""
         flags = torch.randint(2, (sum(1 for _ in self.ours.modules()),), generator=self.random).tolist()
-        for training in (lambda i: True, lambda i: False, lambda i: bool(flags[i]), lambda i: not flags[i]):
-            self.set_training(training)
-            x = self.input().requires_grad_()
-            got, expected = self.their_result(x), self.our_result(x)
-            self._same([got, *self.theirs.buffers()], [expected, *self.ours.buffers()], "values")
-            grad = torch.randn(got.shape, generator=self.random, dtype=torch.float64)
-            theirs = _gradients(got, x, self.theirs, grad)
-            if not all(map(close, self.theirs.buffers(), self.ours.buffers())):
-                self.recomputes = True  # a checkpoint's second forward pass moves running statistics once more
-                self.forget_statistics()
-            self._same(theirs, _gradients(expected, x, self.ours, grad), "gradients")
+        self.set_training(lambda i: True)
+        self._compare_gradients(*self._compare_values())
+        self.set_training(lambda i: False)
+        self._compare_gradients(*self._compare_values())
+        for inverted in (0, 1):
+            self.set_training([flag != inverted for flag in flags].__getitem__)
+            self._compare_values()
+
+    def _compare_values(self) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.input().requires_grad_()
+        got, expected = self.their_result(x), self.our_result(x)
+        self._same([got, *self.theirs.buffers()], [expected, *self.ours.buffers()], "values")
+        return x, got, expected
+
+    def _compare_gradients(self, x: Tensor, got: Tensor, expected: Tensor) -> None:
+        grad = torch.randn(got.shape, generator=self.random, dtype=torch.float64)
+        theirs = _gradients(got, x, self.theirs, grad)
+        if not all(map(close, self.theirs.buffers(), self.ours.buffers())):
+            self.recomputes = True  # a checkpoint's second forward pass moves running statistics once more
+            self.forget_statistics()
+        self._same(theirs, _gradients(expected, x, self.ours, grad), "gradients")
 
     def forget_statistics(self) -> None:
         """Gives ``theirs`` the buffers of ``ours``."""

@@ -45,21 +45,14 @@ class Generic:
         anatomy = anatomy_of(module)
         if anatomy is None or any(installed(child) for child in module.children()):
             return None
-        if any("forward" in inner.__dict__ for inner in module.modules()):
-            return Unit(FusedGenericBlock.kind, module, refusal="a forward in it was replaced on the instance")
-        found = _tried_out("block", module, lambda: try_out_block(module, anatomy))
-        if isinstance(found, Anatomy):
-            return Unit(FusedGenericBlock.kind, module, FusedGenericBlock(module, found), settings=self)
-        if found.stage == "running" and type(module).forward is nn.Sequential.forward:
-            return None  # its layers are not made to be chained
-        if found.stage != "values" and len(anatomy.layers) == 1:
-            return None  # norm, ReLU and convolution occur in any network
+        known = self._tell(module, anatomy)
+        if isinstance(known, Anatomy):
+            return Unit(FusedGenericBlock.kind, module, FusedGenericBlock(module, known), settings=self)
+        if known is None or len(anatomy.layers) == 1:
+            return None  # norm, ReLU, convolution and concatenation occur in any network
         if any(self._is_block(holder) for _, holder in anatomy.holders(module)):
             return None  # more than a block: its Sequential is one
-        reason = FusedGenericBlock(module, anatomy).reason()
-        layer = type(next(iter(anatomy.layers_of(module).values()))).__name__
-        unknown = f"this block of {layer} layers is not a known one: {found.reason}"
-        return Unit(FusedGenericBlock.kind, module, refusal=reason or unknown)
+        return Unit(FusedGenericBlock.kind, module, refusal=known)
 
     def _transition(self, module: nn.Module) -> Unit | None:
         parts = transition_parts_of(module)
@@ -73,6 +66,21 @@ class Generic:
         reason = FusedGenericTransition(module, parts).reason()
         unknown = f"{type(module).__name__} is not a known transition: {found.reason}"
         return Unit(FusedGenericTransition.kind, module, refusal=reason or unknown)
+
+    def _tell(self, block: nn.Module, anatomy: Anatomy) -> Anatomy | str | None:
+        """What is known of the block in the end; in words why nothing is; None for a module of another kind."""
+        if any("forward" in inner.__dict__ for inner in block.modules()):
+            return "a forward in it was replaced on the instance"
+        functor = FusedGenericBlock(block, anatomy)
+        if functor.other_parts():
+            return functor.reason()
+        found = _tried_out("block", block, lambda: try_out_block(block, anatomy))
+        if isinstance(found, Anatomy):
+            return found
+        if found.stage == "running" and type(block).forward is nn.Sequential.forward:
+            return None  # its layers are not made to be chained
+        layer = functor.layer_type.__name__
+        return functor.reason() or f"this block of {layer} layers is not a known one: {found.reason}"
 
     def _is_block(self, module: nn.Module) -> bool:
         unit = self._block(module)
