@@ -19,11 +19,11 @@ def plain_reason(*tensors: Any) -> str | None:
     That is: ``torch.export``, ONNX export, TorchScript tracing, FX tracing, ``torch.func`` transforms, forward-mode
     differentiation, and tensor subclasses.
     """
-    if torch.compiler.is_compiling():
-        # the flag itself: torch 2.11's Dynamo takes is_exporting() for true in whatever it compiles
-        return "torch.export captures the single operations" if torch.compiler._is_exporting_flag else None
-    if torch.compiler.is_exporting():
+    # the flag of torch.compiler.is_exporting(), which torch.compile of 2.11 takes for True
+    if torch.compiler._is_exporting_flag:
         return "torch.export captures the single operations"
+    if torch.compiler.is_compiling():
+        return None
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "a trace records the single operations"
     if torch._C._functorch.peek_interpreter_stack() is not None:
