@@ -7,6 +7,7 @@ since a sign error or a missing row hides in elementwise tolerances.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,15 @@ from densenet_ext.algorithm.norm import Norm
 F64 = torch.float64
 DEVICE = torch.get_default_device()  # of the run: conftest.py
 SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Every warning is an error, but for what PyTorch says of its own operators when asked to be deterministic."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "(?s).*does not have a deterministic implementation")
+        yield
 
 
 def generator(seed: int) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from helpers import (
     gradients,
     make_input,
     make_layers,
+    no_warnings,
     norms_of,
     parameters,
 )
@@ -325,8 +325,7 @@ def test_without_gradient_the_same_values(mode: str, backend: str) -> None:
 
 def test_no_warnings(backend: str) -> None:
     layers, x = make_layers(), make_input(2, 5, 4, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for t in parameters(layers)[:9]:
             t.requires_grad_(False)
         dense_block(x, layers).sum().backward()

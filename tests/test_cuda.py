@@ -185,8 +185,7 @@ def test_a_model_that_is_moved_after_fuse() -> None:
         fused, x = dx.fuse(copy.deepcopy(plain)), torch.randn(2, 3, 16, 16, dtype=F64)
         expected = fused(x)
         expected.square().sum().backward()
-    moved = copy.deepcopy(plain).to(CPU)
-    moved = dx.fuse(moved).cuda()
+    moved = dx.fuse(copy.deepcopy(plain)).cuda()
     assert "float64 on cuda: the compiled part computes" in dx.report(moved).notes
     out = moved(x.cuda())
     out.square().sum().backward()

@@ -63,8 +63,9 @@ def assert_same(name: str, key: str, got: Tensor, expected: Tensor, rows: int, d
         # the window's first maximum: rounding may decide between two nearly equal ones, seldom
         assert (got != expected).double().mean() <= (0 if dtype == torch.float64 else 0.01), key
     elif "conv1x1" in name:
-        # tensor cores multiply factors rounded to dtype, the processor does not
-        assert error(got, expected) <= max(2 * torch.finfo(dtype).eps, 1e-12), key
+        # tensor cores multiply factors rounded to dtype, the processor does not; and sums are taken in another order
+        rounding, order = torch.finfo(dtype).eps, torch.finfo(kernels.acc_dtype(dtype)).eps * (rows + 256) ** 0.5
+        assert error(got, expected) <= 2 * rounding + 8 * order, key
     else:
         terms = rows if key not in ROWS else 64
         assert_close(got, expected, terms, f"{name}: {key}")

@@ -175,9 +175,10 @@ def test_the_sanitizer_runs_three_tools(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: "/bin/compute-sanitizer")
     run = Recorded(tmp_path)
     result = gpu.sanitizer(run, MACHINE, 60)
-    assert [command[:3] for command, _ in run.commands] == [
+    assert sorted(command[:3] for command, _ in run.commands) == [
         ["/bin/compute-sanitizer", "--tool", tool] for tool in ("memcheck", "racecheck", "synccheck")
     ]
+    assert [path.name for path in tmp_path.iterdir()] == ["sanitizer.log"]
     assert all(environ == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for _, environ in run.commands)
     assert result.passed and "racecheck: no errors" in result.remark and "calls 7/9, 7/9, 7/9" in result.remark
     script = run.commands[0][0][run.commands[0][0].index("tests/every_operator.py") :]
