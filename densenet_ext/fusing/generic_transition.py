@@ -89,8 +89,7 @@ class FusedGenericTransition(Fused):
     kind = "transition"
 
     def __init__(self, module: nn.Module, parts: TransitionParts) -> None:
-        spelling: Any = parts
-        super().__init__(module, spelling)
+        super().__init__(module)
         self.parts = parts
         conv: Any = module._modules[parts.conv]
         self.dims = conv.weight.dim() - 2
