@@ -102,6 +102,10 @@ def _move_once(moving: list[_Moving]) -> None:
     for norm, mean, var, count in moving:
         if norm.running_mean is None or norm.running_var is None:
             continue
+        if norm.running_mean.device != mean.device:
+            raise ValueError(
+                f"running statistics: expected on {mean.device}, as the features, got on {norm.running_mean.device}"
+            )
         if isinstance(count, Tensor):
             unbiased, var = 1.0, var * (count / (count - 1))
         else:

@@ -130,6 +130,7 @@ def run(unit: Unit, config: Config, tensors: Tensors, then: Callable[[Sequence[T
     ``then`` is called with them, to move running statistics: before autograd saves anything, because a recomputation
     by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and eager's norms have moved by then.
     """
+    _check_data(tensors)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
         config = config._replace(save="nothing")
     if torch.compiler.is_compiling():
@@ -145,6 +146,19 @@ def run(unit: Unit, config: Config, tensors: Tensors, then: Callable[[Sequence[T
         then(results)
         return results
     return _Fused.apply(unit, config, then, *tensors)
+
+
+def _check_data(tensors: Tensors) -> None:
+    # A compiled operation with one argument on the meta device does nothing, without a word; other devices it refuses.
+    assert tensors[0] is not None
+    if tensors[0].is_meta:
+        return
+    for x in tensors:
+        if x is not None and x.is_meta:
+            device = tensors[0].device
+            raise ValueError(
+                f"expected all parameters on {device}, as the features, got one of {list(x.shape)} on meta"
+            )
 
 
 class _Fused(torch.autograd.Function):
