@@ -58,7 +58,7 @@ def obstacle(module: nn.Module) -> str | None:
     if activates(module):
         return _obstacle_inside(module)
     if isinstance(module, _BASES):
-        return f"is a {kind.__name__}, which has code of its own"
+        return f"is a {kind_of(module)}, which has code of its own"
     return None
 
 
@@ -81,6 +81,14 @@ def _obstacle_inside(norm: nn.Module) -> str | None:
         return f"has a drop that {reason}"
     reason = obstacle(act) or other_relu(act)
     return None if reason is None else f"has an act that {reason}"
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of ``module``'s class, with where it is from when a known class has that name."""
+    kind = type(module)
+    if kind not in _KNOWN and any(kind.__name__ == known.__name__ for known in _KNOWN):
+        return f"{kind.__module__}.{kind.__name__}"
+    return kind.__name__
 
 
 def hook_on(module: nn.Module) -> str | None:
@@ -125,12 +133,12 @@ def other_norm(norm: nn.Module, dims: int) -> str | None:
     expected = _NORM[dims - 1]
     if type(norm) in (expected, nn.SyncBatchNorm) or (dims == 2 and activates(norm)):
         return None
-    return f"is a {type(norm).__name__}, not a {expected.__name__}"
+    return f"is a {kind_of(norm)}, not a {expected.__name__}"
 
 
 def other_relu(relu: nn.Module) -> str | None:
     """Why ``relu`` is not the activation that fused units compute, or None when it is, or is a norm that has it."""
-    return None if type(relu) is nn.ReLU or activates(relu) else f"is a {type(relu).__name__}, not a ReLU"
+    return None if type(relu) is nn.ReLU or activates(relu) else f"is a {kind_of(relu)}, not a ReLU"
 
 
 def other_dropout(dropout: nn.Module) -> str | None:
@@ -138,8 +146,8 @@ def other_dropout(dropout: nn.Module) -> str | None:
     if type(dropout) is nn.Dropout:
         return None
     if not isinstance(dropout, _CHANNEL_DROPOUT):
-        return f"is a {type(dropout).__name__}, not a Dropout"
-    return f"is a {type(dropout).__name__}, which drops whole channels" if drop_rate_of(dropout) > 0 else None
+        return f"is a {kind_of(dropout)}, not a Dropout"
+    return f"is a {kind_of(dropout)}, which drops whole channels" if drop_rate_of(dropout) > 0 else None
 
 
 def drop_rate_of(dropout: Any) -> float:
@@ -151,7 +159,7 @@ def other_conv(conv: nn.Module, dims: int, kernel_size: int) -> str | None:
     """Why ``conv`` is not the bias-free convolution of stride 1 that fused units compute, or None when it is."""
     expected = _CONV[dims - 1]
     if type(conv) is not expected or not isinstance(conv, _ConvNd):
-        return f"is a {type(conv).__name__}, not a {expected.__name__}"
+        return f"is a {kind_of(conv)}, not a {expected.__name__}"
     ones = (1,) * dims
     if conv.kernel_size != (kernel_size,) * dims:
         return f"has kernel size {conv.kernel_size}, not {kernel_size}"
@@ -170,7 +178,7 @@ def other_avg_pool(pool: nn.Module, dims: int) -> str | None:
     """Why ``pool`` is not the average pooling of window and stride 2 of a transition, or None when it is."""
     expected = _AVG_POOL[dims - 1]
     if type(pool) is not expected or not isinstance(pool, _AVG_POOL):
-        return f"is a {type(pool).__name__}, not a {expected.__name__}"
+        return f"is a {kind_of(pool)}, not a {expected.__name__}"
     window, stride, padding = (_each(value, dims) for value in (pool.kernel_size, pool.stride, pool.padding))
     if window != (2,) * dims or stride != window or padding != (0,) * dims:
         return f"has window {pool.kernel_size}, stride {pool.stride} and padding {pool.padding}, not 2, 2 and 0"
@@ -183,7 +191,7 @@ def other_max_pool(pool: nn.Module, dims: int) -> str | None:
     """Why ``pool`` is not a max-pooling that the fused stem computes, or None when it is."""
     expected = _MAX_POOL[dims - 1]
     if type(pool) is not expected or not isinstance(pool, _MAX_POOL):
-        return f"is a {type(pool).__name__}, not a {expected.__name__}"
+        return f"is a {kind_of(pool)}, not a {expected.__name__}"
     if _each(pool.dilation, dims) != (1,) * dims or pool.ceil_mode or pool.return_indices:
         return "has dilation, ceil_mode or return_indices"
     return None

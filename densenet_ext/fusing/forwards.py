@@ -28,6 +28,7 @@ from densenet_ext.inspection import (
     dimensions_of,
     drop_rate_of,
     hooks_on_all_modules,
+    kind_of,
     obstacle,
     other_conv,
     other_dropout,
@@ -203,7 +204,7 @@ class FusedBlock(Fused):
         first = self.spelling.parts(next(iter(layers.values()))).conv1
         dims = None if first is None else dimensions_of(first)
         if first is None or dims is None:
-            return f"the first layer's conv1 is a {type(first).__name__}"
+            return f"the first layer's conv1 is {'missing' if first is None else 'a ' + kind_of(first)}"
         place = (_weight(first).device, _weight(first).dtype)
         channels = _weight(first).shape[1]
         norms: set[nn.Module | None] = set()
