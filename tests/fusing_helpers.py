@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext.fusing import Row
 
+BLOCK = "features.denseblock1"
+
 
 def three_steps(model: nn.Module, x: Tensor) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -50,3 +52,18 @@ def assert_same_gradients(got: nn.Module, wanted: nn.Module) -> None:
     theirs = gradients(wanted)
     for name, grad in gradients(got).items():
         torch.testing.assert_close(grad, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def pair(**kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The same network twice, the first fused."""
+    return dx.fuse(net(**kwargs)), net(**kwargs)
+
+
+def close(found: list[Any]) -> None:
+    """The results of both networks are the same."""
+    assert len(found) == 2
+    torch.testing.assert_close(*found)
+
+
+def layer(model: nn.Module, name: str = "denselayer1") -> Any:
+    return model.get_submodule(f"{BLOCK}.{name}")

@@ -11,7 +11,6 @@ goes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import types
 import weakref
@@ -23,6 +22,7 @@ from densenet_ext import checks
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.fusing.copies import FusedState
 from densenet_ext.fusing.metadata import as_one_operation, bare
 from densenet_ext.inspection import (
     dimensions_of,
@@ -69,23 +69,6 @@ _INSTALLED = ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__
 """What a functor puts on the instance of its module."""
 
 
-class _State(dict[str, Any]):
-    """The attributes of a fused module without the functor, which cannot tell a shallow copy from the module.
-
-    ``copy.copy`` takes them as they are; ``copy.deepcopy`` and ``pickle`` make the functor anew, for the new module.
-    """
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        super().__init__({name: value for name, value in attributes.items() if name not in _INSTALLED})
-        self._attributes = attributes
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return copy.deepcopy(self._attributes, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self._attributes,)
-
-
 class Fused:
     """What all functors have in common. Subclasses say why they cannot run, and run."""
 
@@ -127,7 +110,7 @@ class Fused:
         module = self.module
         own = getattr(type(module), "__getstate__", None)  # of object from Python 3.11 on
         state = dict(module.__dict__) if own is None else own(module)
-        return _State(state) if isinstance(state, dict) else state
+        return FusedState(state, _INSTALLED) if isinstance(state, dict) else state
 
     def replicate(self) -> nn.Module:
         """The module's replica for ``nn.DataParallel``, with a functor of its own."""
