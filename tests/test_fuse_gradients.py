@@ -1,9 +1,8 @@
-"""Every way to ask a fused network for gradients, checkpoints and exports: the same numbers as the unfused one's."""
+"""Every way to ask a fused network for gradients, checkpoints included: the same numbers as the unfused one's."""
 
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from typing import Any
 
@@ -148,28 +147,3 @@ def test_inference_mode_and_no_grad() -> None:
             close([model(images()) for model in models])
             close([model.eval()(images()) for model in models])
         assert_same_state(*models)
-
-
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_exported_program_takes_other_batches_and_loads_again() -> None:
-    model = dx.fuse(net()).eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    again = torch.export.load(file).module()
-    for n in (2, 5):
-        torch.testing.assert_close(again(images(n)), model(images(n)))
-    assert all(row.fused for row in dx.report(model))
-
-
-def test_export_in_training_has_gradients_and_moves_statistics() -> None:
-    models = [torch.export.export(model, (images(),)).module() for model in pair()]
-    for model in models:
-        model(images()).square().mean().backward()
-    assert_same_state(*models)
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
