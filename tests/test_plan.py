@@ -10,6 +10,7 @@ import torch
 from fusing_helpers import net
 from helpers import allocations, kept_for_backward
 from torch import nn
+from torch.nn.utils import prune
 from typer.testing import CliRunner
 
 import densenet_ext as dx
@@ -177,6 +178,21 @@ def test_the_model_stays_as_it_is() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {row.save for row in dx.report(model) if row.kind == "dense block" and row.fused} == {"features"}
     hook.remove()
+
+
+def test_wrapped_and_altered_models() -> None:
+    model = dx.fuse(net())
+    wanted = [level.kept for level in dx.plan(model, SHAPE)]
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    for wrapped in (compiled, nn.DataParallel(copy.deepcopy(model)), torch.optim.swa_utils.AveragedModel(model)):
+        assert [level.kept for level in dx.plan(wrapped, SHAPE)] == wanted
+    conv = model.features.denseblock1.denselayer1.conv1
+    prune.l1_unstructured(conv, "weight", 0.5)
+    model(torch.randn(SHAPE, dtype=torch.float64)).sum().backward()  # conv.weight is no leaf now
+    model.mean = torch.ones(1, 3, 1, 1, dtype=torch.float64)
+    model.register_forward_pre_hook(lambda module, args: args[0] - module.mean)
+    assert dx.plan(model, SHAPE)["bottlenecks"].kept > wanted[0]  # the pruned block runs unfused
 
 
 def test_it_costs_no_memory() -> None:
