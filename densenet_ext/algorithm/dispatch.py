@@ -19,7 +19,7 @@ def plain_reason(*tensors: Any) -> str | None:
     That is: ``torch.export``, ONNX export, TorchScript tracing, FX tracing, ``torch.func`` transforms, forward-mode
     differentiation, and tensor subclasses.
     """
-    # the flag of torch.compiler.is_exporting(), which torch.compile of 2.11 takes for True
+    # not torch.compiler.is_exporting(): under torch 2.11 compiled code takes that for true, and would never run fused
     if torch.compiler._is_exporting_flag:
         return "torch.export captures the single operations"
     if torch.compiler.is_compiling():
