@@ -137,8 +137,18 @@ def peer(name: str) -> ModuleType:
 
     Known are torchvision.models.densenet, timm.models.densenet, monai.networks.nets.densenet, torchxrayvision.models.
     """
+    _import_torchvision()
     try:
-        return importlib.import_module("torchvision.models.densenet")
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise Unavailable(f"{name.partition('.')[0]} can't be imported") from error
+
+
+@functools.cache
+def _import_torchvision() -> None:
+    try:
+        importlib.import_module("torchvision")
+        return
     except RuntimeError:
         # The wheel's operators don't load on every build of torch, and the import asks for these two; the models don't.
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -147,12 +157,9 @@ def peer(name: str) -> ModuleType:
         _KEPT.append(library)
     except ImportError as error:
         raise Unavailable("torchvision can't be imported") from error
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import has left behind
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"{name.partition('.')[0]} can't be imported") from error
+    for left_behind in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[left_behind]
+    importlib.import_module("torchvision")
 
 
 @functools.cache
