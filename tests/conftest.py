@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import devices
+import matrix_table
 import pytest
 import torch
 from emulation import library
@@ -60,6 +61,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    matrix = matrix_table.outcomes(terminalreporter.stats)
+    if matrix:
+        terminalreporter.section("library by property")
+        terminalreporter.line(matrix_table.text_of(matrix))
     if torch.get_default_device().type == "cpu":
         return
     terminalreporter.section(f"not run on {torch.get_default_device()}")
