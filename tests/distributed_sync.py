@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import own_code
 import torch
 import torch.distributed as dist
 from distributed_worker import World
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm import sync
+from densenet_ext.fc_densenet import TransitionDown
 
 F64 = torch.float64
 
@@ -71,8 +73,9 @@ def compare(
                 assert (p.grad is None) == (q.grad is None), name
                 if p.grad is not None:
                     close(name, world.total(p.grad), q.grad)
-                    p -= 0.01 * q.grad
-                    q -= 0.01 * q.grad
+                    step_taken = 0.01 * q.grad / q.grad.norm().clamp(min=1)  # short: many steps may follow
+                    p -= step_taken
+                    q -= step_taken
     for (name, a), b in zip(module.state_dict().items(), plain.state_dict().values(), strict=True):
         close(name, a, b)
 
@@ -154,6 +157,57 @@ def case_layers_and_dimensions(world: World) -> None:
                 compare(world, lambda x: halves(x, model), lambda x: halves(x, layer), model, layer, x, sizes)  # noqa: B023
 
 
+def case_blocks_without_bottlenecks(world: World) -> None:
+    """Each with one norm frozen as well; a loss that asks for the input's gradient and one that does not."""
+    torch.manual_seed(0)
+    for dims, returns, size in ((1, "all", (5,)), (2, "new", (5, 4)), (3, "all", (2, 4, 3))):
+        block = dx.DenseBlock(3, 6, None, 4, 0.0, dims=dims, returns=returns).double().to(world.device)  # type: ignore[arg-type]
+        check_block(world, block, synced(block), torch.randn(5, 6, *size, dtype=F64), "denselayer2.norm1")
+    with kernels.force_plain():
+        check_block(world, block, synced(block), torch.randn(5, 6, *size, dtype=F64), "denselayer1.norm1")
+
+
+def case_blocks_of_somebodys_own_code(world: World) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, 5, 4, dtype=F64)
+    group = dist.new_group(list(range(dist.get_world_size())))
+    for layer in (own_code.Single, own_code.SingleInFront, own_code.Narrow):
+        plain = own_code.chain(layer, 6, (4, 2, 3)).double().to(world.device)
+        for fused in (synced(dx.fuse(copy.deepcopy(plain))), dx.fuse(synced(plain, group))):
+            assert [row.fused for row in dx.report(fused)] == [True], str(dx.report(fused))
+            check_block(world, copy.deepcopy(plain), fused, x, "1.bn1")
+
+
+def check_block(world: World, plain: nn.Module, model: nn.Module, x: Tensor, norm: str) -> None:
+    for sizes in ((3, 2), (5, 0), (0, 5)):
+        compare(world, model, plain, model, plain, x, sizes)
+    for module in (plain, model):
+        module.get_submodule(norm).eval().requires_grad_(False)
+    compare(world, model, plain, model, plain, x, (2, 3))
+    for module in (plain, model):
+        module.zero_grad()
+    loss_of(model(world.share(x.to(world.device), (2, 3)))).backward()
+    loss_of(plain(x.to(world.device))).backward()
+    close_gradients(world, model, plain)
+
+
+def close_gradients(world: World, model: nn.Module, plain: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            close(name, world.total(p.grad), q.grad)
+
+
+def case_segmentation(world: World) -> None:
+    torch.manual_seed(0)
+    settings: Any = {"growth_rate": 4, "block_config": (2,), "bottleneck_layers": 2, "num_init_features": 6}
+    plain = dx.FCDenseNet(3, **settings, drop_rate=0.0).double().to(world.device)
+    model = synced(plain)
+    assert all(row.fused for row in dx.report(model)), str(dx.report(model))
+    for sizes in ((3, 2), (5, 0)):
+        compare(world, model, plain, model, plain, images(5, 8), sizes)
+
+
 def case_rules_of_the_norms(world: World) -> None:
     """Average over all batches, no running statistics, no parameters."""
 
@@ -192,10 +246,7 @@ def case_frozen_parts(world: World) -> None:
             continue
         loss_of(fused(world.share(whole, (2, 3)))).backward()
         loss_of(plain(whole)).backward()
-        for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None), name
-            if p.grad is not None:
-                close(name, world.total(p.grad), q.grad)
+        close_gradients(world, fused, plain)
 
 
 def case_statistics_without_gradients(world: World) -> None:
@@ -216,6 +267,15 @@ def case_norms_of_different_groups(world: World) -> None:
     fused.features.denseblock1.denselayer2.norm1.process_group = other
     fused.features.denseblock2.denselayer1.norm2.process_group = other
     compare(world, fused, plain, fused, plain, images(5), (3, 2))
+    for new_first in (False, True):
+        layer = own_code.SingleInFront if new_first else own_code.Single
+        block = own_code.chain(layer, 3, (4, 2, 3)).double().to(world.device)
+        model = dx.fuse(synced(block))
+        model[1].bn1.process_group = other
+        model[2].bn1.eval()
+        block[2].bn1.eval()
+        for sizes in ((3, 2), (0, 5)):
+            compare(world, model, block, model, block, images(5, 6), sizes)
 
 
 def case_a_group_of_one_is_an_ordinary_norm(world: World) -> None:
@@ -235,9 +295,13 @@ def case_a_group_of_one_is_an_ordinary_norm(world: World) -> None:
 
 def case_statistics_beside_a_tensor_are_local(world: World) -> None:
     """A unit that shares statistics behind one that does not, and the other way round."""
-    torch.manual_seed(0)
-    block, transition = dx.DenseBlock(2, 6, 2, 4, 0.0).double(), dx.Transition(14, 7).double()
-    plain = nn.Sequential(block, transition).to(world.device)
+    for bn_size in (2, None):
+        torch.manual_seed(0)
+        block, transition = dx.DenseBlock(2, 6, bn_size, 4, 0.0).double(), dx.Transition(14, 7).double()
+        check_statistics_beside_a_tensor(world, nn.Sequential(block, transition).to(world.device))
+
+
+def check_statistics_beside_a_tensor(world: World, plain: nn.Sequential) -> None:
     sizes = (3, 2)
     x = torch.randn(5, 6, 6, 6, dtype=F64)
 
@@ -263,8 +327,8 @@ def case_statistics_beside_a_tensor_stay_local(world: World) -> None:
     """What a unit that shares statistics notes beside its input serves one that does not."""
     torch.manual_seed(0)
     x = torch.randn(2, 6, 6, 6, dtype=F64).add(world.rank).to(world.device).requires_grad_()
-    for plain in (dx.Transition(6, 4).double(), dx.DenseLayer(6, 4, 2, 0.0).double()):
-        plain.to(world.device)
+    for plain in (dx.Transition(6, 4), dx.DenseLayer(6, 4, 2, 0.0), TransitionDown(6, 0.0)):
+        plain.double().to(world.device)
         shared = 1 * x
         synced(plain)(shared)
         close("output", plain(shared), copy.deepcopy(plain)(1 * x))
@@ -285,7 +349,7 @@ def case_evaluation_without_running_statistics(world: World) -> None:
 
 
 def case_exchanges(world: World) -> None:
-    """Two a layer in the forward pass and two in the backward pass; none for a recomputation, none in evaluation."""
+    """One a norm in the forward pass and one in the backward pass; none for a recomputation, none in evaluation."""
     torch.manual_seed(0)
     layers = 3
     x = torch.randn(2, 6, 5, 5, dtype=F64, device=world.device).requires_grad_()
@@ -298,6 +362,11 @@ def case_exchanges(world: World) -> None:
             assert count[0] == 4 * layers, count
             loss_of(model.eval()(x)).backward()
             assert count[0] == 4 * layers, count
+    model = synced(dx.DenseBlock(layers, 6, None, 4, 0.0).double().to(world.device))
+    with counted() as count:
+        loss_of(model(x)).backward()
+        loss_of(model.eval()(x)).backward()
+        assert count[0] == 2 * layers, count
 
 
 def case_compiled(world: World) -> None:
@@ -305,6 +374,10 @@ def case_compiled(world: World) -> None:
     fused = dx.fuse(synced(plain), save="features")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
     compare(world, compiled, plain, fused, plain, images(5), (3, 2))
+    plain = nn.Sequential(dx.DenseBlock(2, 3, None, 4, 0.0), TransitionDown(11, 0.0)).double().to(world.device)
+    model = synced(plain)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compare(world, compiled, plain, model, plain, images(5, 8), (3, 2))
 
 
 def case_second_derivatives_are_refused(world: World) -> None:

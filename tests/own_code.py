@@ -79,6 +79,11 @@ class Single(nn.Module):
         return torch.cat([x, new], 1)
 
 
+class SingleInFront(Single):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv1(self.relu(self.bn1(x))), x], 1)
+
+
 class InSequence(nn.Sequential):
     """A layer that is a Sequential and joins in its own forward, as torchvision's once was."""
 

@@ -13,6 +13,9 @@ layers share, and again in the backward pass. Kept is the buffer only. Backward,
     dbeta = sum dy     dgamma = r sum dy (x - m)
     G[:, read] += s dy  gm[read] -= s dbeta  gv[read] -= s r / 2 dgamma
 
+Statistics over several processes (``sync``) are merged as those of ``block``'s columns: forward when features are
+appended, backward when a feature's gradient is complete.
+
 Source: Huang et al., "Densely Connected Convolutional Networks" (CVPR 2017), section 3, "Composite function".
 """
 
@@ -29,6 +32,7 @@ from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
+from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -57,8 +61,13 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
     ``new_first``: a layer's new features come before those that it read. The dtype is that of eager's concatenation:
     promote(x, a convolution's result). Raises PyTorch's own ValueError for one value per channel in training.
     """
-    if not layers or is_empty(x):
+    groups = tuple(layer.norm.group for layer in layers)
+    if not layers or (is_empty(x) and not any(groups)):
         return reference.basic_block(x, layers, new_first)
+    if shared_group(groups, (layer.norm.batch_stats for layer in layers)) is None:
+        for layer in layers:  # each a block of its own, whose statistics are of one group
+            x = basic_block(x, [layer], new_first)
+        return x
     for layer in layers:
         check_count(layer.norm, (x.shape[0], layer.conv.shape[1], *x.shape[2:]))
     config = Config(
@@ -66,6 +75,7 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
         eps=tuple(layer.norm.eps for layer in layers),
         dtype=torch.promote_types(x.dtype, result_dtype(x)),
         drop_rates=tuple(layer.drop_rate for layer in layers),
+        groups=groups,
         new_first=new_first,
     )
     seed = None
@@ -77,13 +87,16 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
 
     def move(results: Sequence[Tensor]) -> None:
         if any(layer.norm.update for layer in layers):
-            _, mean, var = results
+            mean, var, count = results[1:4]
             read = [columns.read for columns in _layer_columns(config, tensors)]
             norms = [layer.norm for layer in layers]
-            update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], [pixels(x.shape)] * len(read))
+            rows = [count if group else pixels(x.shape) for group in groups]
+            update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], rows)
 
-    out, mean, var = run(BASIC_BLOCK, config, tensors, move)
+    out, mean, var, _, own_mean, own_var = run(BASIC_BLOCK, config, tensors, move)
     if mean.numel() and not torch.compiler.is_compiling():
+        if own_mean.numel():
+            mean, var = own_mean, own_var
         remember_stats(out, mean, var)
     return out
 
@@ -109,13 +122,23 @@ def _layer_columns(config: Config, tensors: Tensors) -> list[Columns]:
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    """The buffer; mean and variance of its columns."""
+    """The buffer; mean and variance of its columns.
+
+    With processes that share statistics also: how many rows these have, and mean and variance in this process alone.
+    """
     x = tensors[0]
     assert x is not None
     C_total = x.shape[1] + sum(W.shape[0] for _, W in _parameters(tensors))
     out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
-    count, acc = C_total if any(config.batch_stats) else 0, kernels.acc_dtype(config.dtype)
-    return [out, out.new_empty(count, dtype=acc), out.new_empty(count, dtype=acc)]
+    counts = [C_total if any(config.batch_stats) else 0] * 2
+    counts += [1, C_total, C_total] if any(config.groups) else [0] * 3
+    acc = kernels.acc_dtype(config.dtype)
+    return [out, *(out.new_empty(n, dtype=acc) for n in counts)]
+
+
+def _group(config: Config) -> str:
+    """The process group over which the statistics are taken; "" for this process alone."""
+    return shared_group(config.groups, config.batch_stats) or ""
 
 
 def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
@@ -126,14 +149,18 @@ def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     x, seed = tensors[:2]
     assert x is not None
-    out, mean, var = results = _allocate(config, tensors)
+    out, mean, var, count, own_mean, own_var = results = _allocate(config, tensors)
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    layers, columns = _parameters(tensors), _layer_columns(config, tensors)
+    layers, columns, group = _parameters(tensors), _layer_columns(config, tensors), _group(config)
 
     def append(src: Tensor, new: slice, drop_rate: float, l: int) -> None:
         m, v = (mean[new], var[new]) if mean.numel() else (None, None)
         ops.append_features(src, X[:, new], m, v, drop_rate, seed, l)
+        if group:
+            own_mean[new], own_var[new] = mean[new], var[new]
+            if new is not columns[-1].new:  # the last ones are for the next unit
+                count.copy_(merge_stats(mean[new], var[new], M, group))
 
     append(to_rows(x.to(out.dtype)), columns[0].read, 0.0, 0)
     scratch = X.new_empty(M * layers[-1][1].shape[1])
@@ -149,16 +176,16 @@ def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """``grad`` is only read."""
-    out, mean, var = results
-    assert out is not None and mean is not None and var is not None
+    out, mean, var, count = results[:4]
+    assert out is not None and mean is not None and var is not None and count is not None
     seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     layers, columns = _parameters(tensors), _layer_columns(config, tensors)
-    stats = mean.numel() > 0
+    stats, group = mean.numel() > 0, _group(config)
     G, start = to_rows(grad), 0  # the gradient of X's columns from `start` on
     ours = G.data_ptr() != grad.data_ptr()  # a copy, to write into
-    gm, gv = torch.zeros(2, size[1], dtype=acc, device=out.device).unbind(0)
+    gm, gv = gmv = torch.zeros(2, size[1], dtype=acc, device=out.device)
     grads: list[Tensor | None] = [None] * len(tensors)
     scratch = X.new_empty(M * layers[-1][1].shape[1])
     for l in reversed(range(len(layers))):
@@ -172,7 +199,10 @@ def _backward(
         norm = norm_values(tensors_l, mean[read], var[read], batch, config.eps[l], acc)
         g = within(G, new, start)
         p = config.drop_rates[l]
-        if p > 0 or (stats and l + 1 < len(layers)):
+        consumed = stats and l + 1 < len(layers)
+        if consumed and group:
+            gmv[:, new] = merge_sums(gmv[:, new], M, count, group)
+        if p > 0 or consumed:
             source, g = g, X.new_empty(M, W.shape[0])
             m = mean[new] if stats else gm[new]  # without statistics gm and gv stay zero, and so may m
             ops.feature_grad(source, X[:, new], m, gm[new], gv[new], p, seed, l, g)
@@ -210,6 +240,8 @@ def _backward(
         G = within(G, read, start)
         grads[0] = x_grad = new_features(out, (size[0], G.shape[1], *size[2:]))
         dx = to_rows(x_grad)
+        if group:
+            gmv[:, read] = merge_sums(gmv[:, read], M, count, group)
         if stats:
             ops.feature_grad(G, X[:, read], mean[read], gm[read], gv[read], 0.0, None, 0, dx)
         else:

@@ -21,6 +21,7 @@ from densenet_ext import kernels, reference
 from densenet_ext.algorithm.layout import joined, new_features, pixels, recall_stats, remember_stats, to_rows
 from densenet_ext.algorithm.norm import Norm, check_count
 from densenet_ext.algorithm.single import allocate_stats, move
+from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.unit import (
     Config,
     Tensors,
@@ -55,9 +56,16 @@ def bottleneck(features: Sequence[Tensor], conv_weight: Tensor, norm: Norm) -> T
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     size = checked_size(features, norm)
-    if pixels(size) == 0:
+    if pixels(size) == 0 and not norm.group:
         return reference.bottleneck(features, conv_weight, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
+    config = Config(
+        (norm.batch_stats,),
+        (norm.eps,),
+        promoted(features),
+        features=len(features),
+        groups=(norm.group,),
+        cached=True,
+    )
     tensors = [*features, *norm_tensors(norm), conv_weight]
     out = run(BOTTLENECK, config, tensors, lambda results: move(norm, size, results))[0]
     return out.to(result_dtype(out))
@@ -184,28 +192,32 @@ def _bottleneck_allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     x, conv = tensors[0], tensors[-1]
     assert x is not None and conv is not None
     out = new_features(x, (x.shape[0], conv.shape[0], *x.shape[2:]), config.dtype)
-    return [out, *allocate_stats(config, out, conv.shape[1])]
+    mean, var = allocate_stats(config, out, conv.shape[1])
+    return [out, mean, var, mean.new_empty(1 if config.groups[0] else 0)]
 
 
 def _bottleneck_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     features, size = split(config, tensors)
-    out, mean, var = results = _bottleneck_allocate(config, tensors)
+    out, mean, var, count = _bottleneck_allocate(config, tensors)
     n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
     assert conv is not None
     if batch:
         fill_feature_stats(config, features, mean, var)
+        if config.groups[0]:
+            mean, var = mean.clone(), var.clone()  # noted beside the features are this process's own
+            count = merge_stats(mean, var, pixels(size), config.groups[0])
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     W = cast(conv, mean.dtype).view(conv.shape[:2])
     kernels.select(out).bn_relu_conv1x1(gather(features, size), *norm, W, None, False, to_rows(out), None, None)
-    return results
+    return [out, mean, var, count]
 
 
 def _bottleneck_backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
-    mean, var = results[1:]
-    assert mean is not None and var is not None and conv is not None
+    mean, var, count = results[1:]
+    assert mean is not None and var is not None and count is not None and conv is not None
     features, size = split(config, tensors)
     ops = kernels.select(features[0])
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
@@ -214,7 +226,7 @@ def _bottleneck_backward(
     G = rows.new_empty(rows.shape[0], C)
     dW = mean.new_empty(b, C) if needs[-1] else None
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
-    gm, gv = mean.new_zeros(2, C).unbind(0)
+    gm, gv = gmv = mean.new_zeros(2, C)
     sums = (gm, gv) if batch else (None, None)
     no_norm2 = (None, None, None, None, None, 0.0, None, None)
     W = cast(conv, mean.dtype).view(b, C)
@@ -225,6 +237,8 @@ def _bottleneck_backward(
     grads: list[Tensor | None] = [None] * len(tensors)
     grads[n], grads[n + 1] = grad_like(dgamma, tensors[n], needs[n]), grad_like(dbeta, tensors[n + 1], needs[n + 1])
     grads[-1] = grad_like(dW, conv)
+    if config.groups[0] and any(needs[:n]):
+        gm, gv = merge_sums(gmv, pixels(size), count, config.groups[0])
     for i, (x, new) in enumerate(columns(features)):
         if needs[i]:
             dx = new_features(x, x.shape)

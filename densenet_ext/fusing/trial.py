@@ -227,4 +227,6 @@ def _copy(module: nn.Module, values: list[tuple[Tensor, Tensor]]) -> nn.Module:
     for inner in module.modules():
         for name in _HOOKS:
             memo[id(inner.__dict__[name])] = type(inner.__dict__[name])()
+        if isinstance(inner, nn.SyncBatchNorm) and inner.process_group is not None:
+            memo[id(inner.process_group)] = inner.process_group  # it cannot be copied
     return copy.deepcopy(module, memo)
