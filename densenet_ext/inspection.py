@@ -20,6 +20,7 @@ _NORM: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNo
 _AVG_POOL: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _MAX_POOL: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _GLOBAL_AVG_POOL: tuple[type[nn.Module], ...] = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_POOLS = (_AVG_POOL, _MAX_POOL, _GLOBAL_AVG_POOL)
 _CHANNEL_DROPOUT = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _KNOWN = frozenset(
     (*_CONV, *_NORM, nn.SyncBatchNorm, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.ReLU, nn.Flatten, nn.Dropout)
@@ -224,18 +225,19 @@ def other_sequence(sequence: nn.Module, members: Iterable[nn.Module | None]) -> 
     return None
 
 
-def norm_dimensions(norm: nn.Module) -> int | None:
-    """The spatial dimensions of a batch normalisation that can be fused, 1 to 3; None for any other module."""
-    kind = type(norm)
-    if kind in _NORM:
-        return _NORM.index(kind) + 1
-    return 2 if activates(norm) or kind is nn.SyncBatchNorm else None
-
-
 def dimensions_of(conv: nn.Module) -> int | None:
     """The spatial dimensions of a plain convolution, 1 to 3; None for any other module."""
     kind = type(conv)
     return _CONV.index(kind) + 1 if kind in _CONV else None
+
+
+def pooled_dimensions(pool: nn.Module) -> int | None:
+    """The spatial dimensions of a plain pooling, 1 to 3; None for any other module.
+
+    Around a pooling it tells them rather than the norm: a SyncBatchNorm takes any.
+    """
+    kind = type(pool)
+    return next((kinds.index(kind) + 1 for kinds in _POOLS if kind in kinds), None)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

@@ -52,6 +52,17 @@ def test_every_unit_is_fused_and_leaves_no_trace(dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", DIMS)
+def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int) -> None:
+    plain = small(dims)
+    fused = dx.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
+    assert checks.unfused_units(fused) == {}
+    x = images(dims)
+    # nothing runs unfused: nn.SyncBatchNorm itself refuses tensors on the CPU
+    assert_same_state(three_steps(fused, x), three_steps(plain, x))
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("dims", DIMS)
 def test_copies(dims: int) -> None:
     checks.check_copies(small(dims), images(dims))
 

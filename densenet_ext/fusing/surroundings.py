@@ -21,13 +21,13 @@ from densenet_ext.inspection import (
     dimensions_of,
     hook_on,
     hooks_on_all_modules,
-    norm_dimensions,
     obstacle,
     other_avg_pool,
     other_conv,
     other_max_pool,
     other_norm,
     other_relu,
+    pooled_dimensions,
 )
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -102,11 +102,11 @@ class FusedFeatures(Fused):
             if reason is not None:
                 return f"{name} {reason}"
         norm, relu, pool = parts[0], parts[-2], parts[-1]
-        dims = norm_dimensions(norm) or 2
+        dims = pooled_dimensions(pool) or 2
         others = (
+            (self.stem[-1], other_max_pool(pool, dims)),
             (self.stem[0], other_norm(norm, dims)),
             (self.stem[-2], other_relu(relu)),
-            (self.stem[-1], other_max_pool(pool, dims)),
         )
         for name, other in others:
             if other is not None:
@@ -137,7 +137,8 @@ class FusedFeatures(Fused):
     def _stem(self, x: Tensor) -> Tensor:
         parts: list[Any] = [self.module._modules[name] for name in self.stem]
         norm, pool = parts[0], parts[-1]
-        if plain_reason(bare(x)) is not None or x.dim() - 2 != norm_dimensions(norm) or x.shape[1] != norm.num_features:
+        fits = x.dim() - 2 == pooled_dimensions(pool) and x.shape[1] == norm.num_features
+        if plain_reason(bare(x)) is not None or not fits:
             for part in parts:
                 x = part(x)
             return x
@@ -171,12 +172,13 @@ class HeadParts(NamedTuple):
 
     ``replaced``: the modules that the fused head stands for, each with its name and with what makes it another
     operation than ReLU, global average or flattening; none where these are functions. ``rest``: by name, the modules
-    that are called one after another on the pooled features.
+    that are called one after another on the pooled features. ``dims``: the spatial dimensions that are averaged.
     """
 
     features: nn.Module | None
     rest: dict[str, nn.Module | None]
     replaced: tuple[tuple[str, nn.Module, str | None], ...] = ()
+    dims: int = 2
 
 
 class HeadSpelling(Protocol):
@@ -215,7 +217,7 @@ class FusedHead(Fused):
         if "forward" in features.__dict__ and not isinstance(features.__dict__["forward"], FusedFeatures):
             return "features has a forward that was replaced on the instance"
         norm: Any = features._modules[name]
-        reason = obstacle(norm) or other_norm(norm, norm_dimensions(norm) or 2)
+        reason = obstacle(norm) or other_norm(norm, parts.dims)
         if reason is not None:
             return f"{name} {reason}"
         for place, module, other in parts.replaced:
@@ -235,7 +237,7 @@ class FusedHead(Fused):
             for child in list(parts.features.children())[:-1]:
                 maps = child(maps)
         norm = parts.features._modules[name]
-        fits = maps.dim() - 2 == norm_dimensions(norm) and maps.shape[1] == norm.num_features
+        fits = maps.dim() - 2 == parts.dims and maps.shape[1] == norm.num_features
         if plain_reason(bare(maps)) is None and fits:
             out = as_one_operation(lambda maps: head(maps, norm_of(norm)), maps)
         else:  # where the shape does not fit, the norm says what is wrong with it

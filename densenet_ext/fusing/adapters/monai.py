@@ -10,11 +10,11 @@ from densenet_ext.fusing.adapters.usual import PARTS, UsualAdapter, spelled
 from densenet_ext.fusing.forwards import LayerParts
 from densenet_ext.fusing.surroundings import HeadParts
 from densenet_ext.inspection import (
-    norm_dimensions,
     other_flatten,
     other_global_average,
     other_relu,
     other_sequence,
+    pooled_dimensions,
 )
 
 
@@ -47,15 +47,14 @@ class Monai(UsualAdapter):
         if mismatch is not None:
             return HeadParts(features, {}, (("class_layers", layers, mismatch),))
         relu, pool, flatten, out = (module for module in named.values() if module is not None)
-        norm = features._modules.get(self.final_norm)
-        dims = None if norm is None else norm_dimensions(norm)
+        dims = pooled_dimensions(pool) or 2
         replaced = (
             ("class_layers", layers, None),
             ("class_layers.relu", relu, other_relu(relu)),
-            ("class_layers.pool", pool, other_global_average(pool, dims or 2)),
+            ("class_layers.pool", pool, other_global_average(pool, dims)),
             ("class_layers.flatten", flatten, other_flatten(flatten)),
         )
-        return HeadParts(features, {"class_layers.out": out}, replaced)
+        return HeadParts(features, {"class_layers.out": out}, replaced, dims)
 
     def set_deterministic(self, block: nn.Module) -> bool:
         """Sets the probability of the dropout modules to 0; whether any was above."""
