@@ -52,12 +52,12 @@ def test_every_unit_is_fused_and_leaves_no_trace(dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", DIMS)
-def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int) -> None:
+def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = small(dims)
     fused = dx.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
     assert checks.unfused_units(fused) == {}
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", None)  # nothing calls a norm
     x = images(dims)
-    # nothing runs unfused: nn.SyncBatchNorm itself refuses tensors on the CPU
     assert_same_state(three_steps(fused, x), three_steps(plain, x))
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
 
@@ -67,7 +67,8 @@ def test_copies(dims: int) -> None:
     checks.check_copies(small(dims), images(dims))
 
 
-@pytest.mark.parametrize(("dims", "training"), [(1, True), (2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dims", DIMS)
 def test_compile(dims: int, training: bool) -> None:
     checks.check_compile(small(dims), images(dims), training)
 
@@ -80,11 +81,6 @@ def test_autocast(dims: int) -> None:
 @pytest.mark.parametrize("dims", DIMS)
 def test_hooks(dims: int) -> None:
     checks.check_hooks(small(dims), images(dims), LAYER, f"{LAYER}.layers.relu2")
-
-
-@pytest.mark.parametrize("dims", DIMS)
-def test_captures(dims: int) -> None:
-    checks.check_captures(small(dims), images(dims))
 
 
 @pytest.mark.parametrize("dims", DIMS)
