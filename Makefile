@@ -33,8 +33,9 @@ lint: $(VENV)/.dev
 	$(python) -m mypy
 	clang-format --dry-run -Werror $(cxx_files)
 
+# Two files at a time; threads that wait for others leave the processor to them.
 pytest: $(VENV)/.dev
-	$(python) -m pytest $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(python) -m benchmarks $(BENCH_ARGS)
