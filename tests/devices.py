@@ -13,6 +13,7 @@ LEFT_OUT = {
     "test_train.py": "the command trains on the processor",
     "test_benchmarks.py": "arithmetic of the benchmarks and their files, on the processor",
     "test_gpu_benchmarks.py": "the same; `make gpu` runs the benchmarks themselves",
+    "test_docs.py": "the pages show what the processor computes",
     "test_gpu_tool.py": "how `make gpu` runs its stages",
     "test_memory.py::test_inference_needs_the_buffer_and_one_scratch": "counts every temporary, and cuDNN takes "
     "workspaces of its own choice; test_cuda.py measures peaks of whole networks",
