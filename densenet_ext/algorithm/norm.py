@@ -35,18 +35,16 @@ class Norm(NamedTuple):
 
 def norm_of(module: _BatchNorm) -> Norm:
     """The rules of ``nn.BatchNorm`` and ``nn.SyncBatchNorm``: whose statistics it uses now, and what moves."""
-    # looked up as nn.Module does it, which is slow enough to count: a network has a hundred norms
-    parameters, buffers = module._parameters, module._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
+    mean, var = module.running_mean, module.running_var
     training = module.training
     batch_stats = training or (mean is None and var is None)
     update = training and module.track_running_stats
     return Norm(
-        parameters["weight"],
-        parameters["bias"],
+        module.weight,
+        module.bias,
         mean,
         var,
-        buffers["num_batches_tracked"],
+        module.num_batches_tracked,
         batch_stats,
         update,
         module.momentum,
