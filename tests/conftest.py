@@ -65,6 +65,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if matrix:
         terminalreporter.section("library by property")
         terminalreporter.line(matrix_table.text_of(matrix))
+    for report in (*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())):
+        for name, text in report.user_properties:
+            if name == "ptxas":
+                terminalreporter.section("registers and memory of the CUDA kernels")
+                terminalreporter.line(text)
     if torch.get_default_device().type == "cpu":
         return
     terminalreporter.section(f"not run on {torch.get_default_device()}")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,12 +113,15 @@ def test_the_build_says_what_it_decided(build: Build) -> None:
 
 
 @pytest.mark.slow
-def test_no_kernel_spills(build: Build) -> None:
+def test_no_kernel_spills(build: Build, record_property: Callable[[str, object], None]) -> None:
     report = read_report(build.log)
     assert {kernel.architecture for kernel in report} == {f"sm_{a.replace('.', '')}" for a in ARCHITECTURES}
-    for kernel in sorted(report):
-        memory = f"{kernel.stack:4} B local {kernel.shared:6} B static shared"
-        print(f"{kernel.architecture:7} {kernel.registers:4} registers {memory}  {kernel.name}")
+    lines = [
+        f"{kernel.architecture:7} {kernel.registers:4} registers {kernel.stack:4} B local "
+        f"{kernel.shared:6} B static shared  {kernel.name}"
+        for kernel in sorted(report)
+    ]
+    record_property("ptxas", "\n".join(lines))  # printed at the end of the run
     bad = [kernel for kernel in report if (kernel.stack or kernel.spilled) and not kernel.is_double]
     assert not bad, bad
 
