@@ -19,9 +19,10 @@ import own_code
 import peers
 import pytest
 import torch
-from fusing_helpers import assert_same_state, three_steps
+from fusing_helpers import assert_same_gradients, assert_same_state, three_steps
 from helpers import generator
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import densenet_ext as dx
 from densenet_ext.fusing.forwards import installed
@@ -141,6 +142,23 @@ def test_deepcopy(plain: Any, x: Tensor) -> None:
 def test_compile(plain: Any, x: Tensor) -> None:
     torch._dynamo.reset()
     checks.check_compile(plain, x, training=True)
+
+
+def test_batch_sizes(plain: Any, x: Tensor) -> None:
+    """The second batch size makes the compiled graph one for all."""
+    torch._dynamo.reset()
+    fused = checks.fused_copy(plain)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused, fullgraph=True, backend=counter)
+    for n in (3, 2, 5, 4):
+        batch = torch.cat([x, -x])[:n]
+        outs = compiled(batch), plain(batch)
+        torch.testing.assert_close(*outs)
+        for out in outs:
+            out.square().sum().backward()
+    assert counter.frame_count == 2
+    assert_same_gradients(fused, plain)
+    assert_same_state(fused, plain)
 
 
 def test_autocast(plain: Any, x: Tensor) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,11 +91,22 @@ def update_running_stats(
 _Moving = tuple[Norm, Tensor, Tensor, int | Tensor]  # norm, mean, variance, count
 
 
+class _Alike(NamedTuple):
+    """Norms that move by the same factors: one operation for all."""
+
+    momentum: float
+    unbiased: float
+    running_means: list[Tensor]
+    means: list[Tensor]
+    running_vars: list[Tensor]
+    vars: list[Tensor]
+
+
 def _move_once(moving: list[_Moving]) -> None:
     counters = [n.num_batches_tracked for n, *_ in moving if n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    alike: dict[tuple[float, float], list[list[Any]]] = defaultdict(lambda: [[], [], [], []])
+    alike: list[_Alike] = []
     for norm, mean, var, count in moving:
         if norm.running_mean is None or norm.running_var is None:
             continue
@@ -109,19 +119,23 @@ def _move_once(moving: list[_Moving]) -> None:
         else:
             unbiased = count / (count - 1) if count > 1 else float("nan")
         if norm.momentum is not None and norm.running_mean.dtype == norm.running_var.dtype == mean.dtype:
-            group = alike[norm.momentum, unbiased]
-            group[0].append(norm.running_mean)
-            group[1].append(mean)
-            group[2].append(norm.running_var)
-            group[3].append(var)
+            # compared, not hashed: under torch.compile a count may be a symbol, and a hash would fix its value
+            group = next((g for g in alike if g.momentum == norm.momentum and g.unbiased == unbiased), None)
+            if group is None:
+                group = _Alike(norm.momentum, unbiased, [], [], [], [])
+                alike.append(group)
+            group.running_means.append(norm.running_mean)
+            group.means.append(mean)
+            group.running_vars.append(norm.running_var)
+            group.vars.append(var)
         else:
             factor = _factor(norm, mean)
             _move_one(norm.running_mean, mean, factor)
             _move_one(norm.running_var, var * unbiased, factor)
-    for (momentum, unbiased), (running_means, batch_means, running_vars, batch_vars) in alike.items():
-        torch._foreach_mul_(running_means + running_vars, 1 - momentum)
-        torch._foreach_add_(running_means, batch_means, alpha=momentum)
-        torch._foreach_add_(running_vars, batch_vars, alpha=momentum * unbiased)
+    for group in alike:
+        torch._foreach_mul_(group.running_means + group.running_vars, 1 - group.momentum)
+        torch._foreach_add_(group.running_means, group.means, alpha=group.momentum)
+        torch._foreach_add_(group.running_vars, group.vars, alpha=group.momentum * group.unbiased)
 
 
 def _factor(norm: Norm, mean: Tensor) -> Tensor | float:
