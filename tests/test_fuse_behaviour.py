@@ -186,7 +186,9 @@ def _saved(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=["deepcopy", "pickle", "torch.save"]
+)
 def test_copies_are_fused_and_their_own(clone: Callable[[nn.Module], nn.Module]) -> None:
     model = dx.fuse(net(), save="features")
     twin = clone(model)
