@@ -7,7 +7,6 @@ that the kernels need no more than an offset.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,7 +19,6 @@ class Columns(NamedTuple):
     new: slice  # k
 
 
-@lru_cache(maxsize=256)
 def layer_columns(C: int, growth: tuple[int, ...], new_first: bool) -> list[Columns]:
     """Per layer, of a block that is given C features and whose layers add ``growth``."""
     C_total = C + sum(growth)
