@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fusing_helpers import assert_same_gradients, assert_same_state, three_steps
-from helpers import kept_for_backward
+from helpers import DEVICE, kept_for_backward
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -138,7 +138,7 @@ def check_autocast(plain: nn.Module, x: Tensor) -> None:
             model.get_submodule(name).register_forward_hook(
                 lambda module, args, out, found=found: found.append(out.dtype)
             )
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             outs.append(model(x))
         dtypes.append([*found, outs[-1].dtype])
         outs[-1].float().square().mean().backward()

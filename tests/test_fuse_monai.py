@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 from fusing_helpers import assert_same_state, rows, three_steps
+from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -30,7 +31,7 @@ def small(dims: int, seed: int = 0, **kwargs: Any) -> Any:
 
 def images(dims: int, n: int = 3) -> Tensor:
     size = (64, 32, 24)[dims - 1]
-    return torch.randn(n, 2, *[size] * dims, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 2, *[size] * dims, dtype=torch.float64, generator=generator(1))
 
 
 @pytest.mark.parametrize("dims", DIMS)

@@ -11,6 +11,7 @@ import peers
 import pytest
 import torch
 from fusing_helpers import assert_same_state, rows, three_steps
+from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -30,7 +31,7 @@ def blurred(seed: int = 0) -> Any:
 
 
 def images(n: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator(1))
 
 
 BUILD = {"usual": small, "deep": lambda: small(stem_type="deep"), "blur": blurred}

@@ -12,6 +12,7 @@ import peers
 import pytest
 import torch
 from fusing_helpers import assert_same_state, rows, three_steps
+from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
@@ -28,7 +29,7 @@ def small(seed: int = 0, **kwargs: Any) -> Any:
 
 
 def images(n: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(n, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1000
+    return torch.randn(n, 1, size, size, dtype=torch.float64, generator=generator(1)) * 1000
 
 
 def test_training() -> None:

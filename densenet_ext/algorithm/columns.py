@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -22,15 +21,6 @@ class Columns(NamedTuple):
 
 def layer_columns(C: int, growth: tuple[int, ...], new_first: bool) -> list[Columns]:
     """Per layer, of a block that is given C features and whose layers add ``growth``."""
-    if torch.compiler.is_compiling():  # Dynamo warns of a cache that it does not use
-        return _layer_columns(C, growth, new_first)
-    try:
-        return _remembered(C, growth, new_first)
-    except TypeError:  # a symbolic size cannot be hashed
-        return _layer_columns(C, growth, new_first)
-
-
-def _layer_columns(C: int, growth: tuple[int, ...], new_first: bool) -> list[Columns]:
     C_total = C + sum(growth)
     columns = []
     for k in growth:
@@ -40,9 +30,6 @@ def _layer_columns(C: int, growth: tuple[int, ...], new_first: bool) -> list[Col
             columns.append(Columns(slice(0, C), slice(C, C + k)))
         C += k
     return columns
-
-
-_remembered = lru_cache(maxsize=256)(_layer_columns)
 
 
 def within(rows: Tensor, columns: slice, origin: int) -> Tensor:
