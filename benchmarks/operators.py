@@ -72,7 +72,7 @@ def bytes_moved(operator: Any, arguments: Arguments) -> int:
     """The least that a call moves through memory: every argument once, what it adds to once more."""
     total = 0
     for argument in operator._schema.arguments:
-        value = arguments[argument.name]
+        value = arguments.get(argument.name)  # how it multiplies may be left out
         for tensor in value if isinstance(value, list) else [value]:
             if isinstance(tensor, Tensor):
                 total += tensor.numel() * tensor.element_size()
