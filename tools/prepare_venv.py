@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from build_backend import environment  # noqa: E402
 
-# Libraries whose models serve the tests, each with what importing these needs besides torch and the extra "dev". They
+# Libraries that serve the tests, each with what importing these needs besides torch and the extra "dev". They
 # are installed as they stand here, in the versions of constraints.txt, since some would bring a torch along.
 PEERS = {
     "torchvision": (),
@@ -31,6 +31,7 @@ PEERS = {
         *("imageio", "pandas", "python-dateutil", "scikit-image", "lazy-loader", "tifffile"),
         *("requests", "urllib3", "idna", "certifi"),
     ),
+    "onnxscript": ("onnx", "onnx-ir", "ml-dtypes", "protobuf"),
 }
 # Each release of torchvision belongs to one of torch.
 TORCHVISION = {"2.11": "0.26.0", "2.13": "0.28.0"}
