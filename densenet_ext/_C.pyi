@@ -1,5 +1,5 @@
 def build_facts() -> dict[str, str]:
-    """Strings: compiler, torch, cuda (empty without GPU kernels), cuda_architectures (separated by semicolons)."""
+    """Strings: compiler, torch, cuda (empty without GPU kernels, then why_no_cuda), cuda_architectures (by semicolons)."""
 
 def simd_level() -> str:
     """The SIMD level that the CPU kernels use now: "portable", "avx2" or "avx512"."""
@@ -9,3 +9,6 @@ def simd_levels() -> list[str]:
 
 def set_simd_level(name: str) -> None:
     """Choose the level; raises ValueError for one that is not in `simd_levels()`."""
+
+def why_no_kernel() -> str | None:
+    """Why the kernels do not run on the current GPU, or None when they do. Only in builds with GPU kernels."""
