@@ -1,5 +1,5 @@
 def build_facts() -> dict[str, str]:
-    """Strings: compiler, torch, cuda (empty without GPU kernels, then why_no_cuda), cuda_architectures (by semicolons)."""
+    """Strings: compiler, torch, cuda (empty without GPU kernels: why_no_cuda says why), cuda_architectures (by ";")."""
 
 def simd_level() -> str:
     """The SIMD level that the CPU kernels use now: "portable", "avx2" or "avx512"."""
