@@ -28,21 +28,13 @@ _KNOWN = frozenset(
 _BASES = (_BatchNorm, _ConvNd, nn.ReLU, *_AVG_POOL, *_MAX_POOL, *_GLOBAL_AVG_POOL, nn.Flatten, nn.Dropout)
 
 
-def unfusable(modules: Iterable[nn.Module]) -> str | None:
-    """Why these modules cannot be run without being called, in words, or None when they can.
-
-    The reasons: hooks of any kind (on a module, or on all modules), a parametrisation, a ``forward`` replaced on the
-    instance, a subclass of a known class (lazy and quantised modules), a weight that is no plain tensor.
-    """
-    for module in modules:
-        reason = obstacle(module)
-        if reason is not None:
-            return f"a {type(module).__name__} {reason}"
-    return hooks_on_all_modules()
-
-
 def obstacle(module: nn.Module) -> str | None:
-    """As :func:`unfusable` for one module, as a phrase that follows its name: "has a forward hook"."""
+    """Why ``module`` cannot be run without being called, as a phrase that follows its name: "has a forward hook"; or
+    None when it can.
+
+    The reasons: hooks of any kind, a parametrisation, a ``forward`` replaced on the instance, a subclass of a known
+    class (lazy and quantised modules), a weight that is no plain tensor.
+    """
     reason = hook_on(module)
     if reason is not None:
         return reason

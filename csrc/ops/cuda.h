@@ -46,7 +46,7 @@ class Cuda : public Place {
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
 
- protected:
+ private:
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only
   // behind the kernels that were launched by then.
   Tensor workspace(const char* name, size_t bytes) const {
@@ -57,8 +57,6 @@ class Cuda : public Place {
       STD_TORCH_CHECK(false, "CUDA out of memory. densenet_ext: ", name, " tried to allocate ", bytes, " bytes");
     }
   }
-
- private:
   static void check_launch(const char* name, cudaError_t error) {
     STD_TORCH_CHECK(error == cudaSuccess, "densenet_ext: ", name, ": CUDA error: ", cudaGetErrorString(error));
   }
