@@ -1,113 +1,51 @@
 """README.md and docs/: their Python runs as it stands there, and prints what the pages show.
 
-The blocks of a page run in order in one namespace. A block in ```text behind one in ```python is what that prints,
-warnings included; one in ```console holds a command line and what it prints. Outputs are compared where the compiled
-part computes. A block whose libraries are not installed is skipped. Three things stand for others: the look-alike for
-the efficient implementation's files, aot_eager for the default backend of torch.compile, which takes longer, and two
-processes on gloo for those of the page that is run by torchrun.
+The blocks of a page run in order in one namespace and one folder. A block in ```text behind one in ```python is what
+that prints, warnings included; one in ```console holds a command line and what it prints. Outputs are compared where
+the compiled part computes. A block whose libraries are not installed is skipped. Three things stand for others: the
+look-alike for the efficient implementation's files, aot_eager for the default backend of torch.compile, which takes
+longer, and two processes on gloo for those of the pages that are run by torchrun.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
-import importlib.util
-import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lookalikes
-import peers
 import pytest
 import torch
+from pages import (
+    PAGES,
+    ROOT,
+    STAND_INS,
+    Block,
+    assert_shown,
+    blocks,
+    page_named,
+    programs,
+    require,
+    run,
+    script,
+)
 
 from densenet_ext import kernels
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-UNDER_TORCHRUN = ROOT / "docs" / "many-processes.md"
-PEERS = {
-    "torchvision": peers.torchvision_densenet,
-    "timm": peers.timm_densenet,
-    "monai": peers.monai_densenet,
-    "torchxrayvision": peers.torchxrayvision_models,
-}
-STAND_INS = {"models": lookalikes}  # gpleiss/efficient_densenet_pytorch is a folder, not a package
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ONLY_UNDER_TORCHRUN = page_named("many-processes.md")
+UNDER_TORCHRUN = [ONLY_UNDER_TORCHRUN]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-
-
-class Block(NamedTuple):
-    """Code on a page, or a command line, and what the page says that it prints."""
-
-    page: Path
-    line: int
-    language: str
-    code: str
-    output: str | None
-
-    def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def blocks(page: Path, text: str | None = None) -> list[Block]:
-    text = page.read_text(encoding="utf-8") if text is None else text
-    found: list[Block] = []
-    end = 0
-    for fence in FENCE.finditer(text):
-        language, content = fence.groups()
-        line = text.count("\n", 0, fence.start(2)) + 1
-        if language == "python":
-            found.append(Block(page, line, language, content, None))
-        elif language == "console":
-            command, _, output = content.partition("\n")
-            found.append(Block(page, line, language, command.removeprefix("$ "), output))
-        elif language == "text":
-            assert found and not text[end : fence.start()].strip(), f"{page.name}:{line}: the output of which block?"
-            found[-1] = found[-1]._replace(output=content)
-        end = fence.end()
-    return found
-
-
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-
-
-def require(code: str) -> None:
-    """Skips the test unless what the code imports is installed."""
-    for node in ast.walk(ast.parse(code)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for name in (name.partition(".")[0] for name in names):
-            if name in PEERS:
-                PEERS[name]()
-            elif name not in STAND_INS and importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
-
-
-def run(block: Block, namespace: dict[str, Any]) -> str:
-    """What the block prints, and what Python warns of in its lines."""
-    require(block.code)
-    printed = io.StringIO()
-    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec", dont_inherit=True)
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        exec(code, namespace)
-    here = [w for w in warned if w.filename == str(block.page)]
-    return printed.getvalue() + "".join(f"{w.category.__name__}: {w.message}\n" for w in here)
-
-
-def assert_shown(block: Block, printed: str) -> None:
-    if kernels.backend("cpu") != "compiled":
-        return
-    assert (block.output or "") == printed, f"{block} prints\n{printed}"
+CODE = [block for page in PAGES if page != ONLY_UNDER_TORCHRUN for block in programs(page)]
+COMMANDS = [block for page in PAGES for block in blocks(page) if block.language == "console"]
+# What a script does before the page's first line, where torchvision's wheel belongs to another build of torch
+# and where compiling takes long.
+IMPORT_TORCHVISION = "from benchmarks import peers; peers.torchvision_densenet()"
+COMPILE_FAST = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')"
 
 
 @functools.cache
@@ -120,27 +58,57 @@ def run_once(block: Block) -> str:
     return run(block, namespace_of(block.page))
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each page has a folder for the files that it writes and reads."""
+    return tmp_path_factory.mktemp("pages")
+
+
 @pytest.fixture
-def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, module in STAND_INS.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.chdir(tmp_path)
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("surroundings")
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and b.page != UNDER_TORCHRUN], ids=str)
-def test_code(block: Block) -> None:
-    for earlier in BLOCKS[: BLOCKS.index(block)]:
-        if earlier.page == block.page and earlier.language == "python":
+def run_up_to(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the block prints in its page's folder, after the blocks above it."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    for earlier in CODE[: CODE.index(block)]:
+        if earlier.page == block.page:
             run_once(earlier)
-    assert_shown(block, run_once(block))
+    return run_once(block)
+
+
+@pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize("block", CODE, ids=str)
+def test_code(block: Block, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_shown(block, run_up_to(block, folders / block.page.stem, monkeypatch))
+
+
+def run_script(*arguments: str, folder: Path) -> None:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_what_is_served_needs_nothing_of_ours(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_named("compile-and-export.md")
+    (block,) = (block for block in CODE if block.page == page and 'torch.load("weights.pt")' in block.code)
+    run_up_to(block, folders / page.stem, monkeypatch)
+    without = "import sys, types; sys.modules['densenet_ext'] = types.ModuleType('densenet_ext')"
+    first_line = f"{without}; {IMPORT_TORCHVISION}; sys.modules['densenet_ext'] = None"
+    run_script("-c", script([block], first_line), folder=folders / page.stem)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "console"], ids=str)
+@pytest.mark.parametrize("block", COMMANDS, ids=str)
 def test_command_line(block: Block) -> None:
     runner = pytest.importorskip("typer.testing").CliRunner()
     from densenet_ext.cli import app
@@ -153,18 +121,18 @@ def test_command_line(block: Block) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-def test_code_under_torchrun(tmp_path: Path) -> None:
-    lines: list[str] = []
-    for block in (b for b in BLOCKS if b.page == UNDER_TORCHRUN and b.language == "python"):
+@pytest.mark.parametrize("page", UNDER_TORCHRUN, ids=lambda page: page.name)
+def test_code_under_torchrun(page: Path, tmp_path: Path) -> None:
+    code = programs(page)
+    for block in code:
         require(block.code)
-        lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
-    script = tmp_path / "page.py"  # with the page's line numbers
-    script.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
+    first_line = COMPILE_FAST
+    if any("import torchvision" in block.code for block in code):
+        first_line += f"; {IMPORT_TORCHVISION}"
+    file = tmp_path / "page.py"
+    file.write_text(script(code, first_line))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run_script(*torchrun, str(file), folder=tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
