@@ -24,6 +24,7 @@ PEERS = {
     "timm": peers.timm_densenet,
     "monai": peers.monai_densenet,
     "torchxrayvision": peers.torchxrayvision_models,
+    "pytorch_lightning": peers.lightning,
 }
 STAND_INS = {"models": lookalikes}  # gpleiss/efficient_densenet_pytorch is a folder, not a package
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""The libraries whose DenseNets are fused, for tests against the real thing; skips the test where one is missing."""
+"""The libraries whose DenseNets are fused or that train them, the real ones; skips the test where one is missing."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def monai_densenet() -> ModuleType:
 def torchxrayvision_models() -> ModuleType:
     """The module torchxrayvision.models."""
     return _peer("torchxrayvision.models")
+
+
+def lightning() -> ModuleType:
+    """The module pytorch_lightning, which imports torchvision."""
+    return _peer("pytorch_lightning")
 
 
 def _peer(name: str) -> ModuleType:

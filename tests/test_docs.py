@@ -38,7 +38,7 @@ from pages import (
 from densenet_ext import kernels
 
 ONLY_UNDER_TORCHRUN = page_named("many-processes.md")
-UNDER_TORCHRUN = [ONLY_UNDER_TORCHRUN]
+UNDER_TORCHRUN = [ONLY_UNDER_TORCHRUN, page_named("lightning.md")]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 CODE = [block for page in PAGES if page != ONLY_UNDER_TORCHRUN for block in programs(page)]
 COMMANDS = [block for page in PAGES for block in blocks(page) if block.language == "console"]

@@ -31,6 +31,7 @@ PEERS = {
         *("imageio", "pandas", "python-dateutil", "scikit-image", "lazy-loader", "tifffile"),
         *("requests", "urllib3", "idna", "certifi"),
     ),
+    "pytorch-lightning": ("lightning-utilities", "torchmetrics", "fsspec", "pyyaml"),
     "onnxscript": ("onnx", "onnx-ir", "ml-dtypes", "protobuf"),
 }
 # Each release of torchvision belongs to one of torch.
