@@ -4,7 +4,8 @@ The blocks of a page run in order in one namespace and one folder. A block in ``
 that prints, warnings included; one in ```console holds a command line and what it prints. Outputs are compared where
 the compiled part computes. A block whose libraries are not installed is skipped. Three things stand for others: the
 look-alike for the efficient implementation's files, aot_eager for the default backend of torch.compile, which takes
-longer, and two processes on gloo for those of the pages that are run by torchrun.
+longer, and two processes on gloo for those of the pages that are run by torchrun. The page on CUDA graphs has a test
+file of its own.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from pages import (
 
 from densenet_ext import kernels
 
-ONLY_UNDER_TORCHRUN = page_named("many-processes.md")
+ONLY_UNDER_TORCHRUN, ONLY_ON_GPUS = page_named("many-processes.md"), page_named("cuda-graphs.md")
 UNDER_TORCHRUN = [ONLY_UNDER_TORCHRUN, page_named("lightning.md")]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-CODE = [block for page in PAGES if page != ONLY_UNDER_TORCHRUN for block in programs(page)]
+CODE = [block for page in PAGES if page not in (ONLY_UNDER_TORCHRUN, ONLY_ON_GPUS) for block in programs(page)]
 COMMANDS = [block for page in PAGES for block in blocks(page) if block.language == "console"]
 # What a script does before the page's first line, where torchvision's wheel belongs to another build of torch
 # and where compiling takes long.
