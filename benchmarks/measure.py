@@ -1,26 +1,19 @@
-"""What a training step takes: seconds in interleaved rounds, bytes kept for the backward pass, peak memory.
+"""What a training step takes in time: seconds in interleaved rounds. Nothing here knows a network.
 
-Nothing here knows a network. Memory is counted by the allocator (the profiler's memory events), never by the size of
-the process: that hides what the C library keeps for later, and shows what earlier steps have left.
+What it takes in memory is counted by :mod:`densenet_ext.planning.measuring`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
-
-from densenet_ext.planning.counting import SavedBytes
 
 SLOW = 1.3
 SELDOM = 3
@@ -78,13 +71,6 @@ class Ratio(NamedTuple):
     median: float
     low: float
     high: float
-
-
-class Memory(NamedTuple):
-    """Bytes of one step, as the allocator counted them."""
-
-    kept: int  # still held when the forward pass is over: what the backward pass needs, and the loss
-    peak: int  # the most that was held at once, over what was held at the start
 
 
 def seconds(step: Callable[[], object], device: torch.device | None = None) -> float:
@@ -146,47 +132,3 @@ def ratio(theirs: Sequence[float | None], ours: Sequence[float | None]) -> Ratio
     if not pairs:
         raise ValueError("ratio: expected at least one round that ran both, got none")
     return Ratio(statistics.median(pairs), min(pairs), max(pairs))
-
-
-def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that ``forward``'s graph saves for its backward pass, each storage counted once.
-
-    ``leave_out`` names tensors that exist anyway (parameters, buffers, the input). Tensors that a
-    ``torch.utils.checkpoint`` region holds in its own way are not seen; :func:`allocations` sees them.
-    """
-    saved = SavedBytes(leave_out)
-    with saved:
-        forward()
-    return saved.total
-
-
-def allocations(forward: Callable[[], Any], rest: Callable[[Any], object]) -> Memory:
-    """Bytes of ``rest(forward())``: still held between the two, and the most held at once; over the start, CPU only."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function("benchmark_forward"):
-            value = forward()
-        rest(value)
-        del value
-    return memory_of(_trace(profiler))
-
-
-def memory_of(events: Sequence[Mapping[str, Any]]) -> Memory:
-    """The figures of :func:`allocations` from the events of a Chrome trace."""
-    end = next(event["ts"] + event["dur"] for event in events if event.get("name") == "benchmark_forward")
-    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
-    held = kept = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-        if event["ts"] <= end:
-            kept = held
-    return Memory(kept, peak)
-
-
-def _trace(profiler: profile) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return events

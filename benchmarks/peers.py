@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 
 import densenet_ext as dx
+from densenet_ext.training.data.vision import import_torchvision
+from densenet_ext.training.errors import UserError
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LEVELS = ("bottlenecks", "features")
@@ -23,7 +24,6 @@ PLAIN = "plain"  # the usual formulation, nothing recomputed: what memory is com
 COMPILED = "torch.compile"
 LOOK_ALIKE = "efficient (look-alike)"
 _LOOK_ALIKE_FILE = Path(__file__).parent.parent / "tests" / "lookalikes.py"
-_KEPT: list[Any] = []  # a Library withdraws what it declared when it is collected
 
 
 class Network(NamedTuple):
@@ -137,29 +137,14 @@ def peer(name: str) -> ModuleType:
 
     Known are torchvision.models.densenet, timm.models.densenet, monai.networks.nets.densenet, torchxrayvision.models.
     """
-    _import_torchvision()
+    try:
+        import_torchvision()
+    except UserError as error:
+        raise Unavailable("torchvision can't be imported") from error
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
         raise Unavailable(f"{name.partition('.')[0]} can't be imported") from error
-
-
-@functools.cache
-def _import_torchvision() -> None:
-    try:
-        importlib.import_module("torchvision")
-        return
-    except RuntimeError:
-        # The wheel's operators don't load on every build of torch, and the import asks for these two; the models don't.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-    except ImportError as error:
-        raise Unavailable("torchvision can't be imported") from error
-    for left_behind in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[left_behind]
-    importlib.import_module("torchvision")
 
 
 @functools.cache

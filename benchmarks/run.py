@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from benchmarks import measure, peers
 from benchmarks.peers import COMPILED, LAYOUTS, LEVELS, PLAIN, Contender, Network
+from densenet_ext.planning import measuring
 
 Say = Callable[[str], None]
 
@@ -45,9 +46,9 @@ class Prepared:
             if contender.how != COMPILED:
                 raise
             raise peers.Unavailable(peers.reason(error)) from error
-        self.memory = measure.allocations(forward, self.step.backward)
+        self.memory = measuring.allocations(forward, self.step.backward)
         known = [*model.parameters(), *model.buffers(), self.step.images, labels]
-        self.saved = measure.saved_bytes(forward, known)
+        self.saved = measuring.saved_bytes(forward, known)
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> None:
@@ -134,7 +135,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     facts = {} if device is None or device.type != "cuda" else _gpu(device)
     return {
         **facts,
-        "cpu": _cpu_model(),
+        "cpu": measuring.processor_name(),
         "simd": dx.build_info()["simd"],
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -158,15 +159,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -10,7 +10,7 @@ LEFT_OUT = {
     "test_emulation*.py": "executes the GPU kernels on the processor, without a GPU",
     "test_cuda_compiles.py": "compiles for several architectures; `make gpu` keeps ptxas' report of its own build",
     "test_build.py": "decisions of the build and errors of a machine without torch or compiler; no tensor is computed",
-    "test_train.py": "the command trains on the processor",
+    "test_train*.py": "the command line, its data and its pictures, on the processor",
     "test_benchmarks.py": "arithmetic of the benchmarks and their files, on the processor",
     "test_gpu_benchmarks.py": "the same; `make gpu` runs the benchmarks themselves",
     "test_docs.py": "the pages show what the processor computes",

@@ -31,7 +31,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """Code on a page, or a command line, and what the page says that it prints."""
+    """Code on a page, command lines, or one command line with what the page says that it prints."""
 
     page: Path
     line: int
@@ -54,7 +54,7 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
     for fence in FENCE.finditer(text):
         language, content = fence.groups()
         line = text.count("\n", 0, fence.start(2)) + 1
-        if language == "python":
+        if language in ("python", "sh"):
             found.append(Block(page, line, language, content, None))
         elif language == "console":
             command, _, output = content.partition("\n")

@@ -4,8 +4,8 @@ The blocks of a page run in order in one namespace and one folder. A block in ``
 that prints, warnings included; one in ```console holds a command line and what it prints. Outputs are compared where
 the compiled part computes. A block whose libraries are not installed is skipped. Three things stand for others: the
 look-alike for the efficient implementation's files, aot_eager for the default backend of torch.compile, which takes
-longer, and two processes on gloo for those of the pages that are run by torchrun. The page on CUDA graphs has a test
-file of its own.
+longer, and two processes on gloo for those of the pages that are run by torchrun. The page on CUDA graphs and
+the commands in ```sh have test files of their own.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ from pages import (
 from densenet_ext import kernels
 
 ONLY_UNDER_TORCHRUN, ONLY_ON_GPUS = page_named("many-processes.md"), page_named("cuda-graphs.md")
+WITH_COMMANDS = page_named("command-line.md")
 UNDER_TORCHRUN = [ONLY_UNDER_TORCHRUN, page_named("lightning.md")]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-CODE = [block for page in PAGES if page not in (ONLY_UNDER_TORCHRUN, ONLY_ON_GPUS) for block in programs(page)]
+ELSEWHERE = (ONLY_UNDER_TORCHRUN, ONLY_ON_GPUS, WITH_COMMANDS)
+CODE = [block for page in PAGES if page not in ELSEWHERE for block in programs(page)]
 COMMANDS = [block for page in PAGES for block in blocks(page) if block.language == "console"]
 # What a script does before the page's first line, where torchvision's wheel belongs to another build of torch
 # and where compiling takes long.
@@ -103,8 +105,11 @@ def test_what_is_served_needs_nothing_of_ours(folders: Path, monkeypatch: pytest
     page = page_named("compile-and-export.md")
     (block,) = (block for block in CODE if block.page == page and 'torch.load("weights.pt")' in block.code)
     run_up_to(block, folders / page.stem, monkeypatch)
-    without = "import sys, types; sys.modules['densenet_ext'] = types.ModuleType('densenet_ext')"
-    first_line = f"{without}; {IMPORT_TORCHVISION}; sys.modules['densenet_ext'] = None"
+    # The helper that imports torchvision is ours: it is found in an empty package, which loads no operators, and goes.
+    empty = f"ours = types.ModuleType('densenet_ext'); ours.__path__ = [{str(ROOT / 'densenet_ext')!r}]"
+    gone = "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('densenet_ext')]"
+    before = f"import sys, types; {empty}; sys.modules['densenet_ext'] = ours; {IMPORT_TORCHVISION}; {gone}"
+    first_line = f"{before}; sys.modules['densenet_ext'] = None"
     run_script("-c", script([block], first_line), folder=folders / page.stem)
 
 

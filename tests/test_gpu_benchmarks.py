@@ -318,20 +318,21 @@ def test_the_table_of_operators_adds_up_their_shapes(measured: dict[str, Any]) -
     assert gpu_table._operator("x", rows, 2e12) == ["`x`", "3", "4.000", "1500", "75%", "50% to 100%", "500.0"]
 
 
-def test_readme_shows_a_gpu_only_when_there_are_results(tmp_path: Path, measured: dict[str, Any]) -> None:
+def test_the_page_shows_a_gpu_only_when_there_are_results(tmp_path: Path, measured: dict[str, Any]) -> None:
     files = [tmp_path / path.name for path in table.GPU_RESULTS]
     assert [path.name for path in files] == ["gpu-networks.json", "gpu-kernels.json"]
     assert table.of_gpu(files) == {}
     files[0].write_text(json.dumps(network_results()))
     tables = table.of_gpu(files)
     assert list(tables) == ["gpu-networks"]
-    runs = table.load(table.RESULTS)
-    empty = "".join(f"<!-- benchmarks:{name} --><!-- /benchmarks:{name} -->" for name in table.RENDERERS)
-    assert table.rewrite(empty, runs, {}) == table.rewrite(empty, runs)
+    page, opening, closing = "docs/measured.md", "<!-- benchmarks:gpu-networks -->", "<!-- /benchmarks:gpu-networks -->"
+    empty = f"{opening}\n{closing}"
+    shown = table.rewrite(page, empty, tables)
+    assert shown == f"{opening}\n{tables['gpu-networks']}\n{closing}"
+    assert table.rewrite(page, shown, {}) == empty
+    assert table.rewrite(page, "words", {}) == "words"
     with pytest.raises(ValueError, match="benchmarks:gpu-networks"):
-        table.rewrite(empty, runs, tables)
-    marked = f"{empty}<!-- benchmarks:gpu-networks --><!-- /benchmarks:gpu-networks -->"
-    assert tables["gpu-networks"] in table.rewrite(marked, runs, tables)
+        table.rewrite(page, "words", tables)
     files[1].write_text("{}")
     with pytest.raises(ValueError, match=r"gpu-kernels\.json: expected a results file"):
         table.of_gpu(files)

@@ -1,7 +1,10 @@
+"""`densenet-ext train` on the digits: what it leaves behind, what it prints, what it refuses."""
+
 from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import re
 import subprocess
@@ -14,86 +17,156 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
 
+from training_runs import MEASURED, TINY, checkpoint, differences, environment, run
 from typer.testing import CliRunner
 
 import densenet_ext as dx
 from densenet_ext.cli import app
-from densenet_ext.training import (
-    CheckpointError,
-    Settings,
-    checkpoint,
-    load_checkpoint,
-    load_digits,
-    loop,
-    save_checkpoint,
-    train,
-)
-from densenet_ext.training import data as data_module
-
-SMALL = Settings(epochs=2, batch_size=128, depth=10, growth_rate=4)
+from densenet_ext.training import files, learner, networks
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.loop import best_of
+from densenet_ext.training.metrics import Epoch, Sums
+from densenet_ext.training.progress import Progress
 
 
-@pytest.fixture(scope="module")
-def digits():
-    split = load_digits()
-    return data_module.Split(split.images[:256], split.labels[:256], split.held_out_images, split.held_out_labels)
-
-
-@pytest.fixture
-def few_digits(monkeypatch, digits):
-    monkeypatch.setattr("densenet_ext.training.load_digits", lambda: digits)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
-
-
-def text(result) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m|[│\s]+", " ", result.output)
-
-
-def test_a_small_run_leaves_metrics_and_a_checkpoint(tmp_path, few_digits):
+def test_a_run_leaves_options_metrics_and_checkpoints(tmp_path):
     out = tmp_path / "new" / "folder"
-    result = run("--epochs", 2, "--batch-size", 128, "--depth", 10, "--growth-rate", 4, "--out", out)
-    assert result.exit_code == 0, result.output
-    assert "held-out accuracy" in text(result) and "img/s" in text(result)
-    assert "loss=" in text(result) and "error=" in text(result)
+    ended = run("train", *TINY, "--epochs", 2, "--seed", 3, "--out", out)
+    assert ended.code == 0, ended.output
+    assert "1293 to train on, 144 for validation, 360 for the test" in ended.text
+    assert "epoch 2/2: lr 0.01, loss" in ended.text and "images/s" in ended.text and "MiB" in ended.text
     rows = list(csv.DictReader((out / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert set(rows[0]) == {
-        "epoch",
-        "lr",
-        "loss",
-        "error",
-        "held_out_loss",
-        "held_out_error",
-        "images_per_s",
-        "seconds",
-    }
+    assert [row["epoch"] for row in rows] == ["1", "2"] and [*rows[0]][:6] == list(MEASURED)
     assert float(rows[1]["loss"]) < float(rows[0]["loss"])
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert state["metrics"]["epoch"] == 2 and state["settings"]["depth"] == 10
+    kept = json.loads((out / "options.json").read_text())
+    assert kept["options"]["seed"] == 3 and kept["options"]["weight_decay"] == 1e-4
+    assert kept["versions"]["torch"] == torch.__version__
+    state = checkpoint(out)
     model = dx.densenet_bc(10, 4, num_classes=10, in_channels=1)
     model.load_state_dict(state["model"])
-    assert os.listdir(out) and not [name for name in os.listdir(out) if name.endswith(".tmp")]
+    test = json.loads((out / "result.json").read_text())["test"]
+    assert f"test accuracy {100 - test['error']:.2f} % ({test['wrong']} of 360 wrong)" in ended.text
+    assert {"curves.png", "reuse.png", "tensorboard"} < set(os.listdir(out))
+    best = best_of([Epoch(**row) for row in state["history"]])
+    assert checkpoint(out, "best.pt")["history"][-1]["epoch"] == best.epoch
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
 
 
-def test_a_run_is_repeatable(tmp_path, digits):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-        train(SMALL, digits, folder, show_progress=False)
-    a, b = (load_checkpoint(folder / "checkpoint.pt")["model"] for folder in folders)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_tensorboard_has_a_point_for_every_epoch(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path / "run").code == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    history = checkpoint(tmp_path / "run")["history"]
+    for tag, name in (("loss/training", "loss"), ("error/validation", "validation_error"), ("lr", "lr")):
+        points = [(point.step, pytest.approx(point.value)) for point in events.Scalars(tag)]
+        assert points == [(row["epoch"], row[name]) for row in history]
 
 
-def test_checkpoints_hold_the_weights_that_were_measured(tmp_path, digits):
-    history = train(SMALL, digits, tmp_path, show_progress=False)
-    state = load_checkpoint(tmp_path / "checkpoint.pt")
-    model = loop.build(Settings(**state["settings"]), digits)
-    model.load_state_dict(state["model"])
-    loss, error = loop.evaluate(model, digits.held_out_images, digits.held_out_labels)
-    assert (loss, error) == (history[-1].held_out_loss, history[-1].held_out_error)
+def test_a_run_is_repeatable_and_the_seed_matters(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run("train", *TINY, "--epochs", 1, "--seed", seed, "--out", tmp_path / name).code == 0
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert "model.classifier.weight" in differences(tmp_path / "a", tmp_path / "c")
+
+
+def test_fused_and_unfused_runs_agree_up_to_rounding(tmp_path):
+    pairs = {}
+    for name, option in (("fused", "--fused"), ("unfused", "--no-fused")):
+        ended = run("train", *TINY, "--epochs", 1, "--lr", 0.01, option, "--out", tmp_path / name)
+        assert ended.code == 0 and (", fused, on" if name == "fused" else "in the usual formulation") in ended.text
+        pairs[name] = checkpoint(tmp_path / name)
+    for name, value in pairs["unfused"]["model"].items():
+        torch.testing.assert_close(pairs["fused"]["model"][name], value, rtol=1e-3, atol=1e-4)
+    assert differences(tmp_path / "fused", tmp_path / "unfused"), "the same code ran twice"
+
+
+def test_without_out_every_run_has_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("train", *TINY, "--epochs", 1).code == 0
+    assert sorted(os.listdir("runs")) == ["digits", "digits-2"]
+
+
+def test_a_folder_with_a_run_is_never_overwritten(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").code == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    ended = run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run")
+    assert ended.code == 2 and "holds a run already: --resume goes on with it" in ended.text
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path, amp):
+    ended = run("train", *TINY, "--epochs", 2, "--amp", amp, "--out", tmp_path)
+    assert ended.code == 0, ended.output
+    history = checkpoint(tmp_path)["history"]
+    assert history[1]["loss"] < history[0]["loss"]
+    assert checkpoint(tmp_path)["model"]["classifier.weight"].dtype == torch.float32
+
+
+def test_without_validation_images_there_is_no_best_epoch(tmp_path):
+    ended = run("train", *TINY, "--epochs", 1, "--validation", 0, "--out", tmp_path)
+    assert ended.code == 0 and "1437 to train on, 360 for the test" in ended.text
+    assert not (tmp_path / "best.pt").exists() and checkpoint(tmp_path)["history"][0]["validation_error"] is None
+    assert next(csv.DictReader((tmp_path / "metrics.csv").open()))["validation_error"] == ""
+
+
+def test_the_learning_rate_is_that_of_the_paper():
+    assert [learner.factor(epoch, 8) for epoch in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [learner.factor(epoch, 1) for epoch in range(1)] == [1]
+
+
+def test_options_of_the_optimizer_are_those_of_the_paper(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path).code == 0
+    (group,) = checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert {name: group[name] for name in ("momentum", "nesterov", "weight_decay", "initial_lr")} == {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "initial_lr": 0.1,
+    }
+
+
+# ---- networks by name ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*networks.BUILDERS, "densenet_bc:16,8"])
+def test_every_builder_has_a_name(name):
+    with torch.device("meta"):
+        model = networks.build(name, classes=7, channels=2, save="features")
+    assert model.classifier.out_features == 7 and model.features.conv0.in_channels == 2 and model.save == "features"
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_networks_of_other_libraries_are_fused(library):
+    import peers
+
+    peers.timm_densenet() if library == "timm" else peers.torchvision_densenet()
+    for fused in (True, False):
+        model = networks.build(f"{library}:densenet121", classes=7, channels=3, save="features", fused=fused)
+        rows = [row for row in dx.report(model) if row.kind == "dense block"]
+        assert len(rows) == 4 and all(row.fused == fused for row in rows)
+        assert not fused or {row.save for row in rows} == {"features"}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("timm:densenet0", "timm has no model 'densenet0'; its DenseNets: densenet121"),
+        ("timm:resnet18", "has no dense blocks"),
+        ("torchvision:densenet0", "torchvision has no model 'densenet0'; its DenseNets: densenet121"),
+    ],
+)
+def test_unknown_networks_of_other_libraries_are_refused(name, message):
+    import peers
+
+    peers.timm_densenet() if name.startswith("timm") else peers.torchvision_densenet()
+    with pytest.raises(UserError, match=message):
+        networks.build(name, classes=7, channels=3, save="features")
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,44 +178,107 @@ def test_checkpoints_hold_the_weights_that_were_measured(tmp_path, digits):
         ("--batch-size", "1.5"),
         ("--lr", "0"),
         ("--lr", "fast"),
-        ("--seed", str(2**64)),
         ("--lr", "nan"),
-        ("--save", "everything"),
         ("--seed", "-1"),
-        ("--depth", "41"),
-        ("--depth", "4"),
-        ("--growth-rate", "0"),
+        ("--seed", str(2**64)),
+        ("--save", "everything"),
+        ("--data", "mnist"),
+        ("--model", "resnet50"),
+        ("--model", "densenet_bc:41,12"),
+        ("--model", "densenet_bc:40"),
+        ("--model", "timm:"),
+        ("--amp", "fp8"),
+        ("--validation", "1"),
+        ("--validation", "-0.1"),
+        ("--workers", "-1"),
+        ("--on-corrupt", "repair"),
     ],
 )
 def test_wrong_options_are_named_with_exit_code_2(option, value, tmp_path):
-    result = run(option, value, "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert re.search(f"Invalid value for '{option}'.*{value}", text(result))
+    ended = run("train", option, value, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert re.search(f"Invalid value for '{option}'.*{re.escape(value)}", ended.text), ended.text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--batch-size", 1294), "--batch-size: expected .*1293.*, got 1294"),
+        (("--device", "tpu9"), "--device: expected a device of this machine, got 'tpu9'"),
+        (("--model", "densenet121"), "--model: densenet121 does not take images of 1 x 16 x 16"),
+        (("--fsdp",), "--fsdp: expected several processes: torchrun"),
+        (("--resume",), "--resume: name the folder of the run"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = run("train", *arguments)
+    assert ended.code == 2 and re.search(message, ended.text), ended.text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_images_of_one_channel_are_refused_by_torchvisions_networks(tmp_path):
+    import peers
+
+    peers.torchvision_densenet()
+    ended = run("train", "--model", "torchvision:densenet121", "--out", tmp_path / "run")
+    assert ended.code == 2 and "takes images of 3 channels, these have 1" in ended.text
 
 
 def test_a_file_where_the_folder_should_be_is_named_with_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        result = run("--out", out)
-        assert result.exit_code == 2 and "Invalid value for '--out'" in text(result)
+        ended = run("train", *TINY, "--out", out)
+        assert ended.code == 2 and "--out: expected a folder to write into" in ended.text
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_a_folder_without_permission_is_named_with_exit_code_2(tmp_path):
     tmp_path.chmod(0o500)
-    result = run("--out", tmp_path)
-    assert result.exit_code == 2 and "Invalid value for '--out'" in text(result)
+    ended = run("train", *TINY, "--out", tmp_path)
+    assert ended.code == 2 and "--out: expected a folder to write into" in ended.text
 
 
 def test_unknown_options_and_commands_end_with_exit_code_2():
-    assert run("--colour", "red").exit_code == 2
+    assert run("train", "--colour", "red").code == 2
     assert CliRunner().invoke(app, ["draw"]).exit_code == 2
 
 
 def test_python_m_runs_the_command_line():
     done = subprocess.run([sys.executable, "-m", "densenet_ext", "train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--batch-size" in done.stdout
+
+
+def test_a_missing_library_is_named():
+    code = "import sys; sys.modules['tqdm'] = None; sys.argv = ['', 'train']; from densenet_ext.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1 and "this needs tqdm: pip install 'densenet_ext[train]'" in done.stderr
+
+
+# ---- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_ends_the_run_where_it_appears(tmp_path):
+    ended = run("train", *TINY, "--lr", "1e30", "--epochs", 1, "--out", tmp_path)
+    assert ended.code == 1
+    assert re.search(r"Error: the loss is nan in epoch 1, step \d of 6; no epoch was complete", ended.text), ended.text
+    assert "Try a smaller --lr" in ended.text and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
+    end_epoch = learner.Learner.end_epoch
+
+    def spoil(self):
+        end_epoch(self)
+        with torch.no_grad():
+            self.network.classifier.bias[0] = float("inf")
+
+    monkeypatch.setattr(learner.Learner, "end_epoch", spoil)  # after the check of epoch 1, before that of epoch 2
+    ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path)
+    assert ended.code == 1 and re.search(
+        r"loss is nan in epoch 2, step 1 of 6; .*checkpoint.pt keeps epoch 1", ended.text
+    )
 
 
 class FullDisk:
@@ -158,90 +294,64 @@ class FullDisk:
         self._file.close()
 
     def write(self, data):
-        self._file.write(data[:100])
+        self._file.write(bytes(data[:100]))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint({"model": {"w": torch.ones(1000)}}, path)
-    good = path.read_bytes()
-    monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
-    message = "cannot write the checkpoint .*checkpoint.pt .*No space left on device; the last good checkpoint is still"
-    with pytest.raises(CheckpointError, match=message):
-        save_checkpoint({"model": {"w": torch.zeros(1000)}}, path)
-    assert path.read_bytes() == good and os.listdir(tmp_path) == ["checkpoint.pt"]
-    with pytest.raises(CheckpointError, match="nothing was written"):
-        save_checkpoint({"model": {}}, tmp_path / "other.pt")
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    end_epoch = learner.Learner.end_epoch
+
+    def fill(self):
+        end_epoch(self)
+        if self.steps == 12:
+            monkeypatch.setattr(files, "open", FullDisk, raising=False)
+
+    monkeypatch.setattr(learner.Learner, "end_epoch", fill)
+    ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "full")
+    assert ended.code == 1 and "Error: cannot write the checkpoint" in ended.text
+    assert "No space left on device; the last good checkpoint is still there" in ended.text
+    monkeypatch.undo()
+    assert len(checkpoint(tmp_path / "full")["history"]) == 1
+    assert run("train", "--resume", "--out", tmp_path / "full").code == 0
+    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "full", tmp_path / "whole") == []
 
 
-def test_a_full_disk_ends_the_run_with_a_message(tmp_path, monkeypatch, few_digits):
-    monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
-    result = run("--epochs", 2, "--batch-size", 128, "--depth", 10, "--growth-rate", 4, "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "Error: cannot write the checkpoint" in text(result) and "No space left on device" in text(result)
-    assert "Traceback" not in text(result)
+# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_under_the_metrics_is_a_message(tmp_path, few_digits):
-    (tmp_path / "metrics.csv").symlink_to("/dev/full")
-    result = run("--epochs", 1, "--batch-size", 128, "--depth", 10, "--growth-rate", 4, "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "Error: cannot write the metrics" in text(result) and "No space left on device" in text(result)
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
 
 
-def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint({"model": {}}, tmp_path / "checkpoint.pt")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(None, "No such file"), (b"PK\x03\x04 half a file", "expected one of train"), ({"epoch": 3}, "holds no model")],
-)
-def test_other_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "checkpoint.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(CheckpointError, match=f"cannot read the checkpoint .*checkpoint.pt: .*{message}"):
-        load_checkpoint(path)
+def test_a_terminal_sees_a_bar_with_loss_error_rate_memory_and_time_left(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=True)
+    progress._bar.mininterval = 0
+    progress.step(1, 40, Sums(loss=20.0, wrong=10, images=40))
+    progress.close()
+    assert "epoch 1/2" in stream.text and "40/200" in stream.text and "images/s" in stream.text
+    for value in ("loss=0.500", "error=25.00 %", "memory="):
+        assert value in stream.text
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, few_digits):
-    result = run("--lr", "1e30", "--epochs", 1, "--depth", 10, "--growth-rate", 4, "--out", tmp_path)
-    assert result.exit_code == 1 and "try a smaller --lr" in text(result)
-
-
-def test_digits_are_split_once_and_for_all():
-    first, second = load_digits(), load_digits()
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert first.images.shape == (1437, 1, 16, 16) and first.held_out_images.shape == (360, 1, 16, 16)
-    assert abs(first.images.mean()) < 1e-5 and abs(first.images.std() - 1) < 1e-5
-    everything = torch.cat([first.images, first.held_out_images]).flatten(1)
-    assert len(everything.unique(dim=0)) == 1797  # no image is on both sides
-
-
-def test_shifts_move_by_one_pixel_at_most():
-    images = torch.zeros(200, 2, 5, 6)
-    images[:, :, 2, 3] = 1
-    moved = data_module.shifted(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape and torch.equal(moved.sum((2, 3)), torch.ones(200, 2))
-    places = moved[:, 0].flatten(1).argmax(1)
-    assert set(places.tolist()) == {6 * (2 + dy) + 3 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-    assert torch.equal(moved[:, 0], moved[:, 1])
-
-
-def test_an_epoch_has_every_image_once():
-    images, labels = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 3, 3), torch.arange(10)
-    seen = list(data_module.batches(images, labels, 4, torch.Generator().manual_seed(0)))
-    assert [len(y) for _, y in seen] == [4, 4, 2]
-    assert sorted(torch.cat([y for _, y in seen]).tolist()) == list(range(10))
-    assert all(torch.equal(x[:, 0, 1, 1].long(), y) for x, y in seen)
+def test_elsewhere_long_epochs_print_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr("densenet_ext.training.progress.SECONDS_BETWEEN_LINES", -1.0)
+    progress = Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=True)
+    progress.step(1, 40, Sums(loss=20.0, wrong=10, images=40))
+    assert "epoch 1/2, 40 of 100 images: loss 0.5000, error 25.00 %," in capsys.readouterr().out
+    Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=False).line("nothing")
+    assert capsys.readouterr().out == ""

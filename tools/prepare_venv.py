@@ -14,6 +14,7 @@ import site
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from build_backend import environment  # noqa: E402
 
-# Libraries that serve the tests, each with what importing these needs besides torch and the extra "dev". They
-# are installed as they stand here, in the versions of constraints.txt, since some would bring a torch along.
+# Libraries beside those of the extras (torchvision for both, the others for "dev"), each with what importing it needs
+# besides torch and the extra. They are installed as they stand here, in the versions of constraints.txt, since some
+# would bring a torch along.
 PEERS = {
     "torchvision": (),
     "timm": (),
@@ -34,8 +36,6 @@ PEERS = {
     "pytorch-lightning": ("lightning-utilities", "torchmetrics", "fsspec", "pyyaml"),
     "onnxscript": ("onnx", "onnx-ir", "ml-dtypes", "protobuf"),
 }
-# Each release of torchvision belongs to one of torch.
-TORCHVISION = {"2.11": "0.26.0", "2.13": "0.28.0"}
 
 
 def usable_torch(python: str) -> bool:
@@ -104,8 +104,8 @@ def install(extra: str) -> None:
             if absent:
                 raise SystemExit(f"could not be installed, see pip's message above: {', '.join(absent)}")
             print("not installed; going on with what is there: " + ", ".join(f"{n} {installed(n)}" for n in missing))
+    install_peers(PEERS if extra == "dev" else ["torchvision"])
     if extra == "dev":
-        install_peers()
         for command in ("ruff", "clang-format"):
             link_command(command)
     print("building densenet_ext")
@@ -113,16 +113,19 @@ def install(extra: str) -> None:
         raise SystemExit("densenet_ext could not be built; see the message above.")
 
 
-def install_peers() -> None:
-    """Optional: the tests that compare with a library's models skip themselves without it."""
-    release = ".".join((environment.torch_version() or "").split(".")[:2])
-    pins = {**pinned(), "torchvision": TORCHVISION.get(release, "")}
-    for library, needed in PEERS.items():
-        missing = [name for name in (library, *needed) if installed(name) is None]
-        if library in missing and not pins[library]:
-            print(f"no {library} is known for torch {release}: the tests that need it will skip")
-        elif missing and not pip("--no-deps", *(f"{name}=={pins[name]}" for name in missing)):
-            print(f"{library} could not be installed: the tests that need it will skip")
+def install_peers(libraries: Iterable[str]) -> None:
+    """Optional: the tests that need one of `libraries` skip themselves without it, and training says what it needs."""
+    pins = {**pinned(), "torchvision": torchvision_release(environment.torch_version() or "")}
+    for library in libraries:
+        missing = [name for name in (library, *PEERS[library]) if installed(name) is None]
+        if missing and not pip("--no-deps", *(f"{name}=={pins[name]}" for name in missing)):
+            print(f"{library} could not be installed: going on without it")
+
+
+def torchvision_release(torch: str) -> str:
+    """The torchvision that belongs to a release of torch: 0.28.0 to 2.13.0, and so on in step."""
+    minor, patch = re.findall(r"\d+", torch)[1:3]
+    return f"0.{int(minor) + 15}.{patch}"
 
 
 def link_command(name: str) -> None:

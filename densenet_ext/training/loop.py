@@ -1,158 +1,234 @@
-"""The training loop: SGD with a cosine schedule, a progress bar, metrics as CSV, a checkpoint per epoch."""
+"""The loop over epochs: steps, validation, metrics, checkpoints, and going on where a run has stopped.
+
+What a run computes at a place (epoch, step) follows from its options and from its state there, never from how it came
+there: the order of the images and what is drawn at random are functions of the seed and the place. So a run that was
+stopped or killed and then resumed ends with the same numbers as one that was not.
+"""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import math
+import signal
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from densenet_ext.models import DenseNet, densenet_bc
-from densenet_ext.training.checkpoint import save_checkpoint
-from densenet_ext.training.data import Split, batches
+from densenet_ext.training import metrics
+from densenet_ext.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from densenet_ext.training.data.datasets import Data
+from densenet_ext.training.data.loading import Batches
+from densenet_ext.training.errors import LossError, UserError
+from densenet_ext.training.interruption import Interrupted, Interruption
+from densenet_ext.training.learner import Learner
+from densenet_ext.training.metrics import Epoch, Sums
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
+from densenet_ext.training.progress import Progress, peak_memory
 
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.csv"
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says where and why."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of; stands in its checkpoint."""
-
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    save: str = "bottlenecks"
-    seed: int = 0
-    depth: int = 22
-    growth_rate: int = 12
+# On a GPU the host reads the losses of so many steps at once: reading waits for the GPU.
+_READ_EVERY = 16
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One line of the metrics: losses are cross-entropies, errors are percent."""
+class Result:
+    """What a run has come to."""
 
-    epoch: int
-    lr: float
-    loss: float
-    error: float
-    held_out_loss: float
-    held_out_error: float
-    images_per_s: float
-    seconds: float
+    history: list[Epoch]
+    best: Epoch | None  # with the smallest validation error; None without validation images
+    test: Sums | None  # of the last weights; None without test images
 
 
-def build(settings: Settings, split: Split) -> DenseNet:
-    """The DenseNet-BC of ``settings`` for the images and labels of ``split``."""
-    classes = int(split.labels.max()) + 1
-    channels = split.images.shape[1]
-    return densenet_bc(
-        settings.depth, settings.growth_rate, num_classes=classes, in_channels=channels, save=settings.save
-    )
+class Run:
+    """The training of ``learner`` on ``data``, whose state is kept in ``folder``, which has to exist."""
 
+    def __init__(self, learner: Learner, data: Data, folder: Path, shown: bool = True) -> None:
+        self.learner, self.data, self.folder = learner, data, folder
+        self.options: Options = learner.options
+        self.processes: Processes = learner.processes
+        self.history: list[Epoch] = []
+        self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch so far
+        self._shown = shown and self.processes.is_first
+        self._train = self._batches("train", shuffle=True)
+        self._validation = self._batches("validation") if data.validation is not None else None
+        self._test = self._batches("test") if data.test is not None else None
 
-def train(settings: Settings, split: Split, folder: Path, show_progress: bool = True) -> list[Epoch]:
-    """Trains on ``split`` and leaves metrics.csv and checkpoint.pt in ``folder``, which has to exist.
+    def resume(self) -> None:
+        """Takes the state that the folder keeps. Raises UserError when there is none, or it is another network's."""
+        path = self.folder / LAST
+        state = load_checkpoint(path)
+        try:
+            self._check_images(state["data"])
+            self.learner.load_state(state)
+            self.history = [_epoch_of(row) for row in state["history"]]
+            self._sums, self._step, self._seconds = Sums(**state["sums"]), state["step"], state["seconds"]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"cannot read the checkpoint {path}: expected one of train, and it lacks {error}"
+            ) from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
-    Returns the metrics of every epoch. Raises TrainingError when the loss is no number any more or the metrics can't be
-    written, CheckpointError when a checkpoint can't.
-    """
-    run = _Run(settings, split)
-    history: list[Epoch] = []
-    metrics = folder / METRICS
-    _write_row(metrics, "w", list(Epoch.__dataclass_fields__))
-    with tqdm(total=settings.epochs * len(split.labels), unit="img", disable=not show_progress) as bar:
-        for number in range(1, settings.epochs + 1):
-            bar.set_description(f"epoch {number}/{settings.epochs}")
-            epoch = run.epoch(number, bar)
-            history.append(epoch)
-            save_checkpoint(run.state(epoch), folder / CHECKPOINT)
-            _write_row(metrics, "a", [_shortened(value) for value in asdict(epoch).values()])
-    return history
+    def _check_images(self, there: dict[str, list[Any]]) -> None:
+        here = self._fingerprint()
+        if here != there:
+            then, now = (", ".join(f"{name} {part[0]}" for name, part in parts.items()) for parts in (there, here))
+            words = "the images or their labels are not those that the run was started with"
+            raise UserError(f"{words}: {then} there, {now} here")
 
+    def train(self) -> Result:
+        """Trains to the last epoch and measures on the test images.
 
-class _Run:
-    """What changes while a network learns."""
+        Raises LossError when the loss is no number any more (the last good checkpoint stays), TrainingError when a file
+        can't be written or a worker dies, Interrupted after Ctrl-C or SIGTERM, with the state saved.
+        """
+        images = sum(self._train.count(step) for step in range(len(self._train)))
+        done = len(self.history) * images + self._sums.images
+        progress = Progress(self.options.epochs, images, done, self.learner.device, self._shown)
+        board = metrics.TensorBoard(self.folder, self.history) if self.processes.is_first else None
+        try:
+            with Interruption() as interruption:
+                while len(self.history) < self.options.epochs:
+                    row = self._epoch(progress, interruption)
+                    progress.epoch(row)
+                    if board is not None:
+                        board.add(row)
+            test = None if self._test is None else self.learner.evaluate(self._test.epoch(0))
+        finally:
+            progress.close()
+            if board is not None:
+                board.close()
+            for batches in (self._train, self._validation, self._test):
+                if batches is not None:
+                    batches.close()
+        return Result(self.history, best_of(self.history), test)
 
-    def __init__(self, settings: Settings, split: Split) -> None:
-        torch.manual_seed(settings.seed)
-        self.settings, self.split = settings, split
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.model = build(settings, split)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+    def _epoch(self, progress: Progress, interruption: Interruption) -> Epoch:
+        """The rest of the current epoch, with the checkpoint at its end."""
+        start = time.perf_counter() - self._seconds
+        number = len(self.history) + 1
+        pending: list[Tensor] = []
+        read_every = 1 if self.learner.device.type == "cpu" else _READ_EVERY
+        for images, labels in self._train.epoch(number, self._step):
+            pending.append(self.learner.step(images, labels, self._train.count(self._step)))
+            self._step += 1
+            if len(pending) == read_every or self._step == len(self._train):
+                count = self._read(pending, number)
+                progress.step(number, count, self._sums)
+                self._stop_if_asked(interruption, start)
+        trained = time.perf_counter() - start
+        validation = None if self._validation is None else self.learner.evaluate(self._validation.epoch(number))
+        self._check(validation, number)
+        row = Epoch(
+            number,
+            self.learner.lr,
+            self._sums.mean_loss,
+            self._sums.error,
+            None if validation is None else validation.mean_loss,
+            None if validation is None else validation.error,
+            self._sums.images / trained,
+            time.perf_counter() - start,
+            peak_memory(self.learner.device) / 2**20,
         )
-        steps = settings.epochs * math.ceil(len(split.labels) / settings.batch_size)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings.lr, total_steps=steps)
+        self.history.append(row)
+        self._sums, self._step, self._seconds = Sums(), 0, 0.0
+        self.learner.end_epoch()
+        self._save()
+        return row
 
-    def epoch(self, number: int, bar: tqdm[Any]) -> Epoch:
-        """Trains on every image once, then measures on those held out."""
-        split, start = self.split, time.perf_counter()
-        seen, loss_sum, wrong = 0, 0.0, 0
-        lr = float(self.schedule.get_last_lr()[0])
-        self.model.train()
-        for images, labels in batches(split.images, split.labels, self.settings.batch_size, self.generator):
-            scores = self.model(images)
-            loss = F.cross_entropy(scores, labels)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(f"the loss is {value} in epoch {number} after {seen} images: try a smaller --lr")
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            seen += len(labels)
-            loss_sum += value * len(labels)
-            wrong += int((scores.detach().argmax(1) != labels).sum())
-            bar.set_postfix(loss=f"{loss_sum / seen:.3f}", error=f"{100 * wrong / seen:.2f} %", refresh=False)
-            bar.update(len(labels))
-        rate = seen / (time.perf_counter() - start)
-        held_out_loss, held_out_error = evaluate(self.model, split.held_out_images, split.held_out_labels)
-        seconds = time.perf_counter() - start
-        return Epoch(number, lr, loss_sum / seen, 100 * wrong / seen, held_out_loss, held_out_error, rate, seconds)
+    def _read(self, pending: list[Tensor], number: int) -> int:
+        """Adds up the figures of the steps in ``pending``, of all processes; returns how many images that were."""
+        first = self._step - len(pending)
+        figures = self.processes.total(torch.stack(pending)).tolist()
+        pending.clear()
+        before = self._sums.images
+        for step, (loss, wrong) in enumerate(figures, start=first):
+            count = self._train.count(step)
+            if not math.isfinite(loss):
+                raise self._no_number(
+                    f"the loss is {loss / count} in epoch {number}, step {step + 1} of {len(self._train)}"
+                )
+            self._sums.add(loss, int(wrong), count)
+        return self._sums.images - before
 
-    def state(self, epoch: Epoch) -> dict[str, Any]:
-        """What a checkpoint holds: tensors, numbers and strings only, so that it loads with ``weights_only``."""
+    def _check(self, validation: Sums | None, number: int) -> None:
+        if validation is not None and not math.isfinite(validation.loss):
+            raise self._no_number(f"the validation loss is {validation.mean_loss} after epoch {number}")
+        if not self.learner.is_finite():
+            raise self._no_number(f"a weight is no number after epoch {number}")
+
+    def _no_number(self, what: str) -> LossError:
+        saved = len(self.history)
+        kept = f"{self.folder / LAST} keeps epoch {saved}" if saved else "no epoch was complete, so nothing was saved"
+        finer = "" if self.options.amp == "off" else ", or --amp off"
+        return LossError(f"{what}; {kept}. Try a smaller --lr{finer}")
+
+    def _stop_if_asked(self, interruption: Interruption, start: float) -> None:
+        """Saves the state within the epoch, and leaves, when any process has got a signal."""
+        number = int(self.processes.total(torch.tensor(interruption.number, device=self.learner.device)))
+        if number == 0:
+            return
+        number = interruption.number or signal.SIGTERM  # it came to another process
+        self._seconds = time.perf_counter() - start
+        self._save()
+        place = f"epoch {len(self.history) + 1}, step {self._step} of {len(self._train)}"
+        raise Interrupted(
+            f"stopped in {place}; everything is saved in {self.folder}, and --resume goes on there", number
+        )
+
+    def _save(self) -> None:
+        state = self.learner.state()
+        if not self.processes.is_first:
+            return
+        best = best_of(self.history)
+        is_best = best is not None and best is self.history[-1] and self._step == 0
+        state = {
+            **state,
+            "options": asdict(self.options),
+            "data": self._fingerprint(),
+            "classes": list(self.data.classes),
+            "channels": self.data.channels,
+            "image_size": self.data.image_size,
+            "history": [asdict(row) for row in self.history],
+            "sums": asdict(self._sums),
+            "step": self._step,
+            "seconds": self._seconds,
+        }
+        save_checkpoint(state, *([self.folder / BEST] if is_best else []), self.folder / LAST)
+        metrics.write_csv(self.history, self.folder)
+
+    def _fingerprint(self) -> dict[str, list[Any]]:
+        """Tells other images by their number and their labels: [images, a digest] for each part of the data."""
+        parts = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "settings": asdict(self.settings),
-            "metrics": asdict(epoch),
+            name: [len(part), hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=8).hexdigest()]
+            for name, part in parts.items()
+            if part is not None
         }
 
+    def _batches(self, part: str, shuffle: bool = False) -> Batches:
+        return Batches(
+            getattr(self.data, part),
+            self.options.batch_size,
+            seed=self.options.seed,
+            shuffle=shuffle,
+            rank=self.processes.rank,
+            size=self.processes.size,
+            workers=self.options.workers,
+            pin_memory=self.learner.device.type == "cuda",
+        )
 
-def _shortened(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+def best_of(history: list[Epoch]) -> Epoch | None:
+    """The first epoch with the smallest validation error; None without validation."""
+    measured = [row for row in history if row.validation_error is not None]
+    return min(measured, key=lambda row: row.validation_error or 0.0, default=None)
 
 
-def _write_row(path: Path, mode: str, row: list[Any]) -> None:
-    try:
-        with open(path, mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
-    except OSError as error:
-        raise TrainingError(f"cannot write the metrics {path}: {error.strerror or error}") from error
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> tuple[float, float]:
-    """Mean cross-entropy and error in percent of ``model`` in evaluation mode on ``images`` [N, C, H, W]."""
-    model.eval()
-    loss_sum, wrong = 0.0, 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        scores = model(x)
-        loss_sum += F.cross_entropy(scores, y, reduction="sum").item()
-        wrong += int((scores.argmax(1) != y).sum())
-    return loss_sum / len(labels), 100 * wrong / len(labels)
+def _epoch_of(row: Mapping[str, Any]) -> Epoch:
+    return Epoch(**{field.name: row[field.name] for field in fields(Epoch)})

@@ -1,0 +1,89 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from densenet_ext import checks
+from densenet_ext.cli.arguments import SAVE, choice, option
+
+_DATA = ("digits", "cifar10", "cifar100", "imagefolder")
+_DEFAULT_MODELS = "densenet_bc:22,12 for digits, densenet_bc:100,12 for CIFAR, densenet121 for folders"
+
+
+def _model(name: str, value: Any) -> str:
+    from densenet_ext.training import networks
+
+    return networks.check(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = checks.probability(name, value)
+    if number == 1.0:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got 1")
+    return number
+
+
+Data = Annotated[str | None, choice("The images. Default: digits, which are inside scikit-learn.", _DATA)]
+Root = Annotated[
+    Path | None, typer.Option(help="Their folder. For imagefolder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.")
+]
+Model = Annotated[
+    str | None,
+    option(
+        f"densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME, torchvision:NAME. Default: {_DEFAULT_MODELS}.",
+        "NAME",
+        str,
+        _model,
+    ),
+]
+Save = Annotated[str | None, SAVE]
+Epochs = Annotated[
+    int | None,
+    option(
+        "Passes over the training images. Default: 30 for digits, 300 for CIFAR, 90 for folders.",
+        "INTEGER",
+        int,
+        checks.integer,
+        1,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    option(
+        "Images per step, of all processes together. Default: 64, for folders 256.", "INTEGER", int, checks.integer, 1
+    ),
+]
+Lr = Annotated[
+    float | None,
+    option(
+        "Learning rate, divided by 10 after 50 % and 75 % of the epochs. Default: 0.1.",
+        "NUMBER",
+        float,
+        checks.positive,
+    ),
+]
+Amp = Annotated[str | None, choice("Mixed precision (autocast). Default: off.", ("off", "bf16", "fp16"))]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Runs the network through torch.compile.")]
+Device = Annotated[str | None, typer.Option(help="Default: a GPU where there is one, or else cpu.")]
+Workers = Annotated[int | None, option("Processes that load images. Default: 0.", "INTEGER", int, checks.integer, 0)]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic", help="PyTorch's own operators too; on the CPU they are in any case."
+    ),
+]
+Validation = Annotated[
+    float | None,
+    option("Part of the training images that is held out for validation. Default: 0.1.", "NUMBER", float, _fraction),
+]
+ImageSize = Annotated[
+    int | None, option("Height and width that images are brought to.", "INTEGER", int, checks.integer, 8)
+]
+OnCorrupt = Annotated[
+    str | None, choice("What to do about images that can't be read: name and refuse, or skip.", ("refuse", "skip"))
+]
+Download = Annotated[bool, typer.Option("--download", help="Lets CIFAR be downloaded into --root.")]

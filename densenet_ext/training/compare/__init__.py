@@ -1,0 +1,1 @@
+"""Fused and unfused training side by side."""

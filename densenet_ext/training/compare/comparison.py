@@ -1,0 +1,253 @@
+"""The figures of a comparison, fused against unfused: over seeds, in files, and as a table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from densenet_ext.training.metrics import Sums
+
+FORMS = ("fused", "unfused")
+
+Found = Mapping[str, Any]
+"""What comparison.json holds."""
+
+RESULTS = {
+    "loss": ("training loss, last epoch", 4),
+    "error": ("training error, last epoch, %", 2),
+    "validation_error_best": ("validation error, best epoch, %", 2),
+    "validation_error_last": ("validation error, last epoch, %", 2),
+    "test_error": ("test error, %", 2),
+}
+"""What is compared, with its name in the table and its digits behind the point."""
+COSTS = {
+    "seconds": ("time per step, ms", 1e3),
+    "kept_bytes": ("kept for the backward pass, MiB", 2**-20),
+    "peak_bytes": ("peak of a step, MiB", 2**-20),
+}
+"""What a step takes, with its name in the table and what it is multiplied with there."""
+
+_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form's epoch: losses are mean cross-entropies, errors are percent of the images."""
+
+    epoch: int  # from 1 on
+    lr: float
+    loss: float  # over the epoch, while the network learned
+    error: float
+    validation_loss: float | None  # at the epoch's end; None without validation images
+    validation_error: float | None
+
+
+@dataclass
+class FormRun:
+    """One form's training with one seed."""
+
+    history: list[Row] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of the timed steps, which are the same ones in both forms
+    test: Sums | None = None  # of the last weights; None without test images
+
+
+@dataclass
+class SeedRun:
+    """The training of both forms with one seed."""
+
+    seed: int
+    forms: dict[str, FormRun] = field(default_factory=lambda: {form: FormRun() for form in FORMS})
+    differences: list[float] = field(default_factory=list)  # of the two mean losses in each step, absolute
+
+
+class StepBytes(NamedTuple):
+    """Bytes of a training step."""
+
+    kept: int  # by the forward pass for the backward pass
+    peak: int | None  # the most at once, over what is there before the step; None on devices where nobody counts
+
+
+def summary(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes], amp: str) -> dict[str, Any]:
+    """The figures of the complete ``runs``, of which there is at least one, as comparison.json holds them.
+
+    Losses are mean cross-entropies, errors and their differences are percent of the images, differences are
+    fused - unfused within a seed, ratios are unfused / fused.
+    """
+    seeds = [_of_seed(run) for run in runs]
+    return {
+        "results": _results(seeds),
+        "loss_difference": {"rounding": torch.finfo(_DTYPES[amp]).eps, "largest": _growth(runs)},
+        "step": _step(runs, taken),
+        "seeds": seeds,
+    }
+
+
+def _of_seed(run: SeedRun) -> dict[str, Any]:
+    forms = {form: _of_form(run.forms[form]) for form in FORMS}
+    return {"seed": run.seed, **forms, "loss_difference": _growth([run]), "step": _times([run])}
+
+
+def _of_form(run: FormRun) -> dict[str, float | None]:
+    last = run.history[-1]
+    validated = [row.validation_error for row in run.history if row.validation_error is not None]
+    return {
+        "loss": last.loss,
+        "error": last.error,
+        "validation_error_best": min(validated, default=None),
+        "validation_error_last": last.validation_error,
+        "test_error": None if run.test is None else run.test.error,
+    }
+
+
+def _results(seeds: Sequence[Found]) -> dict[str, Any]:
+    results = {}
+    for name in RESULTS:
+        ours, theirs = ([seed[form][name] for seed in seeds] for form in FORMS)
+        if None in ours:
+            continue
+        difference = _spread([a - b for a, b in zip(ours, theirs, strict=True)])
+        results[name] = {
+            "fused": _spread(ours),
+            "unfused": _spread(theirs),
+            "difference": {**difference, "interval": _interval(difference, len(seeds))},
+        }
+    return results
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _interval(difference: Found, seeds: int) -> list[float] | None:
+    """Where the mean over all seeds there are lies, with 95 % confidence; None when so few ``seeds`` can't tell.
+
+    Two seeds that differ by one image each would seem to be without any spread.
+    """
+    if seeds < 3:
+        return None
+    half = _T[min(seeds - 1, len(_T)) - 1] * difference["deviation"] / math.sqrt(seeds)
+    return [difference["mean"] - half, difference["mean"] + half]
+
+
+def _growth(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
+    """The largest difference of the two losses up to steps 1, 10, 100, ... and to the last one."""
+    steps = max(len(run.differences) for run in runs)
+    marks = [*(10**power for power in range(9) if 10**power < steps), steps]
+    return [{"steps": mark, "difference": max(max(run.differences[:mark]) for run in runs)} for mark in marks]
+
+
+def _times(runs: Sequence[SeedRun]) -> dict[str, Any]:
+    seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
+    pairs = [b / a for a, b in zip(seconds["fused"], seconds["unfused"], strict=True)]
+    if not pairs:
+        return {"timed": 0, "seconds": {"fused": None, "unfused": None, "ratio": None}, "ratio_of_medians": None}
+    medians = {form: statistics.median(values) for form, values in seconds.items()}
+    return {
+        "timed": len(pairs),  # steps of either form
+        "seconds": {**medians, "ratio": statistics.median(pairs)},
+        "ratio_of_medians": medians["unfused"] / medians["fused"],
+    }
+
+
+def _step(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes]) -> dict[str, Any]:
+    step = _times(runs)
+    for name in ("kept", "peak"):
+        ours, theirs = (getattr(taken[form], name) for form in FORMS)
+        step[f"{name}_bytes"] = {"fused": ours, "unfused": theirs, "ratio": theirs / ours if ours else None}
+    return step
+
+
+def csv_text(runs: Sequence[SeedRun]) -> str:
+    """comparison.csv: a row for each seed, form and epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "form", *(field.name for field in dataclasses.fields(Row))])
+    for run in runs:
+        for form in FORMS:
+            for row in run.forms[form].history:
+                values = dataclasses.astuple(row)
+                writer.writerow([run.seed, form, *("" if value is None else f"{value:.9g}" for value in values)])
+    return text.getvalue()
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def cells(found: Found, names: Sequence[str] = (*RESULTS, *COSTS)) -> list[list[str]]:
+    """The rows of the table, its head first; of what was not measured there is none."""
+    rows = [["", *FORMS, "fused against unfused"]]
+    for name in names:
+        if name in found["results"]:
+            title, digits = RESULTS[name]
+            of = found["results"][name]
+            difference = _plus_minus(of["difference"], digits, "+")
+            rows.append([title, *(_plus_minus(of[form], digits) for form in FORMS), difference])
+        elif name in found["step"] and found["step"][name]["ratio"] is not None:
+            title, factor = COSTS[name]
+            cost = found["step"][name]
+            rows.append([title, *(_three_digits(factor * cost[form]) for form in FORMS), _factor(cost["ratio"])])
+    return rows
+
+
+def sentences(found: Found) -> list[str]:
+    """What the table's numbers are, how the losses part, and whether the results differ."""
+    seeds, step = len(found["seeds"]), found["step"]
+    lines = []
+    if seeds > 1:
+        lines.append(f"Mean ± standard deviation over {seeds} seeds; differences are fused - unfused within a seed.")
+    if step["timed"]:
+        lines.append(
+            f"Time per step: medians of {step['timed']} steps of each form, taken in turns; unfused / fused is "
+            f"{step['seconds']['ratio']:.2f} as the median of the pairs, {step['ratio_of_medians']:.2f} of the medians."
+        )
+    return [*lines, _parting(found["loss_difference"]), _verdict(found)]
+
+
+def _parting(difference: Found) -> str:
+    first, *later = difference["largest"]
+    start = (
+        f"The two losses of a batch differ by at most {first['difference']:.1e} in step 1 "
+        f"(one rounding is {difference['rounding']:.1e} of a value)"
+    )
+    growth = ", ".join(f"{each['difference']:.1e} up to step {each['steps']}" for each in later)
+    return f"{start}; training amplifies it: {growth}." if growth else f"{start}."
+
+
+def _verdict(found: Found) -> str:
+    name = next(name for name in ("test_error", "validation_error_last", "error") if name in found["results"])
+    title, interval = RESULTS[name][0].removesuffix(", %"), found["results"][name]["difference"]["interval"]
+    if interval is None:
+        return "Fewer than three seeds don't show how much results vary in any case: more --seeds do."
+    low, high = interval
+    place = f"{title[0].upper()}{title[1:]}: the mean difference is between {low:+.2f} and {high:+.2f} points"
+    if low <= 0 <= high:
+        return f"{place} (95 % confidence): no difference is seen."
+    return f"{place} (95 % confidence): the forms differ."
+
+
+def _plus_minus(spread: Found, digits: int, sign: str = "-") -> str:
+    mean = round(spread["mean"], digits) + 0.0  # no -0.00
+    text = f"{mean:{sign}.{digits}f}"
+    return text if spread["deviation"] is None else f"{text} ± {spread['deviation']:.{digits}f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _factor(ratio: float) -> str:
+    text = f"{max(ratio, 1 / ratio):.2f}"
+    return "the same" if text == "1.00" else f"{text} times {'less' if ratio > 1 else 'more'}"

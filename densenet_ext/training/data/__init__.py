@@ -1,0 +1,1 @@
+"""Images and labels: data sets, their augmentation, and batches in an order that follows from the seed."""

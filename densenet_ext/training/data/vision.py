@@ -1,0 +1,68 @@
+"""torchvision, also where its compiled operators don't load; or a sentence about what to install."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from densenet_ext.training.errors import UserError
+
+_KEPT: list[Any] = []  # a Library withdraws what it declared when it is collected
+
+
+@functools.cache
+def import_torchvision() -> ModuleType:
+    """The module torchvision with its parts ``datasets``, ``models`` and ``transforms``.
+
+    Those need none of its compiled operators, which don't load beside every build of torch. Raises UserError, with what
+    to install, where it can't be imported all the same.
+    """
+    try:
+        return _import()
+    except ModuleNotFoundError as error:
+        if error.name == "torchvision":
+            raise UserError(f"torchvision is not installed: {_install()}") from error
+        raise UserError(f"torchvision needs {error.name}, which is not installed: {_install()}") from error
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"torchvision doesn't go with torch {torch.__version__} ({reason}): {_install()}") from error
+
+
+def transforms() -> ModuleType:
+    """The module torchvision.transforms.v2. Raises UserError as :func:`import_torchvision`."""
+    import_torchvision()
+    return importlib.import_module("torchvision.transforms.v2")
+
+
+def models() -> ModuleType:
+    """The module torchvision.models, with ``get_model``. Raises UserError as :func:`import_torchvision`."""
+    import_torchvision()
+    return importlib.import_module("torchvision.models")
+
+
+def _import() -> ModuleType:
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    # The import itself asks for these two by name.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEPT.append(library)
+    for left_behind in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[left_behind]
+    return importlib.import_module("torchvision")
+
+
+def _install() -> str:
+    """How to install the release of torchvision that belongs to this torch: 2.N goes with 0.(N + 15)."""
+    major, minor = torch.__version__.split(".")[:2]
+    release = f"==0.{int(minor) + 15}.*" if major == "2" else ""
+    return f"pip install numpy pillow, and pip install --no-deps 'torchvision{release}' (so that no second torch comes)"

@@ -1,0 +1,160 @@
+"""A network that learns: one step, evaluation, and the state that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
+
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.metrics import Sums
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
+from densenet_ext.training.seeds import derived
+
+MOMENTUM = 0.9
+DROPS = (0.5, 0.75)  # parts of the epochs after which the learning rate is divided by 10
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_FILE = states.StateDictOptions(full_state_dict=True)
+
+
+class Learner:
+    """``network`` with the optimizer and the schedule of ``options``, in one or several processes."""
+
+    def __init__(self, network: nn.Module, options: Options, processes: Processes) -> None:
+        self.options, self.processes, self.device = options, processes, processes.device
+        self.network = network.to(self.device)
+        self._wrapped = processes.wrap(self.network, options.sync_bn, options.fsdp)
+        if options.compile:
+            self.network.compile()  # in place: names of parameters stay
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), options.lr, MOMENTUM, weight_decay=options.weight_decay, nesterov=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda epoch: factor(epoch, options.epochs))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.steps = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the current epoch."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """One step of SGD on this process's part of a batch of ``count`` images over all processes.
+
+        ``images`` [n, C, H, W] float32, ``labels`` [n]. Returns [2] float64 on the device, not waited for: the sum of
+        the part's losses, and how many first guesses are wrong.
+        """
+        # Dropout draws from torch's generators: what it draws depends on the step alone, so that a resumed run draws it
+        # again, and not the same in every process.
+        torch.manual_seed(derived(self.options.seed, "step", self.steps, self.processes.rank))
+        self.steps += 1
+        self.network.train()
+        images, labels = self._moved(images, labels)
+        with self._autocast():
+            scores = self._wrapped(images)
+        losses = F.cross_entropy(scores.float(), labels, reduction="sum")
+        # Gradients are averaged over the processes, whose parts may differ in size: this is the whole batch's mean.
+        self.scaler.scale(losses * (self.processes.size / count)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return _figures(losses, scores, labels)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Sums:
+        """Losses and errors on this and all other processes' parts of ``batches``, in evaluation mode.
+
+        Every process has to have the same number of batches, some of which may be empty.
+        """
+        self.processes.share_buffers(self.network)
+        self.network.eval()
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for images, labels in batches:
+            images, labels = self._moved(images, labels)
+            with self._autocast():
+                scores = self.network(images)
+            losses = F.cross_entropy(scores.float(), labels, reduction="sum")
+            total[:2] += _figures(losses, scores, labels)
+            total[2] += len(labels)
+        loss, wrong, count = self.processes.total(total).tolist()
+        return Sums(loss, int(wrong), int(count))
+
+    def end_epoch(self) -> None:
+        """Moves the learning rate on."""
+        self.schedule.step()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter is a number, in every process."""
+        norms = torch.stack([_local(parameter).float().norm() for parameter in self.network.parameters()])
+        return bool(self.processes.total((~norms.isfinite()).sum()) == 0)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of this, on the CPU, in the first process; the others have to call it too.
+
+        Tensors have the names of the network's own state dict, whatever wraps or shards it.
+        """
+        self.processes.share_buffers(self.network)
+        # Asked for the state of an optimizer without one, PyTorch would make a step.
+        optimizer = (
+            states.get_optimizer_state_dict(self.network, self.optimizer, options=_FULL) if self.optimizer.state else {}
+        )
+        return {
+            "model": states.get_model_state_dict(self.network, options=_FULL),
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state` has given. Raises UserError when it is another network's."""
+        try:
+            states.set_model_state_dict(self.network, state["model"], options=_FROM_FILE)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint is of another network: {_mismatch(self.network, state['model'])}"
+            ) from error
+        if state["optimizer"]:
+            states.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_FROM_FILE)
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = state["steps"]
+
+    def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _DTYPES.get(self.options.amp)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def factor(epoch: int, epochs: int) -> float:
+    """What the learning rate is multiplied with in ``epoch`` (from 0 on) of ``epochs``."""
+    return 1 / 10 ** sum(epoch >= part * epochs for part in DROPS)
+
+
+def _figures(losses: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    wrong = (scores.detach().argmax(1) != labels).sum()
+    return torch.stack((losses.detach().double(), wrong.double()))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _mismatch(network: nn.Module, state: dict[str, Tensor]) -> str:
+    here = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    there = {name: list(tensor.shape) for name, tensor in state.items()}
+    for name in itertools.chain(here, there):
+        if here.get(name) != there.get(name):
+            return f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+    return "their names agree and their values do not fit"

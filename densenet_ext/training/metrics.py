@@ -1,0 +1,114 @@
+"""The metrics of a run: a row an epoch, as CSV and for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from densenet_ext.training.errors import TrainingError
+from densenet_ext.training.files import write_text
+
+FILE = "metrics.csv"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row: losses are mean cross-entropies, errors are percent of the images whose first guess is wrong."""
+
+    epoch: int  # from 1 on
+    lr: float
+    loss: float  # over the epoch, while the network learned
+    error: float
+    validation_loss: float | None  # at the epoch's end; None without validation images
+    validation_error: float | None
+    images_per_s: float  # in training, of all processes together
+    seconds: float  # of the epoch, validation included
+    memory_mib: float  # the most that the first process has had so far: of the GPU, or of the whole process
+
+
+@dataclass
+class Sums:
+    """Losses and errors added up over images."""
+
+    loss: float = 0.0
+    wrong: int = 0
+    images: int = 0
+
+    def add(self, loss: float, wrong: int, images: int) -> None:
+        """Adds the summed ``loss`` and the ``wrong`` guesses of so many ``images``."""
+        self.loss += loss
+        self.wrong += wrong
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss; NaN before the first image."""
+        return self.loss / self.images if self.images else math.nan
+
+    @property
+    def error(self) -> float:
+        """Percent; NaN before the first image."""
+        return 100 * self.wrong / self.images if self.images else math.nan
+
+
+def write_csv(history: Iterable[Epoch], folder: Path) -> None:
+    """Writes metrics.csv whole: what a killed run has left behind its last checkpoint is gone afterwards."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Epoch)])
+    for epoch in history:
+        writer.writerow([_shortened(value) for value in asdict(epoch).values()])
+    write_text(folder / FILE, text.getvalue())
+
+
+def _shortened(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+class TensorBoard:
+    """The same rows as TensorBoard's scalars, in the folder ``tensorboard``; nothing where it is not installed."""
+
+    def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        try:
+            # Rows of epochs that a killed run has shown and that are trained again now are taken back.
+            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=len(history) + 1)
+        except OSError as error:
+            raise TrainingError(f"cannot write {folder / TENSORBOARD}: {error.strerror or error}") from error
+
+    def add(self, epoch: Epoch) -> None:
+        """Writes the row of ``epoch``."""
+        if self._writer is None:
+            return
+        row = asdict(epoch)
+        number = row.pop("epoch")
+        for name, value in row.items():
+            if value is not None:
+                self._writer.add_scalar(_TAGS.get(name, name), value, number)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+# One chart for training and validation together, as TensorBoard groups them.
+_TAGS = {
+    "loss": "loss/training",
+    "validation_loss": "loss/validation",
+    "error": "error/training",
+    "validation_error": "error/validation",
+}

@@ -1,0 +1,1 @@
+"""What is drawn: the curves of a run, which layer uses which, fused against unfused."""

@@ -1,0 +1,128 @@
+"""Figures that look alike whatever the user's matplotlib is set to, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.training.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = (".png", ".svg", ".pdf")
+# Okabe and Ito's: told apart by colour-blind readers, and in grey by their lightness. Lines differ in style as well.
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
+_DPI = 150
+_TITLE, TEXT, SMALL = 13, 10, 9  # points
+_SPACING = 1.15
+_USER_CAN_MEND = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError unless ``path`` ends like a picture, in a folder that is there, and matplotlib is installed.
+
+    To be called before the work whose result is drawn.
+    """
+    if path.suffix.lower() not in KINDS:
+        raise UserError(
+            f"{path}: expected a picture's name that ends in {', '.join(KINDS)}, got {path.suffix or 'none'}"
+        )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected the name of a picture")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent} to write the picture into")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError("pictures need matplotlib: pip install 'densenet_ext[train]'") from error
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure with room for axes between its title and the words below."""
+
+    figure: Figure
+    below: float  # inches that the words take
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes at this place in inches; ``bottom`` counts from above the words."""
+        across, up = self.figure.get_size_inches()
+        return self.figure.add_axes((left / across, (bottom + self.below) / up, width / across, height / up))
+
+
+@contextlib.contextmanager
+def picture(path: Path, title: str, width: float, height: float, words: str) -> Iterator[Page]:
+    """A page with room for ``width`` x ``height`` inches of axes; written to ``path`` at the end.
+
+    Neither pyplot nor a backend is touched, and the user's settings are as before afterwards. The same content gives
+    the same file.
+
+    Raises UserError as :func:`check_picture` or when the folder can't be written into, TrainingError when the disk is
+    full or fails. ``path`` then holds what it held.
+    """
+    check_picture(path)
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    title, words = _wrapped(title, width, 1.1 * _TITLE), _wrapped(words, width, TEXT)  # bold letters are wider
+    above, below = _height(title, _TITLE) + 0.2, _height(words, TEXT) + 0.3
+    total = above + height + below
+    with matplotlib.style.context("default"), matplotlib.rc_context({"svg.hashsalt": "densenet_ext"}):
+        figure = Figure(figsize=(width, total), dpi=_DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        place: dict[str, Any] = {"linespacing": _SPACING, "color": "#222222", "parse_math": False}
+        figure.text(0.15 / width, 1 - 0.12 / total, title, va="top", fontsize=_TITLE, fontweight="bold", **place)
+        figure.text(0.15 / width, 0.15 / total, words, va="bottom", fontsize=TEXT, **place)
+        yield Page(figure, below)
+        _write(figure, path)
+
+
+def plain(axes: Axes, title: str, x: str, y: str) -> None:
+    """Names ``axes`` and takes away what is not needed to read them."""
+    axes.set_title(title, fontsize=TEXT + 1, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=TEXT)
+    axes.set_ylabel(y, fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def legend(axes: Axes) -> None:
+    """Names the lines of ``axes`` above it, where it hides nothing."""
+    axes.legend(fontsize=SMALL, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=2)
+
+
+def _wrapped(text: str, width: float, size: float) -> str:
+    """``text`` in lines that fit ``width`` inches at ``size`` points."""
+    letters = max(20, int((width - 0.3) * 72 / (0.55 * size)))
+    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
+
+
+def _height(text: str, size: float) -> float:
+    return (text.count("\n") + 1) * size * _SPACING * 1.2 / 72
+
+
+def _write(figure: Figure, path: Path) -> None:
+    kind = path.suffix.lower()[1:]
+    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters of a name that the font does not have are drawn as boxes
+        figure.savefig(data, format=kind, metadata=undated.get(kind))
+    try:
+        replace_file(data.getbuffer(), path)
+    except _USER_CAN_MEND as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    except OSError as error:
+        raise TrainingError(f"cannot write the picture {path}: {error.strerror or error}") from error

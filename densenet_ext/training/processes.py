@@ -1,0 +1,150 @@
+"""The processes of a run: torchrun's, or this one alone.
+
+DistributedDataParallel or FSDP2 around the network, sums over all processes, and the rule that the first one writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from densenet_ext.training.errors import UserError
+
+# Who waits while the first process downloads, or checks its part of the images, has nothing to do for long.
+_TIMEOUT = timedelta(hours=3)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # of this process
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's ``value``, in every process, in the order of ranks; all wait for the last one."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives every process the first one's buffers: the running statistics are those that it writes."""
+        if self.size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def wrap(self, network: nn.Module, sync_bn: bool, fsdp: bool) -> nn.Module:
+        """What to call for a training step: ``network``, whose gradients are those of all processes.
+
+        ``sync_bn`` and ``fsdp`` change ``network`` itself: its norms become SyncBatchNorm, its parameters are sharded.
+
+        Raises UserError for ``fsdp`` without torchrun.
+        """
+        if fsdp and not dist.is_initialized():
+            raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
+        if fsdp:
+            from torch.distributed.fsdp import fully_shard
+
+            # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send
+            # more messages than it saves memory.
+            _synchronise(network, sync_bn)
+            # Sharded again after a forward pass, too: evaluation has no backward pass that would do it.
+            fully_shard(network, reshard_after_forward=True)
+            return network
+        if self.size == 1:
+            return network
+        devices = [self.device] if self.device.type == "cuda" else None
+        # The statistics differ between the processes while they train, and are shared when they are used.
+        wrapped = DistributedDataParallel(network, device_ids=devices, **_NO_BROADCAST)
+        # Afterwards: DistributedDataParallel refuses SyncBatchNorm on processors, where PyTorch's own does not run.
+        _synchronise(network, sync_bn)
+        return wrapped
+
+
+def _synchronise(network: nn.Module, sync_bn: bool) -> None:
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[Processes]:
+    """The processes that torchrun has started, or this one alone, with the ``device`` of this one.
+
+    ``device`` None is a GPU where there is one, for each process its own. Raises UserError for a device that is none.
+    """
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = _device(device, local, started)
+    if not started:
+        yield Processes(device=place)
+        return
+    if not dist.is_available():
+        raise UserError("torchrun: this torch was built without torch.distributed, so it trains in one process only")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Processes(rank, size, place)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the network
+        if place.type == "cpu":
+            _leave()
+        # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    # What FSDP and DistributedDataParallel hold of the group has to be gone before: its threads end in order then.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+# The argument has got another name in torch 2.13.
+_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BROADCAST: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
+}
+
+
+def _device(name: str | None, local_rank: int, several: bool) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank if several else torch.cuda.current_device())
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: expected a device of this machine, got {name!r}: {reason}") from error
+    if several and device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: torchrun trains on cpu or cuda, got {name!r}")
+    return device

@@ -1,0 +1,478 @@
+"""`densenet-ext compare`: both forms from the same weights through the same batches, and what is told of them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("typer")
+if importlib.util.find_spec("torchvision") is None:  # its import goes through training.vision
+    pytest.skip("torchvision is not installed", allow_module_level=True)
+
+from typer.testing import CliRunner
+
+from benchmarks import measure
+from densenet_ext.cli import app
+from densenet_ext.planning import measuring
+from densenet_ext.training import networks, options
+from densenet_ext.training.compare import command as comparing
+from densenet_ext.training.compare import comparison, lockstep
+from densenet_ext.training.compare.comparison import FORMS, FormRun, Row, SeedRun, StepBytes
+from densenet_ext.training.data import digits
+from densenet_ext.training.data.examples import Examples
+from densenet_ext.training.interruption import Interruption
+from densenet_ext.training.learner import Learner
+from densenet_ext.training.loop import Run
+from densenet_ext.training.metrics import Sums
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
+
+MODEL = "densenet_bc:10,4"
+SMALL = Options.of({"model": MODEL, "epochs": 2, "batch_size": 60})  # 4 steps of 60 images and one of 16
+ALONE = Processes()
+
+
+def few(part: Examples, count: int) -> Examples:
+    return Examples(part.images[:count], part.labels[:count], part.shape, *part._recipes)
+
+
+@pytest.fixture(scope="module")
+def data():
+    whole = digits.load(None, 0.1)
+    return replace(whole, train=few(whole.train, 256), validation=few(whole.validation, 50), test=few(whole.test, 50))
+
+
+@pytest.fixture
+def few_digits(monkeypatch, data):
+    monkeypatch.setattr(comparing, "load_data", lambda *_: data)
+
+
+def run(*arguments):
+    given = ["compare", "--model", MODEL, "--epochs", 2, "--batch-size", 60, *arguments]
+    return CliRunner().invoke(app, list(map(str, given)), env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def comparer(data, chosen=SMALL, seeds=1, folder=Path("none")):
+    return comparing.Comparer(chosen, data, ALONE, seeds, folder)
+
+
+def in_lockstep(data, chosen=SMALL, seed=0) -> SeedRun:
+    learners = {form: comparer(data, chosen)._learner(form, seed) for form in FORMS}
+    return lockstep.Lockstep(learners, data, lambda run, images: None).train(Interruption())
+
+
+# ---- what the command leaves -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared") / "new" / "folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "load_data", lambda *_: data)
+        result = run("--seeds", 2, "--out", out, "--root", out.parent)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_a_comparison_leaves_its_figures_and_a_picture(compared):
+    out, _ = compared
+    assert set(os.listdir(out)) == {"options.json", "comparison.csv", "comparison.json", "comparison.png"}
+    assert options.load(out) == replace(SMALL, root=str(out.parent))
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    with (out / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    places = [(row["seed"], row["form"], row["epoch"]) for row in rows]
+    assert places == [(seed, form, epoch) for seed in "01" for form in FORMS for epoch in "12"]
+    found = json.loads((out / "comparison.json").read_text())
+    assert (found["data"], found["model"], found["seeds_asked"]) == ("digits", MODEL, 2)
+    assert found["options"]["epochs"] == 2 and found["machine"]["torch"] == torch.__version__
+    assert str(out.parent) not in json.dumps(found)
+    for seed in found["seeds"]:
+        for form in FORMS:
+            first, last = (row for row in rows if row["seed"] == str(seed["seed"]) and row["form"] == form)
+            assert seed[form]["loss"] == pytest.approx(float(last["loss"]))
+            assert seed[form]["error"] == pytest.approx(float(last["error"]))
+            errors = [float(row["validation_error"]) for row in (first, last)]
+            assert seed[form]["validation_error_last"] == pytest.approx(errors[1])
+            assert seed[form]["validation_error_best"] == pytest.approx(min(errors))
+    assert found["step"]["timed"] == 2 * (2 * 4 - lockstep.WARM_UP)  # seeds, epochs, whole batches
+
+
+def test_the_words_on_the_terminal_are_those_of_the_files(compared):
+    out, text = compared
+    found = json.loads((out / "comparison.json").read_text())
+    assert comparing.table(comparison.cells(found)) in text
+    for sentence in comparison.sentences(found):
+        assert sentence in text
+    for seed in (0, 1):
+        for epoch in (1, 2):
+            assert len(re.findall(rf"^seed {seed}, epoch {epoch}/2: loss .* left$", text, re.MULTILINE)) == 1
+    rows = [
+        line for line in text.splitlines() if line.startswith(tuple(title for title, _ in comparison.COSTS.values()))
+    ]
+    assert len(rows) == 3
+    assert re.search(r"^kept for the backward pass, MiB .* times less$", text, re.MULTILINE)
+
+
+def test_the_picture_is_drawn_from_both_forms(compared, data, monkeypatch, tmp_path):
+    from densenet_ext.training.pictures import drawing as pictures
+
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_comparison", lambda *given: drawn.append(given))
+    found = json.loads((compared[0] / "comparison.json").read_text())
+    runs = [made_up(0, 10.0, 11.0), made_up(1, 12.0, 14.0)]
+    comparing.draw(runs, found, tmp_path / "picture.png")
+    [(fused, unfused, path, title)] = drawn
+    assert path == tmp_path / "picture.png" and MODEL in title and "digits" in title and "2 seeds" in title
+    for form, each in (("fused", fused), ("unfused", unfused)):
+        assert [[row["validation_error"] for row in history] for history in each.histories] == [
+            [row.validation_error for row in run.forms[form].history] for run in runs
+        ]
+        assert each.seconds_per_step == found["step"]["seconds"][form]
+        assert (each.bytes_kept, each.peak_bytes) == (
+            found["step"]["kept_bytes"][form],
+            found["step"]["peak_bytes"][form],
+        )
+
+
+# ---- the same weights, the same batches ------------------------------------------------------------------------------
+
+
+def test_both_forms_start_from_the_same_weights(data):
+    networks_of = {(form, seed): comparer(data)._network(form, seed) for form in FORMS for seed in (0, 1)}
+    states = {key: network.state_dict() for key, network in networks_of.items()}
+    for seed in (0, 1):
+        assert list(states["fused", seed]) == list(states["unfused", seed])
+        for a, b in zip(states["fused", seed].values(), states["unfused", seed].values(), strict=True):
+            assert torch.equal(a, b)
+    name = "features.conv0.weight"
+    assert not torch.equal(states["fused", 0][name], states["fused", 1][name])
+    reports = {form: comparing.announcing.densenet_ext.report(networks_of[form, 0]) for form in FORMS}
+    kinds = {form: {row.fused for row in report if row.kind == "dense block"} for form, report in reports.items()}
+    assert kinds == {"fused": {True}, "unfused": {False}}
+
+
+def test_both_see_the_same_batches_and_take_turns_at_being_first(data, monkeypatch):
+    seen = []
+    step = Learner.step
+
+    def noted(self, images, labels, count):
+        seen.append((self.options.fused, images.clone(), labels.clone(), count))
+        return step(self, images, labels, count)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    in_lockstep(data)
+    first, second = seen[::2], seen[1::2]
+    assert [fused for fused, *_ in first] == [True, False] * 5
+    assert [fused for fused, *_ in second] == [False, True] * 5
+    for (_, images, labels, count), (_, other_images, other_labels, other_count) in zip(first, second, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+        assert count == other_count == len(labels)
+    assert not torch.equal(first[0][1], first[5][1])  # another epoch, another order
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_learns_what_train_would_have_taught_it(data, tmp_path, form):
+    seed = 1
+    found = in_lockstep(data, seed=seed).forms[form]
+    learner = comparer(data)._learner(form, seed)
+    alone = Run(learner, data, tmp_path, shown=False).train()
+    for row, expected in zip(found.history, alone.history, strict=True):
+        assert asdict(row) == {name: value for name, value in asdict(expected).items() if name in asdict(row)}
+    assert found.test == alone.test
+
+
+def test_losses_differ_by_rounding_alone(data):
+    found = in_lockstep(data).differences
+    assert len(found) == 10 and max(found[:2]) < 2e-6  # of losses of about 2.3
+    pixels = {part: getattr(data, part) for part in ("train", "validation", "test")}
+    exact = replace(
+        data,
+        **{
+            name: Examples(part.images.double(), part.labels, part.shape, *part._recipes)
+            for name, part in pixels.items()
+        },
+    )
+    learners = {form: comparer(data)._learner(form, 0) for form in FORMS}
+    for learner in learners.values():
+        learner.network.double()
+    # The losses themselves are taken in float32.
+    assert max(lockstep.Lockstep(learners, exact, lambda *_: None).train(Interruption()).differences) < 5e-7
+
+
+def test_steps_are_timed_when_they_are_warm_and_whole(data):
+    found = in_lockstep(data)
+    for form in FORMS:
+        assert len(found.forms[form].seconds) == 2 * 4 - lockstep.WARM_UP
+        assert min(found.forms[form].seconds) > 0
+
+    def warm_up(**changes) -> int:
+        chosen = replace(SMALL, **changes)
+        learners = {form: comparer(data, chosen)._learner(form, 0) for form in FORMS}
+        return lockstep.Lockstep(learners, data, lambda *_: None)._warm_up
+
+    assert (warm_up(compile=True), warm_up(compile=True, epochs=1), warm_up()) == (5, 3, 3)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+def test_bytes_are_those_that_the_benchmarks_count(data, save):
+    chosen = replace(SMALL, save=save)
+    images, labels = next(lockstep.batches(data.train, chosen, torch.device("cpu"), shuffle=True).epoch(1))
+    taken = {}
+    for form in FORMS:
+        taken[form] = lockstep.step_bytes(comparer(data, chosen)._learner(form, 0), images, labels)
+        network = comparer(data, chosen)._network(form, 0).train()
+        step = measure.Step(network, images, labels)
+        step()
+        known = [*network.parameters(), *network.buffers(), images, labels]
+        assert taken[form].kept == measuring.saved_bytes(step.forward, known)
+        memory = measuring.allocations(step.forward, step.backward)
+        # SGD with weight decay and Nesterov's momentum, one tensor after the other, needs a few parameters' room more.
+        assert memory.peak == pytest.approx(
+            taken[form].peak, abs=4 * max(p.nbytes for p in network.parameters()) + 2048
+        )
+    assert 2 * taken["fused"].kept < taken["unfused"].kept and taken["fused"].peak < taken["unfused"].peak
+    taken_whole = lockstep.step_bytes(comparer(data)._learner("fused", 0), images, labels)
+    assert (taken["fused"].kept < taken_whole.kept) == (save == "features")
+
+
+def test_peak_bytes_are_over_the_start():
+    held = torch.zeros(5000)
+    step = lambda: torch.zeros(1000) + torch.zeros(1000)  # noqa: E731  # three of them at once
+    assert measuring.peak_bytes(step, torch.device("cpu")) == pytest.approx(3 * 4000, abs=64)
+    assert measuring.peak_bytes(step, torch.device("meta")) is None
+    del held
+
+
+def test_counting_bytes_leaves_what_is_compared_as_it_is(compared, monkeypatch, few_digits, tmp_path):
+    taken = dict.fromkeys(FORMS, StepBytes(1, None))
+    monkeypatch.setattr(comparing.Comparer, "_count_bytes", lambda self: self.taken.update(taken))
+    result = run("--seeds", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    counted = (compared[0] / "comparison.csv").read_text().splitlines()
+    assert (tmp_path / "out" / "comparison.csv").read_text().splitlines() == counted[: 1 + 4]
+    assert "peak of a step" not in result.output and "kept for the backward pass" in result.output
+
+
+# ---- ends before its time --------------------------------------------------------------------------------------------
+
+
+def stopping(monkeypatch, seed: int, number: signal.Signals) -> None:
+    """Sends the process a signal in the second epoch of ``seed``."""
+    show = comparing._Progress.show
+
+    def stop(self, run, images):
+        if run.seed == seed and len(run.differences) == 7 and images:
+            os.kill(os.getpid(), number)
+        show(self, run, images)
+
+    monkeypatch.setattr(comparing._Progress, "show", stop)
+
+
+def test_an_interrupted_comparison_keeps_its_complete_seeds(monkeypatch, few_digits, tmp_path, compared):
+    stopping(monkeypatch, 1, signal.SIGTERM)
+    result = run("--seeds", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
+    assert f"stopped in seed 1, epoch 2, step 2 of 5; {tmp_path / 'out'} keeps 1 of 3 seeds" in result.output
+    whole = (compared[0] / "comparison.csv").read_text().splitlines()
+    assert (tmp_path / "out" / "comparison.csv").read_text().splitlines() == whole[: 1 + 4]
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert len(found["seeds"]) == 1 and found["seeds_asked"] == 3
+    assert comparing.table(comparison.cells(found)) in result.output
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_without_a_complete_seed_there_is_nothing_to_compare(monkeypatch, few_digits, tmp_path):
+    stopping(monkeypatch, 0, signal.SIGINT)
+    result = run("--seeds", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 130, result.output
+    assert (
+        "stopped in seed 0, epoch 2, step 2 of 5; no seed was complete, so there is nothing to compare" in result.output
+    )
+    assert os.listdir(tmp_path / "out") == ["options.json"]
+
+
+def test_a_loss_that_is_no_number_names_form_and_seed(monkeypatch, few_digits, tmp_path):
+    step = Learner.step
+
+    def diverging(self, images, labels, count):
+        figures = step(self, images, labels, count)
+        is_bad = self.options.seed == 1 and not self.options.fused and self.steps == 3
+        return figures * float("nan") if is_bad else figures
+
+    monkeypatch.setattr(Learner, "step", diverging)
+    result = run("--seeds", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert "seed 1, unfused: the loss is nan in epoch 1, step 3 of 5. Try a smaller --lr" in result.output
+    assert "keeps 1 of 2 seeds" in result.output
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["seeds"]) == 1
+
+
+def test_a_weight_that_is_no_number_is_found_at_the_end_of_the_epoch(monkeypatch, data):
+    monkeypatch.setattr(Learner, "is_finite", lambda self: self.options.fused)
+    with pytest.raises(lockstep.LossError, match="seed 3, unfused: a weight is no number after epoch 1"):
+        in_lockstep(data, seed=3)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused(few_digits, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    options.save(SMALL, tmp_path)
+    cases = [
+        (("--seeds", 0), "at least 1"),
+        (("--data", "faces"), "expected one of"),
+        (("--model", "resnet50"), "expected densenet121"),
+        (("--batch-size", 1000, "--out", tmp_path / "out"), "--batch-size: expected at most 256"),
+        (("--out", tmp_path), "holds a run already: name another folder"),
+        (("--out", tmp_path / "file"), "expected a folder to write into"),
+        (("--device", "gpu", "--out", tmp_path / "out"), "--device: expected a device of this machine"),
+        (("--resume",), "No such option"),
+    ]
+    for arguments, words in cases:
+        result = run(*arguments)
+        text = re.sub(r"[│\s]+", " ", result.output)
+        assert result.exit_code == 2 and words in text, (arguments, result.output)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("--out", tmp_path / "out")
+    assert result.exit_code == 2 and "expected to run in one process, got torchrun" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_default_folder_is_a_new_one_below_runs(few_digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(comparing.Comparer, "compare", lambda self: {})
+    for _ in range(2):
+        assert run().exit_code == 0
+    assert set(os.listdir("runs")) == {"compare-digits", "compare-digits-2"}
+
+
+def test_without_matplotlib_there_is_all_but_the_picture(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("--seeds", 1, "--epochs", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "no picture: " in result.output and "matplotlib" in result.output
+    assert set(os.listdir(tmp_path / "out")) == {"options.json", "comparison.csv", "comparison.json"}
+
+
+# ---- figures and words -----------------------------------------------------------------------------------------------
+
+
+def made_up(seed: int, ours: float, theirs: float, steps: int = 250) -> SeedRun:
+    """Two epochs whose last errors are ``ours`` fused and ``theirs`` unfused; unfused steps take twice as long."""
+    forms = {}
+    for form, error, factor in (("fused", ours, 1), ("unfused", theirs, 2)):
+        history = [Row(epoch, 0.1, error / 10, error, 0.5, error + 3 - epoch) for epoch in (1, 2)]
+        seconds = [0.010 * factor, 0.012 * factor, 0.030 * factor]
+        forms[form] = FormRun(history, seconds, Sums(1.0, round(error), 100))
+    return SeedRun(seed, forms, [1e-7 * (step + 1) * (seed + 1) for step in range(steps)])
+
+
+TAKEN = {"fused": StepBytes(2**20, 3 * 2**20), "unfused": StepBytes(5 * 2**20, 4 * 2**20)}
+
+
+def test_a_summary_pairs_the_seeds():
+    runs = [made_up(0, 10.0, 11.0), made_up(1, 20.0, 23.0), made_up(2, 30.0, 32.0)]
+    found = comparison.summary(runs, TAKEN, "off")
+    error = found["results"]["error"]
+    assert error["fused"] == {"mean": 20.0, "deviation": 10.0}
+    assert error["unfused"]["mean"] == 22.0
+    assert (error["difference"]["mean"], error["difference"]["deviation"]) == (-2.0, 1.0)
+    half = 4.303 / 3**0.5
+    assert error["difference"]["interval"] == pytest.approx([-2 - half, -2 + half])
+    assert found["results"]["validation_error_best"]["fused"]["mean"] == 21.0
+    growth = found["loss_difference"]["largest"]
+    assert [each["steps"] for each in growth] == [1, 10, 100, 250]
+    assert [each["difference"] for each in growth] == pytest.approx([3e-7, 3e-6, 3e-5, 7.5e-5])
+    assert found["seeds"][0]["loss_difference"][0]["difference"] == pytest.approx(1e-7)
+    step = found["step"]
+    assert step["timed"] == 9 and step["seconds"] == {"fused": 0.012, "unfused": 0.024, "ratio": 2.0}
+    assert step["kept_bytes"] == {"fused": 2**20, "unfused": 5 * 2**20, "ratio": 5.0}
+    rows = {row[0]: row[1:] for row in comparison.cells(found)}
+    assert rows["test error, %"] == ["20.00 ± 10.00", "22.00 ± 10.54", "-2.00 ± 1.00"]
+    assert rows["time per step, ms"] == ["12.0", "24.0", "2.00 times less"]
+    assert rows["peak of a step, MiB"] == ["3.00", "4.00", "1.33 times less"]
+    words = " ".join(comparison.sentences(found))
+    assert (
+        "3.0e-07 in step 1 (one rounding is 1.2e-07 of a value); training amplifies it: 3.0e-06 up to step 10" in words
+    )
+    assert "between -4.48 and +0.48 points (95 % confidence): no difference is seen" in words
+
+
+def test_a_difference_that_the_seeds_do_not_explain_is_named():
+    runs = [made_up(seed, 20.0 + seed, 50.0 + 1.1 * seed) for seed in range(12)]
+    words = " ".join(comparison.sentences(comparison.summary(runs, TAKEN, "off")))
+    assert "Test error: the mean difference is between -30.9" in words and words.endswith("the forms differ.")
+
+
+def test_what_was_not_measured_has_no_row():
+    one = made_up(0, 10.0, 11.0)
+    for form in FORMS:
+        one.forms[form].history[:] = [replace(r, validation_error=None) for r in one.forms[form].history]
+        one.forms[form].seconds.clear()
+        one.forms[form].test = None
+    found = comparison.summary([one], dict.fromkeys(FORMS, StepBytes(7, None)), "bf16")
+    assert json.loads(json.dumps(found)) == found
+    titles = [row[0] for row in comparison.cells(found)]
+    assert titles == ["", *(comparison.RESULTS[n][0] for n in ("loss", "error")), comparison.COSTS["kept_bytes"][0]]
+    assert comparison.cells(found)[2][1:] == ["10.00", "11.00", "-1.00"]
+    assert comparison.cells(found)[3][3] == "the same"
+    words = comparison.sentences(found)
+    assert len(words) == 2 and "one rounding is 7.8e-03" in words[0] and "more --seeds" in words[1]
+
+
+def test_a_broken_form_is_visible(few_digits, tmp_path, monkeypatch):
+    build = networks.build
+
+    def broken(*given, fused, **keywords):
+        network = build(*given, fused=fused, **keywords)
+        if fused:
+            with torch.no_grad():
+                network.classifier.weight.mul_(1.5)
+        return network
+
+    monkeypatch.setattr(networks, "build", broken)
+    result = run("--seeds", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    [first] = re.findall(r"two losses of a batch differ by at most (\S+) in step 1", result.output)
+    assert float(first) > 1e-3
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_there_is_one_bar_and_no_line(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = comparing._Progress(seeds=2, epochs=2, images=100)
+    for seed in (0, 1):
+        run = made_up(seed, 10.0, 11.0)
+        for _ in range(4):
+            progress.show(run, 50)
+        progress.show(run, 0)
+    progress.close()
+    assert "seed 1, epoch 2/2: 100%" in terminal.getvalue() and "400/400" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
