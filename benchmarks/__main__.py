@@ -1,5 +1,5 @@
 """``python -m benchmarks`` measures training steps on the processor, ``python -m benchmarks networks`` and ``kernels``
-whole networks and single operators on a GPU; ``python -m benchmarks table`` writes the figures into README.md.
+whole networks and single operators on a GPU; ``python -m benchmarks table`` writes the figures into the pages.
 """
 
 from __future__ import annotations
@@ -136,18 +136,20 @@ def _saving(out: Path) -> Callable[[dict[str, Any]], None]:
 @app.command("table")
 def write_table(
     results: Annotated[Path, typer.Option(help="Results file.")] = table.RESULTS,
-    readme: Annotated[Path, typer.Option(help="Where the markers stand.")] = table.README,
+    root: Annotated[Path, typer.Option(help="Folder of README.md and docs.")] = table.ROOT,
 ) -> None:
-    """Writes the tables of the results files, a GPU's too if there are any, into README.md, between their markers."""
-    gpu = [results.with_name(path.name) for path in table.GPU_RESULTS]
+    """Writes the tables of the results file, and of a GPU's and a comparison's beside it, into README.md and docs/."""
     try:
-        old = readme.read_text(encoding="utf-8")
-        new = table.rewrite(old, table.load(results), table.of_gpu(gpu))
-        readme.write_text(new, encoding="utf-8")
+        tables = table.of_results(results)
+        old = {page: (root / page).read_text(encoding="utf-8") for page in table.PAGES}
+        new = {page: table.rewrite(page, text, tables) for page, text in old.items()}
+        for page, text in new.items():  # none before all are made
+            (root / page).write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{readme.name}: {'unchanged' if new == old else 'tables rewritten'}")
+    for page in table.PAGES:
+        typer.echo(f"{page}: {'unchanged' if new[page] == old[page] else 'tables rewritten'}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
-"""Tables in Markdown from a results file, and their place in README.md.
+"""Tables in Markdown from the results files, and their places in README.md and docs/.
 
-Text between ``<!-- benchmarks:speed -->`` and ``<!-- /benchmarks:speed -->`` (or ``memory``) is written here, never by
-hand: a test holds that README.md and the results file agree.
+Text between ``<!-- benchmarks:speed -->`` and ``<!-- /benchmarks:speed -->`` (or another name) is written here, never
+by hand: a test holds that the pages and the results files agree.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_table
+from densenet_ext.training.compare import comparison
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    "README.md": ("summary", "compare"),
+    "docs/measured.md": ("speed", "memory", "gpu-networks", "gpu-kernels"),
+}
+"""Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
-# Of `make gpu` on one machine; the names between its markers in README.md are those without the ending.
+# Of `make gpu` on one machine; the names of their markers are those without the ending.
 GPU_RESULTS = [RESULTS.with_name(f"gpu-{name}") for name in gpu_table.RENDERERS]
-README = Path(__file__).parent.parent / "README.md"
+COMPARED = RESULTS.with_name("compare-digits.json")  # comparison.json of `densenet-ext compare`
 
 Row = Mapping[str, Any]  # of one contender on one network
 Run = Mapping[str, Any]  # "title", "machine", "rounds", "baseline", "rows", "skipped": of one network
@@ -45,7 +55,38 @@ def memory(runs: Mapping[str, Run]) -> str:
     return _tables(runs, head, _memory_cells, lambda run: None)
 
 
-RENDERERS: dict[str, Callable[[Mapping[str, Run]], str]] = {"speed": speed, "memory": memory}
+def summary(runs: Mapping[str, Run]) -> str:
+    """One table: each level of ours in channels_last against the fastest peer and against the memory of plain."""
+    measured_together: dict[str, list[str]] = defaultdict(list)
+    lines = [_line(_SUMMARY), "|---|---|--:|---|" + "--:|" * (len(_SUMMARY) - 4)]
+    for run in runs.values():
+        measured_together[_settings(run)].append(run["title"])
+        peer = fastest_peer(run["rows"])
+        for row in run["rows"]:
+            if (row["who"], row["layout"]) == ("densenet_ext", "channels_last"):
+                lines.append(_line(_summary_cells(run, row, peer)))
+    captions = [f"**{' and '.join(titles)}**, {settings}" for settings, titles in measured_together.items()]
+    return "\n\n".join([*captions, "\n".join(lines)])
+
+
+_SUMMARY = (
+    *("network", "`save=`", "s / step", "fastest peer", "its time over ours"),
+    *("kept, MiB", "plain / this", "peak over start, MiB", "plain / this"),
+)
+
+RENDERERS: dict[str, Callable[[Mapping[str, Run]], str]] = {"speed": speed, "memory": memory, "summary": summary}
+"""The tables of a results file of the processor, by the names of their markers."""
+
+
+def of_results(path: Path = RESULTS) -> dict[str, str]:
+    """All tables by the names of their markers: of ``path`` and of those other results files that lie beside it.
+
+    Raises OSError when ``path`` can't be read and ValueError, with the file's name, when one is no results file.
+    """
+    runs = load(path)
+    tables = {name: render(runs) for name, render in RENDERERS.items()}
+    beside = [path.with_name(each.name) for each in GPU_RESULTS]
+    return {**tables, **of_gpu(beside), **of_compare(path.with_name(COMPARED.name))}
 
 
 def of_gpu(files: Sequence[Path] = GPU_RESULTS) -> dict[str, str]:
@@ -65,19 +106,59 @@ def of_gpu(files: Sequence[Path] = GPU_RESULTS) -> dict[str, str]:
     return tables
 
 
-def rewrite(text: str, runs: Mapping[str, Run], gpu: Mapping[str, str] | None = None) -> str:
-    """``text`` with the tables of ``runs``, and those of a GPU as ``of_gpu`` gives them, between their markers.
+def of_compare(path: Path = COMPARED) -> dict[str, str]:
+    """The table of a comparison of fused and unfused training by the name of its marker; none without the file.
 
-    Raises ValueError when a marker is missing.
+    Raises ValueError, with the file's name, when it is something else.
     """
-    tables = {**{name: render(runs) for name, render in RENDERERS.items()}, **(gpu or {})}
-    for name, table in tables.items():
+    if not path.is_file():
+        return {}
+    try:
+        return {"compare": compare(json.loads(path.read_text(encoding="utf-8")))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path.name}: expected what densenet-ext compare writes, got something else") from error
+
+
+def compare(found: comparison.Found) -> str:
+    """Results over the seeds and what a step takes, fused against unfused."""
+    chosen, machine, seeds = found["options"], found["machine"], found["seeds"]
+    caption = (
+        f"**{found['model']} on {found['data']}**, {chosen['epochs']} epochs, batch {chosen['batch_size']}, "
+        f"{len(seeds)} seeds, {machine['threads']} threads: {machine['device']}, torch {machine['torch']}, "
+        f"{machine['date']}"
+    )
+    head, *rows = comparison.cells(found, _COMPARED)
+    table = "\n".join([_line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(_line, rows)])
+    return "\n\n".join([caption, table, " ".join(comparison.sentences(found))])
+
+
+_COMPARED = ("loss", "validation_error_last", "test_error", "seconds", "kept_bytes", "peak_bytes")
+
+
+_MARKER = re.compile(r"<!-- (/?)benchmarks:([\w-]+) -->")
+
+
+def rewrite(page: str, text: str, tables: Mapping[str, str]) -> str:
+    """``text``, which is that of ``page``, with its part of ``tables`` between the markers and nothing between others.
+
+    Raises ValueError when the markers of a table are missing, open without an end, or belong to another page.
+    """
+    found = [(marker[1], marker[2]) for marker in _MARKER.finditer(text)]
+    names = [name for slash, name in found if not slash]
+    if found != [(slash, name) for name in names for slash in ("", "/")] or len(set(names)) < len(names):
+        got = ", ".join(slash + name for slash, name in found)
+        raise ValueError(f"{page}: expected every marker benchmarks:name once and /benchmarks:name next, got {got}")
+    for name in names:
+        if name not in PAGES[page]:
+            raise ValueError(f"{page}: expected the markers of {', '.join(PAGES[page])} only, got benchmarks:{name}")
+    for name in PAGES[page]:
         opening, closing = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
-        before, found, rest = text.partition(opening)
-        _, found_too, after = rest.partition(closing)
-        if not found or not found_too:
-            raise ValueError(f"README.md: expected the markers {opening} and {closing}, in this order, got none")
-        text = f"{before}{opening}\n{table}\n{closing}{after}"
+        if name in names:
+            before, rest = text.split(opening)
+            table = f"{tables[name]}\n" if name in tables else ""
+            text = f"{before}{opening}\n{table}{closing}{rest.partition(closing)[2]}"
+        elif name in tables:
+            raise ValueError(f"{page}: expected the markers {opening} and {closing}, got neither")
     return text
 
 
@@ -107,12 +188,34 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _caption(run: Run) -> str:
+    return f"**{run['title']}**, {_images(run)}, {_settings(run)}"
+
+
+def _images(run: Run) -> str:
+    row = run["rows"][0]
+    return f"{row['image']}x{row['image']}, batch {row['batch']}"
+
+
+def _settings(run: Run) -> str:
     row, machine = run["rows"][0], run["machine"]
     return (
-        f"**{run['title']}**, {row['image']}x{row['image']}, batch {row['batch']}, {row['dtype']}, "
-        f"{row['threads']} threads: {machine['cpu']}, {machine['simd']}, torch {machine['torch']}, "
+        f"{row['dtype']}, {row['threads']} threads: {machine['cpu']}, {machine['simd']}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}, {run['rounds']} rounds"
     )
+
+
+_WHOSE = {"efficient": "gpleiss/efficient_densenet_pytorch"}  # where nothing around the table says so
+
+
+def _summary_cells(run: Run, row: Row, peer: Row | None) -> list[str]:
+    return [
+        f"{run['title']}, {_images(run)}",
+        f'`"{row["how"]}"`',
+        f"{row['seconds']:.3f}",
+        "-" if peer is None else f"{_WHOSE.get(peer['who'], peer['who'])}, {peer['how']}, {peer['layout']}",
+        _ratio(None if peer is None else peer["ratios"].get(row["how"])),
+        *_memory_cells(run, row),
+    ]
 
 
 def _speed_cells(run: Run, row: Row) -> list[str]:
