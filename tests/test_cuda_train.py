@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
-pytest.importorskip("torchvision")
 
 from training_runs import TINY, checkpoint, differences, finish, start
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"),
 ]
 
 
