@@ -16,10 +16,10 @@ from helpers import F64, assert_equal, kept_for_backward
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from densenet_ext.fusing import block_trial
 from densenet_ext.fusing.adapters import generic
 from densenet_ext.fusing.forwards import installed
-from densenet_ext.fusing.generic_block import FusedGenericBlock
+from densenet_ext.fusing.generic import block_trial
+from densenet_ext.fusing.generic.block import FusedGenericBlock
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
     "F.relu, new in front": (lambda: own.chain(own.Narrow), {"new_first": True}),

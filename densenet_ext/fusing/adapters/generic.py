@@ -7,18 +7,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from densenet_ext.fusing.anatomy import Anatomy, anatomy_of, configuration
-from densenet_ext.fusing.block_trial import try_out_block
 from densenet_ext.fusing.forwards import installed
-from densenet_ext.fusing.generic_block import FusedGenericBlock
-from densenet_ext.fusing.generic_transition import (
+from densenet_ext.fusing.generic.anatomy import Anatomy, anatomy_of, configuration
+from densenet_ext.fusing.generic.block import FusedGenericBlock
+from densenet_ext.fusing.generic.block_trial import try_out_block
+from densenet_ext.fusing.generic.transition import (
     FusedGenericTransition,
     TransitionParts,
     transition_parts_of,
     try_out_transition,
 )
+from densenet_ext.fusing.generic.trial import Refusal
 from densenet_ext.fusing.matching import Unit
-from densenet_ext.fusing.trial import Refusal
 from densenet_ext.inspection import hooks_on_all_modules
 
 _LIMIT = 256

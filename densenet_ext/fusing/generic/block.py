@@ -13,8 +13,8 @@ from densenet_ext import checks
 from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
 from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.fusing.anatomy import Anatomy, Settings, part, settings_of
 from densenet_ext.fusing.forwards import FusedBlock
+from densenet_ext.fusing.generic.anatomy import Anatomy, Settings, part, settings_of
 from densenet_ext.inspection import (
     hooks_on_all_modules,
     obstacle,

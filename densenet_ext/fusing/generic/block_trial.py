@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from densenet_ext import reference
 from densenet_ext.algorithm.block import Layer
-from densenet_ext.fusing.anatomy import Anatomy, part
-from densenet_ext.fusing.trial import Pattern, Refusal, Refused, Trial, attempt, close, factors
+from densenet_ext.fusing.generic.anatomy import Anatomy, part
+from densenet_ext.fusing.generic.trial import Pattern, Refusal, Refused, Trial, attempt, close, factors
 
 _SPATIAL = {1: (7,), 2: (3, 4), 3: (3, 2, 3)}
 _RATE = 0.28125

@@ -13,9 +13,9 @@ from densenet_ext import checks, reference
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.transition import transition
-from densenet_ext.fusing.anatomy import kind_of, own_code, settings_of
 from densenet_ext.fusing.forwards import Fused
-from densenet_ext.fusing.trial import Refusal, Refused, Trial, attempt
+from densenet_ext.fusing.generic.anatomy import kind_of, own_code, settings_of
+from densenet_ext.fusing.generic.trial import Refusal, Refused, Trial, attempt
 from densenet_ext.inspection import hooks_on_all_modules, obstacle, other_avg_pool, other_conv, other_norm, other_relu
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
