@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.fusing import surroundings
-from densenet_ext.fusing.verify import _error
+from densenet_ext.fusing.matching import find_units
+from densenet_ext.fusing.verify import _error, make_plain
 
 
 def net(**kwargs: Any) -> lookalikes.DenseNet:
@@ -145,3 +146,15 @@ def test_report_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     monkeypatch.setattr(nn.Conv2d, "forward", lambda *args: pytest.fail("a convolution ran"))
     dx.report(dx.fuse(model))
+
+
+@pytest.mark.parametrize("build", [dx.densenet121, lambda: dx.densenet_bc(10, 4), lambda: dx.fc_densenet56(3)])
+def test_our_own_modules_run_unfused_by_a_single_hook_where_one_is_needed(build: Any) -> None:
+    model = build()
+    units = [unit for unit in find_units(model) if unit.reason() is None]
+    assert {"dense block", "transition"} <= {unit.kind for unit in units}
+    make_plain(model)
+    hooks = {module: len(module._forward_pre_hooks) for module in model.modules()}
+    assert max(hooks.values()) == 1 and 3 * sum(hooks.values()) < len(hooks)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # makes norms anew
+    assert all(unit.reason() is not None for unit in units)

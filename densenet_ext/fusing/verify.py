@@ -16,6 +16,7 @@ from densenet_ext.fusing.forwards import Fused, installed
 from densenet_ext.fusing.install import fuse
 from densenet_ext.fusing.matching import check_module, find_units
 from densenet_ext.fusing.report import table
+from densenet_ext.models import Features
 
 Results = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 """Outputs, gradients and buffers by name."""
@@ -124,17 +125,22 @@ def _without_dropout(model: nn.Module) -> bool:
 
 
 def make_plain(model: nn.Module) -> bool:
+    """Has ``model`` run the usual formulation for good; whether a library's own memory mode was on. It is off then."""
     memory_mode = False
     for functor in map(installed, list(model.modules())):
         if isinstance(functor, Fused):
             functor.remove()
+    # densenet_ext's own modules call their children one by one as soon as one has a hook. Every hook costs host time,
+    # which is no part of the usual formulation; and norms may still become SyncBatchNorm, which has none.
+    hooked: dict[nn.Module, None] = {}
     for unit in find_units(model):
         if unit.settings is not None:
             memory_mode |= unit.settings.set_memory_mode_off(unit.module)
         if unit.native is not None:
-            # densenet_ext's own modules call their children one by one as soon as one has a hook
-            for module in unit.module.modules():
-                module.register_forward_pre_hook(_nothing)
+            children = (child for child in unit.module.modules() if isinstance(child, (nn.ReLU, Features)))
+            hooked.update(dict.fromkeys(children))
+    for module in hooked:
+        module.register_forward_pre_hook(_nothing)
     return memory_mode
 
 
