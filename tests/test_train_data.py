@@ -30,8 +30,8 @@ from training_data import (
 )
 
 from densenet_ext.training.data import vision
-from densenet_ext.training.data.datasets import NAMES
 from densenet_ext.training.errors import UserError
+from densenet_ext.training.options import DATA
 
 needs_torchvision()
 
@@ -302,7 +302,7 @@ def test_nothing_is_downloaded_unless_asked(tmp_path, monkeypatch):
 
 
 def test_unknown_data():
-    assert all(name in message_of("mnist") for name in NAMES)
+    assert all(name in message_of("mnist") for name in DATA)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])

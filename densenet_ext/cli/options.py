@@ -9,9 +9,12 @@ import typer
 
 from densenet_ext import checks
 from densenet_ext.cli.arguments import SAVE, choice, option
+from densenet_ext.training.options import AMP, DATA, ON_CORRUPT
 
-_DATA = ("digits", "cifar10", "cifar100", "imagefolder")
-_DEFAULT_MODELS = "densenet_bc:22,12 for digits, densenet_bc:100,12 for CIFAR, densenet121 for folders"
+
+def _defaults(name: str) -> str:
+    """What the field ``name`` of Defaults is for each data set: "30 for digits, 300 for cifar10"."""
+    return ", ".join(f"{getattr(defaults, name)} for {data}" for data, defaults in DATA.items())
 
 
 def _model(name: str, value: Any) -> str:
@@ -27,14 +30,14 @@ def _fraction(name: str, value: Any) -> float:
     return number
 
 
-Data = Annotated[str | None, choice("The images. Default: digits, which are inside scikit-learn.", _DATA)]
+Data = Annotated[str | None, choice("The images. Default: digits, which are inside scikit-learn.", tuple(DATA))]
 Root = Annotated[
     Path | None, typer.Option(help="Their folder. For imagefolder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.")
 ]
 Model = Annotated[
     str | None,
     option(
-        f"densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME, torchvision:NAME. Default: {_DEFAULT_MODELS}.",
+        f"densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME, torchvision:NAME. Default: {_defaults('model')}.",
         "NAME",
         str,
         _model,
@@ -44,7 +47,7 @@ Save = Annotated[str | None, SAVE]
 Epochs = Annotated[
     int | None,
     option(
-        "Passes over the training images. Default: 30 for digits, 300 for CIFAR, 90 for folders.",
+        f"Passes over the training images. Default: {_defaults('epochs')}.",
         "INTEGER",
         int,
         checks.integer,
@@ -54,7 +57,11 @@ Epochs = Annotated[
 BatchSize = Annotated[
     int | None,
     option(
-        "Images per step, of all processes together. Default: 64, for folders 256.", "INTEGER", int, checks.integer, 1
+        f"Images per step, of all processes together. Default: {_defaults('batch_size')}.",
+        "INTEGER",
+        int,
+        checks.integer,
+        1,
     ),
 ]
 Lr = Annotated[
@@ -66,7 +73,7 @@ Lr = Annotated[
         checks.positive,
     ),
 ]
-Amp = Annotated[str | None, choice("Mixed precision (autocast). Default: off.", ("off", "bf16", "fp16"))]
+Amp = Annotated[str | None, choice("Mixed precision (autocast). Default: off.", tuple(AMP))]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Runs the network through torch.compile.")]
 Device = Annotated[str | None, typer.Option(help="Default: a GPU where there is one, or else cpu.")]
 Workers = Annotated[int | None, option("Processes that load images. Default: 0.", "INTEGER", int, checks.integer, 0)]
@@ -84,6 +91,6 @@ ImageSize = Annotated[
     int | None, option("Height and width that images are brought to.", "INTEGER", int, checks.integer, 8)
 ]
 OnCorrupt = Annotated[
-    str | None, choice("What to do about images that can't be read: name and refuse, or skip.", ("refuse", "skip"))
+    str | None, choice("What to do about images that can't be read: name and refuse, or skip.", ON_CORRUPT)
 ]
 Download = Annotated[bool, typer.Option("--download", help="Lets CIFAR be downloaded into --root.")]

@@ -13,14 +13,13 @@ from torch.distributed.checkpoint import state_dict as states
 
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.metrics import Sums
-from densenet_ext.training.options import Options
+from densenet_ext.training.options import AMP, Options
 from densenet_ext.training.processes import Processes
 from densenet_ext.training.seeds import derived
 
 MOMENTUM = 0.9
 DROPS = (0.5, 0.75)  # parts of the epochs after which the learning rate is divided by 10
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_FILE = states.StateDictOptions(full_state_dict=True)
 
@@ -133,8 +132,8 @@ class Learner:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _DTYPES.get(self.options.amp)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        dtype = AMP[self.options.amp]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def factor(epoch: int, epochs: int) -> float:

@@ -36,7 +36,8 @@ DATA = {
     "imagefolder": Defaults("densenet121", 90, 256),
 }
 """The data sets of the command line."""
-AMP = ("off", "bf16", "fp16")
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Mixed precision, with the dtype of convolutions and products."""
 ON_CORRUPT = ("refuse", "skip")
 
 
@@ -53,7 +54,7 @@ class Options:
     weight_decay: float = 1e-4
     save: str = "bottlenecks"
     fused: bool = True
-    amp: str = "off"  # one of AMP
+    amp: str = "off"  # key of AMP
     compile: bool = False
     seed: int = 0
     deterministic: bool = False

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from densenet_ext.training.metrics import Sums
+from densenet_ext.training.options import AMP
 
 FORMS = ("fused", "unfused")
 
@@ -35,7 +36,6 @@ COSTS = {
 }
 """What a step takes, with its name in the table and what it is multiplied with there."""
 
-_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -86,7 +86,7 @@ def summary(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes], amp: str) -
     seeds = [_of_seed(run) for run in runs]
     return {
         "results": _results(seeds),
-        "loss_difference": {"rounding": torch.finfo(_DTYPES[amp]).eps, "largest": _growth(runs)},
+        "loss_difference": {"rounding": torch.finfo(AMP[amp]).eps, "largest": _growth(runs)},
         "step": _step(runs, taken),
         "seeds": seeds,
     }

@@ -7,10 +7,9 @@ from pathlib import Path
 from densenet_ext.training.data import cifar, digits, image_folder
 from densenet_ext.training.data.examples import Data, Examples, Processes
 from densenet_ext.training.errors import UserError
+from densenet_ext.training.options import DATA
 
-__all__ = ["NAMES", "Data", "Examples", "load"]
-
-NAMES = ("digits", "cifar10", "cifar100", "imagefolder")
+__all__ = ["Data", "Examples", "load"]
 
 
 def load(
@@ -28,8 +27,8 @@ def load(
 
     Raises UserError.
     """
-    if name not in NAMES:
-        raise UserError(f"--data: expected one of {', '.join(NAMES)}, got {name}")
+    if name not in DATA:
+        raise UserError(f"--data: expected one of {', '.join(DATA)}, got {name!r}")
     if not 0 <= validation < 1:
         raise UserError(f"--validation: expected a fraction of at least 0 and below 1, got {validation:g}")
     if name == "digits":

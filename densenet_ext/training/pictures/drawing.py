@@ -43,7 +43,7 @@ def draw_connections(blocks: Sequence[Connections], path: Path, title: str) -> N
     Source: Huang et al. (CVPR 2017), figure 5. Colours are relative to each reader's strongest source: the norm behind
     a convolution takes the size of its weights away again, so that columns can't be compared by it.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.training.pictures.figures.picture`.
     """
     columns = len(blocks) if len(blocks) <= 3 else 2 if len(blocks) == 4 else 4
     rows = math.ceil(len(blocks) / columns)
@@ -118,7 +118,7 @@ def draw_curves(history: History, path: Path, title: str) -> None:
     Values that are no numbers are left out, and named below. A drop is one to less than half.
 
     Raises UserError when there is no epoch, and UserError and TrainingError as
-    :func:`densenet_ext.training.figures.picture`.
+    :func:`densenet_ext.training.pictures.figures.picture`.
     """
     if not history:
         raise UserError(f"{path}: there is no epoch to draw yet")
@@ -243,7 +243,7 @@ def draw_comparison(fused: ComparedRuns, unfused: ComparedRuns, path: Path, titl
     The loss is that of training; the error is that of validation, or without one that of training.
 
     Raises UserError when there is no epoch, and UserError and TrainingError as
-    :func:`densenet_ext.training.figures.picture`.
+    :func:`densenet_ext.training.pictures.figures.picture`.
     """
     forms = (("unfused", unfused, ORANGE, "-", 2.0), ("fused", fused, BLUE, "--", 1.0))
     everything = [history for _, runs, *_ in forms for history in runs.histories if history]

@@ -24,7 +24,7 @@ def reuse(checkpoint: Path, out: Path | None = None, new_first: bool = False) ->
     """Draws the connections of ``checkpoint`` into ``out`` and returns a table of them, and where the picture is.
 
     ``out`` is by default a picture beside the checkpoint. ``new_first``: as
-    :func:`densenet_ext.training.connections.connections`.
+    :func:`densenet_ext.training.pictures.connections.connections`.
 
     Raises UserError for a checkpoint that can't be read or has no dense blocks, and for an ``out`` that is no picture,
     TrainingError when the disk is full.
