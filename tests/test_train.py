@@ -17,6 +17,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_runs import MEASURED, TINY, checkpoint, differences, environment, run
 from typer.testing import CliRunner
 
@@ -26,6 +28,8 @@ from densenet_ext.training import files, learner, networks
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.loop import best_of
 from densenet_ext.training.metrics import Epoch, Sums
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
 from densenet_ext.training.progress import Progress
 
 
@@ -126,6 +130,44 @@ def test_options_of_the_optimizer_are_those_of_the_paper(tmp_path):
         "weight_decay": 1e-4,
         "initial_lr": 0.1,
     }
+
+
+def test_steps_and_evaluation_need_no_float64():
+    """Not every device has it, as Apple's GPUs; sums over batches are taken on the host."""
+    found = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            out = operator(*args, **(kwargs or {}))
+            found.extend(operator for leaf in tree_leaves(out) if getattr(leaf, "dtype", None) == torch.float64)
+            return out
+
+    def watched():
+        with Watching():
+            yield images, labels
+
+    images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
+    network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
+    one = learner.Learner(network, Options.of({}), Processes())
+    with Watching():
+        one.step(images, labels, 8)
+    one.evaluate(watched())
+    assert found == []
+
+
+def test_evaluation_adds_up_parts_some_of_which_are_empty():
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
+    network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
+    one = learner.Learner(network, Options.of({}), Processes())
+    whole = one.evaluate([(images, labels)])
+    parts = one.evaluate([(images[:5], labels[:5]), (images[:0], labels[:0]), (images[5:], labels[5:])])
+    with torch.no_grad():
+        scores = network(images)
+    assert (whole.wrong, whole.images) == (int((scores.argmax(1) != labels).sum()), 8)
+    assert whole.mean_loss == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item())
+    assert parts == Sums(pytest.approx(whole.loss), whole.wrong, 8)
+    assert one.evaluate([]) == Sums()
 
 
 # ---- networks by name ------------------------------------------------------------------------------------------------

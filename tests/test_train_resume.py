@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import time
@@ -18,21 +19,26 @@ from training_data import cifar
 from training_runs import TINY, checkpoint, differences, finish, run, start
 
 import densenet_ext as dx
-from densenet_ext.training import loop
+from densenet_ext.training import loop, running
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory):
+def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     cifar(root, per_batch=40)  # 200 images to train on
-    return root
+    return ("--data", "cifar10", "--root", root, "--model", "densenet_bc:10,4", "--batch-size", 32, "--epochs", 8)
 
 
-def cifar_options(archive, *others):
-    return ("--data", "cifar10", "--root", archive, "--model", "densenet_bc:10,4", "--batch-size", 32, *others)
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run that nothing stops, without workers, and with the one thread of the others."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    ended = finish(start("train", *options, "--out", out))
+    assert ended.code == 0, ended.output
+    return out
 
 
 def wait_for_epoch(process, folder, epoch):
@@ -45,38 +51,33 @@ def wait_for_epoch(process, folder, epoch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(archive, tmp_path):
-    options = cifar_options(archive, "--epochs", 8, "--workers", 1)
-    ended = finish(start("train", *options, "--out", tmp_path / "whole"))
-    assert ended.code == 0, ended.output
-    killed = start("train", *options, "--out", tmp_path / "killed")
-    wait_for_epoch(killed, tmp_path / "killed", 2)
+def test_a_killed_run_goes_on_to_the_same_bits(options, whole, tmp_path):
+    killed = start("train", *options, "--workers", 1, "--out", tmp_path)
+    wait_for_epoch(killed, tmp_path, 2)
     killed.kill()
     assert finish(killed).code == -signal.SIGKILL
-    assert 2 <= len(checkpoint(tmp_path / "killed")["history"]) < 8
-    ended = finish(start("train", "--resume", "--out", tmp_path / "killed"))
+    assert 2 <= len(checkpoint(tmp_path)["history"]) < 8
+    ended = finish(start("train", "--resume", "--out", tmp_path))
     assert ended.code == 0 and "going on after epoch" in ended.text, ended.output
-    assert differences(tmp_path / "killed", tmp_path / "whole") == []
-    rows = list(csv.DictReader((tmp_path / "killed" / "metrics.csv").open()))
+    assert differences(tmp_path, whole) == []
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(archive, tmp_path, name):
-    options = cifar_options(archive, "--epochs", 8, "--workers", 2)
-    stopped = start("train", *options, "--out", tmp_path / "stopped")
-    wait_for_epoch(stopped, tmp_path / "stopped", 1)
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(options, whole, tmp_path, name):
+    stopped = start("train", *options, "--workers", 2, "--out", tmp_path)
+    wait_for_epoch(stopped, tmp_path, 1)
     stopped.send_signal(getattr(signal, name))
     ended = finish(stopped)
     assert ended.code == 128 + getattr(signal, name)
     assert "everything is saved in" in ended.text and "Traceback" not in ended.text, ended.output
-    assert len(checkpoint(tmp_path / "stopped")["history"]) < 8
+    assert len(checkpoint(tmp_path)["history"]) < 8
     # With other workers, and the same threads: sums of a kernel's parts depend on how many there are.
-    for arguments in (("--resume", "--out", tmp_path / "stopped"), (*options, "--out", tmp_path / "whole")):
-        ended = finish(start("train", *arguments, "--workers", 0))
-        assert ended.code == 0, ended.output
-    assert differences(tmp_path / "stopped", tmp_path / "whole") == []
+    ended = finish(start("train", "--resume", "--out", tmp_path, "--workers", 0))
+    assert ended.code == 0, ended.output
+    assert differences(tmp_path, whole) == []
 
 
 def interrupt_after(monkeypatch, steps):
@@ -103,6 +104,29 @@ def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, steps):
     assert run("train", "--resume", "--out", tmp_path / "cut").code == 0
     assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
     assert differences(tmp_path / "cut", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("part, place", [(2, "epoch 2, step 6 of 6"), (4, "the test after the last epoch")])
+def test_a_run_goes_on_from_its_evaluation(tmp_path, monkeypatch, part, place):
+    evaluate, calls = Learner.evaluate, []
+
+    def interrupted(self, batches):
+        calls.append(None)
+        if len(calls) == part:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, batches)
+
+    monkeypatch.setattr(Learner, "evaluate", interrupted)
+    ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "cut")
+    monkeypatch.undo()
+    assert ended.code == 143 and f"stopped in {place}; everything is saved" in ended.text, ended.output
+    state = checkpoint(tmp_path / "cut")
+    assert state["steps"] == (12 if part == 2 else 18) and len(state["history"]) == part - 1
+    assert run("train", "--resume", "--out", tmp_path / "cut").code == 0
+    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "cut", tmp_path / "whole") == []
+    results = [(tmp_path / name / "result.json").read_text() for name in ("cut", "whole")]
+    assert json.loads(results[0])["test"] == json.loads(results[1])["test"]
 
 
 def test_the_comparison_of_runs_sees_a_bit(tmp_path, monkeypatch):
@@ -141,30 +165,39 @@ def test_dropout_draws_the_same_after_a_resume(amp):
     assert steps(learner(), [1]) != [expected[1]]  # dropout is on, and another step draws something else
 
 
-def test_tensorboard_shows_every_epoch_once_after_a_kill(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["training", "checkpoint", "metrics"])
+def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where):
+    """Killed in the last epoch before it is saved, between checkpoint and metrics.csv, or before TensorBoard's row."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path).code == 0
-    state = checkpoint(tmp_path)
+    place, name = {
+        "training": (Learner, "end_epoch"),
+        "checkpoint": (loop.metrics, "write_csv"),
+        "metrics": (loop.metrics.TensorBoard, "add"),
+    }[where]
+    usual, calls = getattr(place, name), []
 
     class Killed(Exception):
         pass
 
-    def kill(self):
-        raise Killed
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+        usual(*arguments)
 
-    out = tmp_path / "again"
-    end_epoch = Learner.end_epoch
-    monkeypatch.setattr(Learner, "end_epoch", lambda self: kill(self) if self.steps == 18 else end_epoch(self))
+    monkeypatch.setattr(place, name, killed)
     with pytest.raises(Killed):
-        from densenet_ext.training import running
-
-        running.train({"model": "densenet_bc:10,4", "batch_size": 256, "epochs": 3}, out)
+        running.train({"model": "densenet_bc:10,4", "batch_size": 256, "epochs": 3}, tmp_path / "run")
     monkeypatch.undo()
-    assert run("train", "--resume", "--out", out).code == 0
-    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    assert run("train", "--resume", "--out", tmp_path / "run").code == 0
+    history = checkpoint(tmp_path / "run")["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [float(row["loss"]) for row in rows] == [pytest.approx(row["loss"], rel=1e-5) for row in history]
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     points = [(point.step, pytest.approx(point.value)) for point in events.Scalars("loss/training")]
-    assert points == [(row["epoch"], row["loss"]) for row in state["history"]]
+    assert points == [(row["epoch"], row["loss"]) for row in history]
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path):

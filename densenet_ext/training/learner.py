@@ -32,7 +32,9 @@ class Learner:
         self.network = network.to(self.device)
         self._wrapped = processes.wrap(self.network, options.sync_bn, options.fsdp)
         if options.compile:
-            self.network.compile()  # in place: names of parameters stay
+            # In place: names of parameters stay. Each size of a batch has its own code: with one for several, the last
+            # bits of a resumed run could depend on which sizes had come before.
+            self.network.compile(dynamic=False)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), options.lr, MOMENTUM, weight_decay=options.weight_decay, nesterov=True
         )
@@ -48,14 +50,15 @@ class Learner:
     def step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """One step of SGD on this process's part of a batch of ``count`` images over all processes.
 
-        ``images`` [n, C, H, W] float32, ``labels`` [n]. Returns [2] float64 on the device, not waited for: the sum of
+        ``images`` [n, C, H, W] float32, ``labels`` [n]. Returns [2] float32 on the device, not waited for: the sum of
         the part's losses, and how many first guesses are wrong.
         """
         # Dropout draws from torch's generators: what it draws depends on the step alone, so that a resumed run draws it
         # again, and not the same in every process.
         torch.manual_seed(derived(self.options.seed, "step", self.steps, self.processes.rank))
         self.steps += 1
-        self.network.train()
+        if not self.network.training:  # every step would go through all modules
+            self.network.train()
         images, labels = self._moved(images, labels)
         with self._autocast():
             scores = self._wrapped(images)
@@ -75,16 +78,18 @@ class Learner:
         """
         self.processes.share_buffers(self.network)
         self.network.eval()
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        figures, count = [torch.zeros(2, device=self.device)], 0
         for images, labels in batches:
             images, labels = self._moved(images, labels)
             with self._autocast():
                 scores = self.network(images)
             losses = F.cross_entropy(scores.float(), labels, reduction="sum")
-            total[:2] += _figures(losses, scores, labels)
-            total[2] += len(labels)
-        loss, wrong, count = self.processes.total(total).tolist()
-        return Sums(loss, int(wrong), int(count))
+            figures.append(_figures(losses, scores, labels))
+            count += len(labels)
+        # Added up on the host: float64 is not on every device, and the device would be waited for in any case.
+        sums = torch.stack(figures).cpu().double().sum(0).tolist()
+        loss, wrong, total = self.processes.total(torch.tensor([*sums, count], dtype=torch.float64)).tolist()
+        return Sums(loss, int(wrong), int(total))
 
     def end_epoch(self) -> None:
         """Moves the learning rate on."""
@@ -143,7 +148,7 @@ def factor(epoch: int, epochs: int) -> float:
 
 def _figures(losses: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     wrong = (scores.detach().argmax(1) != labels).sum()
-    return torch.stack((losses.detach().double(), wrong.double()))
+    return torch.stack((losses.detach(), wrong.float()))
 
 
 def _local(parameter: Tensor) -> Tensor:

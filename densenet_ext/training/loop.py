@@ -11,7 +11,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Run:
         self.options: Options = learner.options
         self.processes: Processes = learner.processes
         self.history: list[Epoch] = []
-        self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch so far
+        self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch's training so far
+        self._every = 1 if learner.device.type == "cpu" else _READ_EVERY
         self._shown = shown and self.processes.is_first
         self._train = self._batches("train", shuffle=True)
         self._validation = self._batches("validation") if data.validation is not None else None
@@ -73,6 +74,8 @@ class Run:
             ) from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        if self.processes.is_first:  # killed right behind its checkpoint, a run has written no metrics
+            metrics.write_csv(self.history, self.folder)
 
     def _check_images(self, there: dict[str, list[Any]]) -> None:
         here = self._fingerprint()
@@ -98,7 +101,7 @@ class Run:
                     progress.epoch(row)
                     if board is not None:
                         board.add(row)
-            test = None if self._test is None else self.learner.evaluate(self._test.epoch(0))
+                test = self._evaluated(self._test, 0, interruption)
         finally:
             progress.close()
             if board is not None:
@@ -113,16 +116,15 @@ class Run:
         start = time.perf_counter() - self._seconds
         number = len(self.history) + 1
         pending: list[Tensor] = []
-        read_every = 1 if self.learner.device.type == "cpu" else _READ_EVERY
         for images, labels in self._train.epoch(number, self._step):
             pending.append(self.learner.step(images, labels, self._train.count(self._step)))
             self._step += 1
-            if len(pending) == read_every or self._step == len(self._train):
+            if len(pending) == self._every or self._step == len(self._train):
                 count = self._read(pending, number)
+                self._seconds = time.perf_counter() - start
                 progress.step(number, count, self._sums)
-                self._stop_if_asked(interruption, start)
-        trained = time.perf_counter() - start
-        validation = None if self._validation is None else self.learner.evaluate(self._validation.epoch(number))
+                self._stop_if_asked(interruption)
+        validation = self._evaluated(self._validation, number, interruption)
         self._check(validation, number)
         row = Epoch(
             number,
@@ -131,7 +133,7 @@ class Run:
             self._sums.error,
             None if validation is None else validation.mean_loss,
             None if validation is None else validation.error,
-            self._sums.images / trained,
+            self._sums.images / self._seconds,
             time.perf_counter() - start,
             peak_memory(self.learner.device) / 2**20,
         )
@@ -141,10 +143,23 @@ class Run:
         self._save()
         return row
 
+    def _evaluated(self, batches: Batches | None, number: int, interruption: Interruption) -> Sums | None:
+        """The figures on ``batches``; None without any. A run that is stopped here repeats them when it goes on."""
+        if batches is None:
+            return None
+
+        def until_asked() -> Iterator[tuple[Tensor, Tensor]]:
+            for index, batch in enumerate(batches.epoch(number)):
+                if index % self._every == 0:
+                    self._stop_if_asked(interruption)
+                yield batch
+
+        return self.learner.evaluate(until_asked())
+
     def _read(self, pending: list[Tensor], number: int) -> int:
         """Adds up the figures of the steps in ``pending``, of all processes; returns how many images that were."""
         first = self._step - len(pending)
-        figures = self.processes.total(torch.stack(pending)).tolist()
+        figures = self.processes.total(torch.stack(pending).cpu().double()).tolist()
         pending.clear()
         before = self._sums.images
         for step, (loss, wrong) in enumerate(figures, start=first):
@@ -168,15 +183,16 @@ class Run:
         finer = "" if self.options.amp == "off" else ", or --amp off"
         return LossError(f"{what}; {kept}. Try a smaller --lr{finer}")
 
-    def _stop_if_asked(self, interruption: Interruption, start: float) -> None:
+    def _stop_if_asked(self, interruption: Interruption) -> None:
         """Saves the state within the epoch, and leaves, when any process has got a signal."""
-        number = int(self.processes.total(torch.tensor(interruption.number, device=self.learner.device)))
+        number = int(self.processes.total(torch.tensor(interruption.number)))
         if number == 0:
             return
         number = interruption.number or signal.SIGTERM  # it came to another process
-        self._seconds = time.perf_counter() - start
         self._save()
         place = f"epoch {len(self.history) + 1}, step {self._step} of {len(self._train)}"
+        if len(self.history) == self.options.epochs:
+            place = "the test after the last epoch"
         raise Interrupted(
             f"stopped in {place}; everything is saved in {self.folder}, and --resume goes on there", number
         )

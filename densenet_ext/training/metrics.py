@@ -83,10 +83,13 @@ class TensorBoard:
         except ImportError:
             return
         try:
-            # Rows of epochs that a killed run has shown and that are trained again now are taken back.
-            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=len(history) + 1)
+            # Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's
+            # row comes anew: the run may have been killed between its checkpoint and this row.
+            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=max(1, len(history)))
         except OSError as error:
             raise TrainingError(f"cannot write {folder / TENSORBOARD}: {error.strerror or error}") from error
+        for row in history[-1:]:
+            self.add(row)
 
     def add(self, epoch: Epoch) -> None:
         """Writes the row of ``epoch``."""
