@@ -14,62 +14,90 @@ from densenet_ext.training.metrics import Epoch, Sums
 SECONDS_BETWEEN_LINES = 60.0  # within an epoch, away from a terminal
 
 
-class Progress:
-    """Shows the training of ``epochs`` epochs of ``images`` images each; nothing unless ``shown``."""
+class Bar:
+    """A bar over ``total`` images on a terminal, and how long the rest takes anywhere; nothing unless ``shown``."""
 
-    def __init__(self, epochs: int, images: int, done: int, device: torch.device, shown: bool) -> None:
+    def __init__(self, total: int, done: int = 0, shown: bool = True) -> None:
         """``done``: images that were trained on before this process started."""
-        self._epochs, self._images, self._device, self._shown = epochs, images, device, shown
-        self._start, self._first, self._seen = time.perf_counter(), done, done
-        self._last_line = self._start
-        self._is_terminal = shown and sys.stderr.isatty()
+        self._total, self._first, self._seen, self._shown = total, done, done, shown
+        self._start = time.perf_counter()
         self._bar: Any = None
-        if self._is_terminal:
-            self._bar = tqdm(total=epochs * images, initial=done, unit=" images", dynamic_ncols=True, smoothing=0.05)
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit=" images", dynamic_ncols=True, smoothing=0.05)
 
-    def step(self, epoch: int, images: int, sums: Sums) -> None:
-        """``images`` more are learned in ``epoch``, whose losses and errors so far are ``sums``."""
+    @property
+    def is_drawn(self) -> bool:
+        """Whether there is a terminal with a bar."""
+        return self._bar is not None
+
+    def advance(self, images: int, place: str, figures: str) -> None:
+        """``images`` more were trained on; ``place`` stands in front of the bar, ``figures`` behind it."""
         self._seen += images
         if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
-            values = {"loss": f"{sums.mean_loss:.3f}", "error": f"{sums.error:.2f} %", "memory": self._memory()}
-            self._bar.set_postfix(values, refresh=False)
+            self._bar.set_description(place, refresh=False)
+            self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(images)
-        elif self._shown and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
-            part = f"{sums.images} of {self._images} images"
-            figures = f"loss {sums.mean_loss:.4f}, error {sums.error:.2f} %"
-            self.line(f"epoch {epoch}/{self._epochs}, {part}: {figures}, {self._left()}")
-
-    def epoch(self, row: Epoch) -> None:
-        """``row`` is complete: a line, which stays above a bar."""
-        text = f"epoch {row.epoch}/{self._epochs}: lr {row.lr:g}, loss {row.loss:.4f}, error {row.error:.2f} %"
-        if row.validation_loss is not None:
-            text += f", validation loss {row.validation_loss:.4f}, error {row.validation_error:.2f} %"
-        left = "" if row.epoch == self._epochs else f", {self._left()}"
-        self.line(f"{text}, {row.images_per_s:.0f} images/s, {self._memory()}{left}")
 
     def line(self, text: str) -> None:
-        """One line of words."""
+        """One line of words, which stays above a bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         elif self._shown:
             print(text, flush=True)
-        self._last_line = time.perf_counter()
+
+    def left(self) -> str:
+        """The time that the other images take, by those of this process so far, in words."""
+        done = self._seen - self._first
+        if not done:
+            return "time left unknown"
+        seconds = (self._total - self._seen) * (time.perf_counter() - self._start) / done
+        return f"{tqdm.format_interval(max(seconds, 0.0))} left"
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 
+
+class Progress:
+    """Shows the training of ``epochs`` epochs of ``images`` images each; nothing unless ``shown``."""
+
+    def __init__(self, epochs: int, images: int, done: int, device: torch.device, shown: bool) -> None:
+        """``done``: images that were trained on before this process started."""
+        self._epochs, self._images, self._device = epochs, images, device
+        self._bar = Bar(epochs * images, done, shown)
+        self._last_line = time.perf_counter()
+
+    def step(self, epoch: int, images: int, sums: Sums) -> None:
+        """``images`` more are learned in ``epoch``, whose losses and errors so far are ``sums``."""
+        place = f"epoch {epoch}/{self._epochs}"
+        figures = ""
+        if self._bar.is_drawn:  # asking a GPU's allocator takes a while
+            figures = f"loss={sums.mean_loss:.3f}, error={sums.error:.2f} %, memory={self._memory()}"
+        self._bar.advance(images, place, figures)
+        if not self._bar.is_drawn and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+            part = f"{sums.images} of {self._images} images"
+            self.line(f"{place}, {part}: loss {sums.mean_loss:.4f}, error {sums.error:.2f} %, {self._bar.left()}")
+
+    def epoch(self, row: Epoch) -> None:
+        """``row`` is complete: a line, which stays above a bar."""
+        text = f"epoch {row.epoch}/{self._epochs}: lr {row.lr:g}, loss {row.loss:.4f}, error {row.error:.2f} %"
+        if row.validation_loss is not None:
+            text += f", validation loss {row.validation_loss:.4f}, error {row.validation_error:.2f} %"
+        left = "" if row.epoch == self._epochs else f", {self._bar.left()}"
+        self.line(f"{text}, {row.images_per_s:.0f} images/s, {self._memory()}{left}")
+
+    def line(self, text: str) -> None:
+        """One line of words."""
+        self._bar.line(text)
+        self._last_line = time.perf_counter()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
     def _memory(self) -> str:
         return f"{peak_memory(self._device) / 2**20:.0f} MiB"
-
-    def _left(self) -> str:
-        done = self._seen - self._first
-        if not done:
-            return "time left unknown"
-        seconds = (self._epochs * self._images - self._seen) * (time.perf_counter() - self._start) / done
-        return f"{tqdm.format_interval(max(seconds, 0.0))} left"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,8 +7,6 @@ import datetime
 import gc
 import json
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from densenet_ext._version import __version__
 from densenet_ext.fusing.report import table
@@ -33,6 +30,7 @@ from densenet_ext.training.interruption import Interrupted, Interruption
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes, joined
+from densenet_ext.training.progress import Bar
 from densenet_ext.training.running import (
     check_folder,
     check_takes,
@@ -207,30 +205,19 @@ class _Progress:
 
     def __init__(self, seeds: int, epochs: int, images: int) -> None:
         """``images``: of an epoch."""
-        self._epochs, self._seen, self._total = epochs, 0, seeds * epochs * images
-        self._start = time.perf_counter()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, unit=" images", dynamic_ncols=True, smoothing=0.05)
+        self._epochs, self._bar = epochs, Bar(seeds * epochs * images)
 
     def show(self, run: SeedRun, images: int) -> None:
         """``images`` more were trained on; none: an epoch is complete."""
-        self._seen += images
         done = len(run.forms["fused"].history)
-        if self._bar is not None:
-            epoch = min(done + 1, self._epochs)
-            self._bar.set_description(f"seed {run.seed}, epoch {epoch}/{self._epochs}", refresh=False)
-            if done:
-                self._bar.set_postfix_str(self._figures(run, done), refresh=False)
-            self._bar.update(images)
-        elif not images:
-            figures = self._figures(run, done)
-            print(f"seed {run.seed}, epoch {done}/{self._epochs}: {figures}, {self._left()}", flush=True)
+        figures = self._figures(run, done) if done else ""
+        self._bar.advance(images, f"seed {run.seed}, epoch {min(done + 1, self._epochs)}/{self._epochs}", figures)
+        if not images and not self._bar.is_drawn:
+            self._bar.line(f"seed {run.seed}, epoch {done}/{self._epochs}: {figures}, {self._bar.left()}")
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _figures(self, run: SeedRun, done: int) -> str:
         ours, theirs = (run.forms[form].history[done - 1] for form in FORMS)
@@ -238,7 +225,3 @@ class _Progress:
         if ours.validation_error is None:
             return f"{text}, error {ours.error:.2f} % and {theirs.error:.2f} %"
         return f"{text}, validation error {ours.validation_error:.2f} % and {theirs.validation_error:.2f} %"
-
-    def _left(self) -> str:
-        seconds = (self._total - self._seen) * (time.perf_counter() - self._start) / max(self._seen, 1)
-        return f"{tqdm.format_interval(max(seconds, 0.0))} left"

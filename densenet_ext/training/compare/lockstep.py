@@ -116,8 +116,8 @@ class Lockstep:
         return figures, time.perf_counter() - start
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def _evaluate(self, learner: Learner, part: str, number: int) -> Sums | None:
         return learner.evaluate(self._others[part].epoch(number)) if part in self._others else None
