@@ -7,6 +7,7 @@ Nothing is fetched that is already there, so that without network it works where
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
