@@ -114,6 +114,22 @@ DX_INLINE U16Half narrow_f16(Vec<float> v) {
 }
 #endif
 
+// ---- 16 bits to float and back --------------------------------------------------------------------------------------
+template <class T>
+DX_INLINE Vec<float> widen_half(const U16Half& h) {
+  if constexpr (std::is_same<T, bfloat16>::value)
+    return widen(h);
+  else
+    return widen_f16(h);
+}
+template <class T>
+DX_INLINE U16Half narrow_half(Vec<float> v) {
+  if constexpr (std::is_same<T, bfloat16>::value)
+    return narrow_bf16(v);
+  else
+    return narrow_f16(v);
+}
+
 // ---- whole vectors of the storage type ------------------------------------------------------------------------------
 template <class T>
 DX_INLINE Vec<Acc<T>> load(const T* p) {
@@ -122,10 +138,7 @@ DX_INLINE Vec<Acc<T>> load(const T* p) {
   } else {
     U16Half h;
     __builtin_memcpy(&h, p, sizeof h);
-    if constexpr (std::is_same<T, bfloat16>::value)
-      return widen(h);
-    else
-      return widen_f16(h);
+    return widen_half<T>(h);
   }
 }
 template <class T>
@@ -133,39 +146,44 @@ DX_INLINE void store(T* p, Vec<Acc<T>> v) {
   if constexpr (sizeof(T) == sizeof(Acc<T>)) {
     store_vec(reinterpret_cast<Acc<T>*>(p), v);
   } else {
-    U16Half h;
-    if constexpr (std::is_same<T, bfloat16>::value)
-      h = narrow_bf16(v);
-    else
-      h = narrow_f16(v);
+    const U16Half h = narrow_half<T>(v);
     __builtin_memcpy(p, &h, sizeof h);
   }
 }
 
 // ---- the first n < lanes elements; the others read as zero and are not written --------------------------------------
+// Masked where the level can: with k = 12 new features most columns of a layer are such a part, in 16 bits too.
 template <class T>
 DX_INLINE Vec<Acc<T>> load_part(const T* p, int n) {
 #if defined(DX_MASKED)
+  const unsigned mask = (1u << n) - 1;
   if constexpr (std::is_same<T, float>::value)
-    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
   else if constexpr (std::is_same<T, double>::value)
-    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-#endif
+    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  else
+    return widen_half<T>((U16Half)_mm256_maskz_loadu_epi16(__mmask16(mask), p));
+#else
   T whole[kLanes<Acc<T>>] = {};
   for (int i = 0; i < n; ++i) whole[i] = p[i];
   return load(whole);
+#endif
 }
 template <class T>
 DX_INLINE void store_part(T* p, Vec<Acc<T>> v, int n) {
 #if defined(DX_MASKED)
+  const unsigned mask = (1u << n) - 1;
   if constexpr (std::is_same<T, float>::value)
-    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+    _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
   else if constexpr (std::is_same<T, double>::value)
-    return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
-#endif
+    _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  else
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)narrow_half<T>(v));
+#else
   T whole[kLanes<Acc<T>>];
   store(whole, v);
   for (int i = 0; i < n; ++i) p[i] = whole[i];
+#endif
 }
 
 // A vector's worth of columns: all lanes, or the first n at the right edge.
