@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import densenet_ext as dx
 from densenet_ext.cli import app
-from densenet_ext.training import files, learner, networks
+from densenet_ext.training import files, learner, networks, running
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.loop import best_of
 from densenet_ext.training.metrics import Epoch, Sums
@@ -248,6 +248,7 @@ def test_wrong_options_are_named_with_exit_code_2(option, value, tmp_path):
     [
         (("--batch-size", 1294), "--batch-size: expected .*1293.*, got 1294"),
         (("--device", "tpu9"), "--device: expected a device of this machine, got 'tpu9'"),
+        (("--device", "meta"), "--device: expected a device of this machine, got 'meta'"),
         (("--model", "densenet121"), "--model: densenet121 does not take images of 1 x 16 x 16"),
         (("--fsdp",), "--fsdp: expected several processes: torchrun"),
         (("--resume",), "--resume: name the folder of the run"),
@@ -273,6 +274,20 @@ def test_a_file_where_the_folder_should_be_is_named_with_exit_code_2(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         ended = run("train", *TINY, "--out", out)
         assert ended.code == 2 and "--out: expected a folder to write into" in ended.text
+
+
+def test_of_two_runs_that_start_in_one_folder_the_first_keeps_it(tmp_path, monkeypatch):
+    loaded = running.load_data
+
+    def load_while_another_run_begins(*arguments):
+        monkeypatch.setattr(running, "load_data", loaded)
+        assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").code == 0
+        return loaded(*arguments)
+
+    monkeypatch.setattr(running, "load_data", load_while_another_run_begins)
+    ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path / "run")
+    assert ended.code == 2 and "holds a run already" in ended.text
+    assert len(checkpoint(tmp_path / "run")["history"]) == 1
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may write anywhere")

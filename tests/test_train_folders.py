@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+from PIL import Image
 from training_data import (
     corrupt_files,
     data_of,
@@ -85,6 +86,7 @@ def test_other_classes_in_validation(tmp_path):
     image_folder(tmp_path / "train", ("ant", "bee", "cat"))
     image_folder(tmp_path / "val", ("ant", "bee", "cow"))
     message = message_of("imagefolder", tmp_path)
+    assert "cat, cow differ:" in message
     assert f"'cat' is in {tmp_path / 'train'} and not in {tmp_path / 'val'}" in message
 
 
@@ -107,6 +109,24 @@ def test_images_for_training_are_cropped_and_mirrored(tmp_path):
     assert {tuple(image.shape) for image in images} == {(3, 20, 20)} and images[0].dtype == torch.float32
     assert len({image.numpy().tobytes() for image in images}) == 20
     assert type(images[0]) is torch.Tensor
+
+
+def test_images_of_16_bits_have_the_look_of_8(tmp_path):
+    image_folder(tmp_path)
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(values).save(tmp_path / "bee" / name)
+    files = data_of("imagefolder", tmp_path).train.images
+    for name in ("x.png", "x.tif"):
+        files.paths[0] = str(tmp_path / "bee" / name)
+        assert (np.asarray(files[0]) == (values // 256)[..., None]).all() and files[0].mode == "RGB"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_images_of_32_bits_are_refused(tmp_path, dtype):
+    image_folder(tmp_path)
+    Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "bee" / "x.tif")
+    assert f"{tmp_path / 'bee' / 'x.tif'} (its pixels have 32 bits" in message_of("imagefolder", tmp_path)
 
 
 def test_corrupt_images_are_refused_by_name(tmp_path):

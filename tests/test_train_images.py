@@ -35,6 +35,24 @@ def test_cifar(tmp_path, name, classes):
     assert state["model"]["classifier.weight"].shape[0] == classes == len(state["classes"])
 
 
+def test_a_run_among_the_images_is_refused(photos, tmp_path, monkeypatch):
+    outside = "--out: expected a folder outside of the images in"
+    for root, out in (
+        (photos / "train", photos / "train" / "run"),
+        (photos, photos / "val"),
+        (photos, photos / "val/a"),
+    ):
+        ended = run("train", *folder_options(root), "--out", out)
+        assert ended.code == 2 and outside in ended.text
+        assert run("compare", *folder_options(root), "--out", out).code == 2
+    monkeypatch.chdir(photos / "train")
+    assert outside in run("train", *folder_options(".")).text  # runs/imagefolder would be a class the next time
+    assert sorted(path.name for path in photos.rglob("*") if path.is_dir()) == sorted(
+        [*2 * ["ant", "bee", "cat"], "train", "val"]
+    )
+    assert run("train", *folder_options(photos), "--out", photos / "runs").code == 0
+
+
 def test_a_folder_of_images(photos, tmp_path):
     ended = run("train", *folder_options(photos), "--workers", 1, "--out", tmp_path / "run")
     assert ended.code == 0, ended.output

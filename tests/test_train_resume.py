@@ -248,10 +248,16 @@ def test_folders_without_a_run_are_refused(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_refused(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--lr", 1e10, "--out", tmp_path).code == 1
+    ended = run("train", "--resume", "--out", tmp_path)
+    assert ended.code == 2 and f"expected checkpoint.pt in {tmp_path}, and it is not there" in ended.text
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "No such file"),
+        (None, "checkpoint.pt in"),
         (b"PK\x03\x04 half a file", "expected one of train"),
         ({"epoch": 3}, "holds no model"),
         ({"model": {}}, "it lacks 'data'"),

@@ -141,9 +141,9 @@ def _device(name: str | None, local_rank: int, several: bool) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank if several else torch.cuda.current_device())
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # "meta" makes tensors and computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch lists what it was built with behind that
         raise UserError(f"--device: expected a device of this machine, got {name!r}: {reason}") from error
     if several and device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: torchrun trains on cpu or cuda, got {name!r}")

@@ -14,7 +14,9 @@ from torch import nn
 from densenet_ext.training import announcing, networks, options
 from densenet_ext.training.checkpoint import LAST, load_checkpoint
 from densenet_ext.training.data import datasets
+from densenet_ext.training.data.class_folders import image_parts
 from densenet_ext.training.data.datasets import Data
+from densenet_ext.training.data.examples import agreed
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import Result, Run
@@ -48,13 +50,12 @@ def _train(given: Mapping[str, Any], out: Path | None, resume: bool, download: b
     run = Run(Learner(network, chosen, processes), data, folder)
     if resume:
         run.resume()
+    else:  # by now nothing of what was asked for is refused any more
+        agreed(processes, lambda: _begin(chosen, folder) if processes.is_first else None)
     if processes.is_first:
         announcing.announce(network, data, chosen, processes, folder)
         if resume:
             print(f"going on after epoch {len(run.history)} of {chosen.epochs}")
-        else:  # by now nothing of what was asked for is refused any more
-            make_folder(folder)
-            options.save(chosen, folder)
     result = run.train()
     if processes.is_first:
         announcing.conclude(result, folder)
@@ -68,14 +69,27 @@ def _decided(given: Mapping[str, Any], out: Path | None, resume: bool) -> tuple[
             if out is None:
                 raise UserError("--resume: name the folder of the run to go on with, as in --out runs/digits")
             chosen = options.resumed(options.load(out), given)
+            if not (out / LAST).exists():
+                raise UserError(
+                    f"--resume: expected {LAST} in {out}, and it is not there: a run that ended before its first "
+                    "checkpoint has to be started anew, with another --out"
+                )
             load_checkpoint(out / LAST)
             return out, chosen, None
         chosen = Options.of(given)
         folder = new_folder(chosen) if out is None else out
         check_folder(folder)
+        check_outside(folder, chosen)
         return folder, chosen, None
     except UserError as error:
         return Path(), None, error
+
+
+def _begin(chosen: Options, folder: Path) -> None:
+    """Makes ``folder`` that of this run. Raises UserError when another run has come first meanwhile."""
+    check_folder(folder)
+    make_folder(folder)
+    options.save(chosen, folder)
 
 
 def new_folder(chosen: Options, prefix: str = "") -> Path:
@@ -95,6 +109,19 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--out: expected a folder to write into, got {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out: expected a folder to write into, got {folder}: no permission to write into {existing}")
+
+
+def check_outside(folder: Path, chosen: Options) -> None:
+    """Refuses, as UserError, a folder among the images of ``chosen``: the run's pictures would be taken for some."""
+    if chosen.data != "imagefolder" or chosen.root is None:
+        return
+    found = image_parts(Path(chosen.root))
+    inside = [part for part in found if folder.resolve().is_relative_to(part.resolve())]
+    if inside:
+        raise UserError(
+            f"--out: expected a folder outside of the images in {inside[0]}, got {folder}: its pictures would be "
+            "taken for images of a class"
+        )
 
 
 def make_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ from densenet_ext.training.processes import Processes, joined
 from densenet_ext.training.progress import Bar
 from densenet_ext.training.running import (
     check_folder,
+    check_outside,
     check_takes,
     load_data,
     make_folder,
@@ -59,6 +60,7 @@ def compare(given: Mapping[str, Any], seeds: int, out: Path | None, download: bo
     if (folder / options.FILE).exists():
         raise UserError(f"--out: {folder} holds a run already: name another folder")
     check_folder(folder)
+    check_outside(folder, chosen)
     with joined(given.get("device")) as processes:
         set_determinism(chosen.deterministic)
         data = load_data(chosen, processes, download)

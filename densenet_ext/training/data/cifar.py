@@ -105,9 +105,10 @@ class _Archive:
         files = [*batches, *test, *meta]
         missing = [name for name, _ in files if not (folder / name).is_file()]
         if missing:
+            found = "none of them" if len(missing) == len(files) else f"all but {', '.join(missing)}"
             raise UserError(
-                f"--root: expected the files {', '.join(name for name, _ in files)} in {folder}, "
-                f"and {', '.join(missing)} is missing: give another --root, or --download to fetch them (170 MB)"
+                f"--root: expected the files {', '.join(name for name, _ in files)} in {folder}, found "
+                f"{found}: give another --root, or --download to fetch them (170 MB)"
             )
         self.images, self.labels = _read_all([folder / name for name, _ in batches], classes)
         self.test_images, self.test_labels = _read_all([folder / name for name, _ in test], classes)

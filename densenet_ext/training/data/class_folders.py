@@ -103,8 +103,7 @@ def _find(root: Path) -> tuple[dict[str, Part], list[str]]:
         instead = "a file" if root.exists() else "not there"
         raise UserError(f"--root: expected a folder, got {root}, which is {instead}")
     train, test = root / "train", root / "test"
-    # A class may be called "train" as well; but then it holds images, not folders.
-    if not (train.is_dir() and _classes(train)):
+    if not _has_parts(root):
         return {"train": Part.of(root)}, []
     parts, notes = {"train": Part.of(train)}, []
     for folder in [root / name for name in _VALIDATION if (root / name).is_dir()][:1]:
@@ -116,6 +115,16 @@ def _find(root: Path) -> tuple[dict[str, Part], list[str]]:
         else:
             notes.append(f"no test: {test} has no folders for classes")
     return parts, notes
+
+
+def _has_parts(root: Path) -> bool:
+    # A class may be called "train" as well; but then it holds images, not folders.
+    return (root / "train").is_dir() and bool(_classes(root / "train"))
+
+
+def image_parts(root: Path) -> list[Path]:
+    """The folders below ``root`` in which every folder is a class: root/train and its like, or ``root`` itself."""
+    return [root / name for name in ("train", *_VALIDATION, "test")] if _has_parts(root) else [root]
 
 
 def same_everywhere(root: Path, parts: dict[str, Part], processes: Processes) -> None:
@@ -146,6 +155,7 @@ def _check_classes(train: Part, other: Part) -> None:
     if differing:
         there, not_there = (train, other) if differing[0] in train.classes else (other, train)
         raise UserError(
-            f"--root: expected the same classes in {train.folder} and {other.folder}, and {listed(differing)} differ: "
-            f"{differing[0]!r} is in {there.folder} and not in {not_there.folder}"
+            f"--root: expected the same classes in {train.folder} and {other.folder}, and {listed(differing)} "
+            f"{'differs' if len(differing) == 1 else 'differ'}: {differing[0]!r} is in {there.folder} and not in "
+            f"{not_there.folder}"
         )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from densenet_ext.training.data.class_folders import Part, find, listed, same_everywhere
 from densenet_ext.training.data.examples import Data, Examples, Processes, Recipe, agreed
 from densenet_ext.training.data.loading import share
-from densenet_ext.training.data.vision import import_torchvision, transforms
+from densenet_ext.training.data.vision import transforms
 from densenet_ext.training.errors import TrainingError, UserError
 
 SIZE = 224
@@ -76,7 +77,7 @@ class Files:
     def __getitem__(self, index: int, /) -> Any:
         path = self.paths[index]
         try:
-            return import_torchvision().datasets.folder.default_loader(path)
+            return _in_rgb(path)
         except Exception as error:
             reason = _reason(error)
             raise TrainingError(
@@ -105,20 +106,26 @@ def _reasons(paths: list[str]) -> dict[str, str]:
     found = {}
     for path in paths:
         try:
-            _decode(path)
+            _in_rgb(path, coarse=True)
         except Exception as error:  # Pillow's decoders raise nearly every kind
             found[path] = _reason(error)
     return found
 
 
-def _decode(path: str) -> None:
-    """Decodes a file as far as it takes to know that all of it can be."""
+def _in_rgb(path: str, coarse: bool = False) -> Any:
+    """The image in a file; ``coarse``: decoded as far as it takes to know that all of it can be."""
     from PIL import Image
 
     with open(path, "rb") as file:
         image = Image.open(file)
-        image.draft("RGB", (1, 1))  # a JPEG is read to its end, and its pixels are made at an eighth of the size
-        image.convert("RGB")
+        if coarse:
+            image.draft("RGB", (1, 1))  # a JPEG is read to its end, and its pixels are made at an eighth of the size
+        # Of pixels with more than 8 bits Pillow would make white ones: it clips them at 255.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # which has at most 16
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels have 32 bits, expected 8 or 16")
+        return image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
