@@ -366,11 +366,25 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, 
     monkeypatch.setattr(learner.Learner, "end_epoch", fill)
     ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "full")
     assert ended.code == 1 and "Error: cannot write the checkpoint" in ended.text
-    assert "No space left on device; the last good checkpoint is still there" in ended.text
+    assert "No space left on device; --resume goes on from checkpoint.pt" in ended.text
     monkeypatch.undo()
     assert len(checkpoint(tmp_path / "full")["history"]) == 1
     assert run("train", "--resume", "--out", tmp_path / "full").code == 0
     assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "full", tmp_path / "whole") == []
+
+
+def test_a_disk_that_is_full_after_the_first_of_two_files_loses_no_epoch(tmp_path, monkeypatch):
+    def full(path, mode):
+        return FullDisk(path, mode) if "checkpoint.pt" in path.name else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", full, raising=False)
+        ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path / "full")
+    assert ended.code == 1 and "--resume goes on from best.pt" in ended.text
+    ended = run("train", "--resume", "--out", tmp_path / "full")
+    assert ended.code == 0 and "going on after epoch 1 of 2" in ended.text
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path / "whole").code == 0
     assert differences(tmp_path / "full", tmp_path / "whole") == []
 
 

@@ -202,10 +202,11 @@ def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where
 
 def test_a_finished_run_stays_as_it_is(tmp_path):
     assert run("train", *TINY, "--epochs", 1, "--out", tmp_path).code == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")}
+    (tmp_path / "metrics.csv").unlink()
     ended = run("train", "--resume", "--out", tmp_path)
     assert ended.code == 0 and "going on after epoch 1 of 1" in ended.text and "test accuracy" in ended.text
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -268,6 +269,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, content, message):
     path = tmp_path / "checkpoint.pt"
     if content is None:
         path.unlink()
+        (tmp_path / "best.pt").unlink()
     elif isinstance(content, bytes):
         path.write_bytes(content)
     elif "model" in content:

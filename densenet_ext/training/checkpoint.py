@@ -28,10 +28,27 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
         try:
             replace_file(data, path)
         except OSError as error:
-            kept = "the last good checkpoint is still there" if path.exists() else "nothing was written"
+            good = next((path.name for path in reversed(paths) if path.exists()), None)
+            kept = f"--resume goes on from {good}, which is whole" if good else "nothing was written"
             reason = error.strerror or str(error)
             size = f"{len(data) / 2**20:.1f} MiB"
             raise TrainingError(f"cannot write the checkpoint {path} ({size}): {reason}; {kept}") from error
+
+
+def check_last(folder: Path) -> None:
+    """Raises UserError unless ``folder`` has a checkpoint to go on from, which is :data:`LAST`.
+
+    Where the disk was full, or the run killed, before the first epoch was in both files, it is made from :data:`BEST`.
+    """
+    last, best = folder / LAST, folder / BEST
+    if not last.exists():
+        if not best.exists():
+            raise UserError(
+                f"--resume: expected {LAST} in {folder}, and it is not there: a run that ended before its first "
+                "checkpoint has to be started anew, with another --out"
+            )
+        save_checkpoint(load_checkpoint(best), last)
+    load_checkpoint(last)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

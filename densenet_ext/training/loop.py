@@ -93,7 +93,10 @@ class Run:
         images = sum(self._train.count(step) for step in range(len(self._train)))
         done = len(self.history) * images + self._sums.images
         progress = Progress(self.options.epochs, images, done, self.learner.device, self._shown)
-        board = metrics.TensorBoard(self.folder, self.history) if self.processes.is_first else None
+        board = None
+        if self.processes.is_first:
+            metrics.write_csv(self.history, self.folder)  # should it have got lost
+            board = metrics.TensorBoard(self.folder, self.history)
         try:
             with Interruption() as interruption:
                 while len(self.history) < self.options.epochs:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from densenet_ext.training import announcing, networks, options
-from densenet_ext.training.checkpoint import LAST, load_checkpoint
+from densenet_ext.training.checkpoint import check_last
 from densenet_ext.training.data import datasets
 from densenet_ext.training.data.class_folders import image_parts
 from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.data.examples import agreed
-from densenet_ext.training.errors import UserError
+from densenet_ext.training.errors import TrainingError, UserError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import Result, Run
 from densenet_ext.training.options import Options
@@ -63,25 +63,20 @@ def _train(given: Mapping[str, Any], out: Path | None, resume: bool, download: b
     return result
 
 
-def _decided(given: Mapping[str, Any], out: Path | None, resume: bool) -> tuple[Path, Options | None, UserError | None]:
+def _decided(given: Mapping[str, Any], out: Path | None, resume: bool) -> tuple[Path, Options | None, Exception | None]:
     try:
         if resume:
             if out is None:
                 raise UserError("--resume: name the folder of the run to go on with, as in --out runs/digits")
             chosen = options.resumed(options.load(out), given)
-            if not (out / LAST).exists():
-                raise UserError(
-                    f"--resume: expected {LAST} in {out}, and it is not there: a run that ended before its first "
-                    "checkpoint has to be started anew, with another --out"
-                )
-            load_checkpoint(out / LAST)
+            check_last(out)
             return out, chosen, None
         chosen = Options.of(given)
         folder = new_folder(chosen) if out is None else out
         check_folder(folder)
         check_outside(folder, chosen)
         return folder, chosen, None
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         return Path(), None, error
 
 
