@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import densenet_ext as dx
 from densenet_ext.cli import app
-from densenet_ext.training import files, learner, networks, running
+from densenet_ext.training import files, learner, networks, progress, running
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.loop import best_of
 from densenet_ext.training.metrics import Epoch, Sums
@@ -417,6 +417,17 @@ def test_a_terminal_sees_a_bar_with_loss_error_rate_memory_and_time_left(monkeyp
     assert "epoch 1/2" in stream.text and "40/200" in stream.text and "images/s" in stream.text
     for value in ("loss=0.500", "error=25.00 %", "memory="):
         assert value in stream.text
+
+
+def test_a_terminal_that_does_not_know_its_width_sees_the_bar(monkeypatch):
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+    stream = Terminal()
+    stream.fileno = lambda: 2
+    monkeypatch.setattr("sys.stderr", stream)
+    shown = Progress(2, 100, 0, torch.device("cpu"), True)
+    shown.step(1, 40, Sums(20.0, 10, 40))
+    shown.close()
+    assert "epoch 1/2" in stream.text and "40/200" in stream.text
 
 
 def test_elsewhere_long_epochs_print_a_line_a_minute(monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from typing import Any
@@ -23,7 +25,7 @@ class Bar:
         self._start = time.perf_counter()
         self._bar: Any = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit=" images", dynamic_ncols=True, smoothing=0.05)
+            self._bar = terminal_bar(total, done)
 
     @property
     def is_drawn(self) -> bool:
@@ -98,6 +100,15 @@ class Progress:
 
     def _memory(self) -> str:
         return f"{peak_memory(self._device) / 2**20:.0f} MiB"
+
+
+def terminal_bar(total: int, done: int = 0) -> Any:
+    """A bar over ``total`` images, as wide as the terminal; 80 columns where that does not know its size."""
+    known = True
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in a container: tqdm would show nothing
+    width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+    return tqdm(total=total, initial=done, unit=" images", smoothing=0.05, **width)
 
 
 def peak_memory(device: torch.device) -> int:
