@@ -14,6 +14,7 @@ from tqdm import tqdm
 from densenet_ext.training.metrics import Epoch, Sums
 
 SECONDS_BETWEEN_LINES = 60.0  # within an epoch, away from a terminal
+_BAR = "{desc}{percentage:3.0f}%|{bar}|{remaining} left, {rate_fmt}{postfix}"  # fits 80 columns
 
 
 class Bar:
@@ -75,7 +76,7 @@ class Progress:
         place = f"epoch {epoch}/{self._epochs}"
         figures = ""
         if self._bar.is_drawn:  # asking a GPU's allocator takes a while
-            figures = f"loss={sums.mean_loss:.3f}, error={sums.error:.2f} %, memory={self._memory()}"
+            figures = f"loss {sums.mean_loss:.3f}, error {sums.error:.1f} %, {self._memory()}"
         self._bar.advance(images, place, figures)
         if not self._bar.is_drawn and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             part = f"{sums.images} of {self._images} images"
@@ -108,7 +109,7 @@ def terminal_bar(total: int, done: int = 0) -> Any:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in a container: tqdm would show nothing
     width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
-    return tqdm(total=total, initial=done, unit=" images", smoothing=0.05, **width)
+    return tqdm(total=total, initial=done, unit=" img", smoothing=0.05, bar_format=_BAR, **width)
 
 
 def peak_memory(device: torch.device) -> int:
