@@ -38,10 +38,11 @@ SAVE = choice("What blocks keep for the backward pass.", checks.LEVELS)
 def errors_told() -> Iterator[None]:
     """Ends the command with a sentence instead of a traceback: exit code 2 for the user's errors, 1 for others."""
     try:
-        from densenet_ext.training.errors import LossError, TrainingError, UserError
+        from densenet_ext.training.errors import LossError, LostError, TrainingError, UserError
         from densenet_ext.training.interruption import Interrupted
 
-        everywhere: tuple[type[Exception], ...] = (UserError, LossError, Interrupted)  # all processes raise these
+        # All processes raise these.
+        everywhere: tuple[type[Exception], ...] = (UserError, LossError, LostError, Interrupted)
         try:
             yield
         except (UserError, TrainingError, Interrupted) as error:

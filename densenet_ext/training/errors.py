@@ -13,3 +13,7 @@ class TrainingError(RuntimeError):
 
 class LossError(TrainingError):
     """The loss is no number any more. Every process raises it, since the loss is that of the whole batch."""
+
+
+class LostError(TrainingError):
+    """Another process of the run has ended. All that are left raise it."""

@@ -6,6 +6,7 @@ DistributedDataParallel or FSDP2 around the network, sums over all processes, an
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 import os
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_ext.training.errors import UserError
+from densenet_ext.training.errors import LostError, UserError
 
 # Who waits while the first process downloads, or checks its part of the images, has nothing to do for long.
 _TIMEOUT = timedelta(hours=3)
@@ -57,8 +58,34 @@ class Processes:
     def share_buffers(self, network: nn.Module) -> None:
         """Gives every process the first one's buffers: the running statistics are those that it writes."""
         if self.size > 1:
+            kinds: dict[torch.dtype, list[Tensor]] = {}
             for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+                kinds.setdefault(buffer.dtype, []).append(buffer)
+            for buffers in kinds.values():  # one message instead of hundreds
+                values = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+                dist.broadcast(values, 0)
+                for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
+                    buffer.detach().copy_(value.view_as(buffer))
+
+    @torch.no_grad()
+    def check_sync_bn(self, network: nn.Module, images: Tensor) -> None:
+        """Refuses, as UserError, ``--sync-bn`` for a ``network`` with norms that are not in fused units, on the CPU.
+
+        PyTorch's SyncBatchNorm runs on GPUs only. ``images`` [N, C, H, W] are such as ``network`` takes; a copy of it
+        is tried. Every process has to call this.
+        """
+        if self.size == 1 or self.device.type != "cpu":
+            return
+        trial = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+        try:
+            trial.train()(images)
+        except ValueError as error:
+            if "SyncBatchNorm" not in str(error):
+                raise
+            raise UserError(
+                "--sync-bn: expected a network whose norms are all fused, got one with others, and PyTorch's "
+                "SyncBatchNorm runs on GPUs only: leave out --sync-bn or --no-fused, or take a network of this library"
+            ) from error
 
     def wrap(self, network: nn.Module, sync_bn: bool, fsdp: bool) -> nn.Module:
         """What to call for a training step: ``network``, whose gradients are those of all processes.
@@ -74,7 +101,7 @@ class Processes:
 
             # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send
             # more messages than it saves memory.
-            _synchronise(network, sync_bn)
+            self._synchronise(network, sync_bn)
             # Sharded again after a forward pass, too: evaluation has no backward pass that would do it.
             fully_shard(network, reshard_after_forward=True)
             return network
@@ -84,20 +111,20 @@ class Processes:
         # The statistics differ between the processes while they train, and are shared when they are used.
         wrapped = DistributedDataParallel(network, device_ids=devices, **_NO_BROADCAST)
         # Afterwards: DistributedDataParallel refuses SyncBatchNorm on processors, where PyTorch's own does not run.
-        _synchronise(network, sync_bn)
+        self._synchronise(network, sync_bn)
         return wrapped
 
-
-def _synchronise(network: nn.Module, sync_bn: bool) -> None:
-    if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    def _synchronise(self, network: nn.Module, sync_bn: bool) -> None:
+        if sync_bn and self.size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 @contextlib.contextmanager
 def joined(device: str | None) -> Iterator[Processes]:
     """The processes that torchrun has started, or this one alone, with the ``device`` of this one.
 
-    ``device`` None is a GPU where there is one, for each process its own. Raises UserError for a device that is none.
+    ``device`` None is a GPU where there is one, for each process its own. Raises UserError for a device that is none,
+    and LostError in place of the error that a process gets when another one has gone.
     """
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -109,16 +136,27 @@ def joined(device: str | None) -> Iterator[Processes]:
         raise UserError("torchrun: this torch was built without torch.distributed, so it trains in one process only")
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    on_gpu = place.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, device_id=place if on_gpu else None)
     try:
         yield Processes(rank, size, place)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the network
-        if place.type == "cpu":
-            _leave()
         # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
+        if not on_gpu:
+            _leave()
+        if _is_lost(error):
+            raise LostError(
+                "another process of the run has ended: its own message or torchrun's report says why; "
+                "the last checkpoint is kept"
+            ) from error
         raise
     _leave()
+
+
+def _is_lost(error: BaseException) -> bool:
+    # Gloo's errors are RuntimeErrors that begin with the place in its source.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def _leave() -> None:

@@ -47,6 +47,8 @@ def _train(given: Mapping[str, Any], out: Path | None, resume: bool, download: b
         chosen.model, classes=len(data.classes), channels=data.channels, save=chosen.save, fused=chosen.fused
     )
     check_takes(network, chosen.model, data)
+    if chosen.sync_bn:
+        processes.check_sync_bn(network, images_like(data))
     run = Run(Learner(network, chosen, processes), data, folder)
     if resume:
         run.resume()
@@ -149,12 +151,17 @@ def set_determinism(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def images_like(data: Data) -> torch.Tensor:
+    """Two black images [2, C, H, W] as ``data`` has them."""
+    return torch.zeros(2, data.channels, data.image_size, data.image_size)
+
+
 @torch.no_grad()
 def check_takes(network: nn.Module, name: str, data: Data) -> None:
     """Refuses, as UserError, images that ``network`` does not take: too small ones, as a rule."""
     size = data.image_size
     try:
-        network.eval()(torch.zeros(2, data.channels, size, size))
+        network.eval()(images_like(data))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
