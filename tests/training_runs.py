@@ -43,8 +43,13 @@ def environment() -> dict[str, str]:
 
 def start(command: str, *arguments: Any, processes: int = 0) -> subprocess.Popen[str]:
     """The command in a process of its own, or in several ones under torchrun."""
+    return start_python("-m", "densenet_ext", command, *arguments, processes=processes)
+
+
+def start_python(*arguments: Any, processes: int = 0) -> subprocess.Popen[str]:
+    """Python with ``arguments`` in a process of its own, or in several ones under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    line = [sys.executable, *launcher, "-m", "densenet_ext", command, *map(str, arguments)]
+    line = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -76,7 +76,7 @@ class Options:
         return cls(**{**DATA[data]._asdict(), "data": data, **chosen})
 
 
-FREE = frozenset({"root", "device", "workers"})
+FREE = frozenset({"root", "device", "workers", "fsdp"})
 """What a resume may change: where the run goes on, not what it computes."""
 
 
