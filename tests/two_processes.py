@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 import typer
 from torch import Tensor, nn
@@ -44,7 +46,8 @@ def buffers_are_shared(processes: Processes) -> bool:
 
 def overflow_skips_the_step_everywhere(processes: Processes) -> bool:
     """An infinite gradient in the shard of one process: the others must not move on alone."""
-    learner = learner_of(processes, amp="fp16", fsdp=True)
+    with mock.patch("torch._C._get_accelerator", return_value=torch.device("cuda")):  # --device cpu beside a GPU
+        learner = learner_of(processes, amp="fp16", fsdp=True)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     weight, step = learner.network.features.conv0.weight, learner.scaler.step
 

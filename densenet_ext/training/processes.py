@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_ext.training.errors import LostError, UserError
+from densenet_ext.training.errors import LossError, LostError, UserError
+from densenet_ext.training.interruption import Interrupted
 
 # Who waits while the first process downloads, or checks its part of the images, has nothing to do for long.
 _TIMEOUT = timedelta(hours=3)
@@ -97,13 +98,16 @@ class Processes:
         if fsdp and not dist.is_initialized():
             raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
         if fsdp:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send
             # more messages than it saves memory.
             self._synchronise(network, sync_bn)
+            # On this device: left to itself, FSDP takes the GPUs of the machine, whatever --device says.
+            mesh = init_device_mesh(self.device.type, (self.size,))
             # Sharded again after a forward pass, too: evaluation has no backward pass that would do it.
-            fully_shard(network, reshard_after_forward=True)
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)
             return network
         if self.size == 1:
             return network
@@ -143,7 +147,7 @@ def joined(device: str | None) -> Iterator[Processes]:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the network
         # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
-        if not on_gpu:
+        if not on_gpu or isinstance(error, (Interrupted, LossError)):  # which all raise at the same step
             _leave()
         if _is_lost(error):
             raise LostError(
