@@ -84,8 +84,7 @@ def test_statistics_of_each_part_are_not_those_of_the_whole_batch(alone, several
 
 def test_stopped_processes_go_on_to_the_same_bits(options, several, tmp_path):
     stopped = start("train", *options, *SHARDED, "--out", tmp_path / "stopped", processes=2)
-    metrics = tmp_path / "stopped" / "metrics.csv"
-    while not metrics.exists() and stopped.poll() is None:
+    while not (tmp_path / "stopped" / "checkpoint.pt").exists() and stopped.poll() is None:
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)  # torchrun passes it on
     ended = finish(stopped)

@@ -74,8 +74,6 @@ class Run:
             ) from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        if self.processes.is_first:  # killed right behind its checkpoint, a run has written no metrics
-            metrics.write_csv(self.history, self.folder)
 
     def _check_images(self, there: dict[str, list[Any]]) -> None:
         here = self._fingerprint()
@@ -95,7 +93,7 @@ class Run:
         progress = Progress(self.options.epochs, images, done, self.learner.device, self._shown)
         board = None
         if self.processes.is_first:
-            metrics.write_csv(self.history, self.folder)  # should it have got lost
+            metrics.write_csv(self.history, self.folder)  # a run that was killed behind its checkpoint lacks a row
             board = metrics.TensorBoard(self.folder, self.history)
         try:
             with Interruption() as interruption:
