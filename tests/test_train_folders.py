@@ -69,6 +69,18 @@ def test_a_class_may_be_called_train(tmp_path):
     assert data.classes == ("bus", "car", "train")
 
 
+def test_files_that_do_not_end_as_images_are_left_out_and_noted(tmp_path):
+    image_folder(tmp_path)
+    assert data_of("imagefolder", tmp_path).notes == ()
+    for name in ("ant/moving.gif", "bee/deep/Thumbs.db", "bee/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    data = data_of("imagefolder", tmp_path)
+    (note,) = data.notes
+    assert note == f"left out in {tmp_path} are 2 files that do not end as an image: ant/moving.gif, bee/deep/Thumbs.db"
+    assert len(data.train) + len(data.validation) == 18
+
+
 def test_a_test_without_classes_is_left_out_and_noted(tmp_path):
     image_folder(tmp_path / "train")
     image_folder(tmp_path / "test", (".", "."))

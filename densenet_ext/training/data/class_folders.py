@@ -49,6 +49,17 @@ class Part:
         part._check("none of its images can be read")
         return part
 
+    def other_files(self) -> list[str]:
+        """Files of the classes that are no images by their ending, from ``folder`` on; hidden ones don't count."""
+        known = set(self.paths)
+        return sorted(
+            os.path.relpath(path, self.folder)
+            for name in self.classes
+            for place, _, names in os.walk(self.folder / name, followlinks=True)
+            for path in (os.path.join(place, each) for each in names if not each.startswith("."))
+            if path not in known
+        )
+
     def split(self, fraction: float) -> tuple[Part, Part]:
         """What is trained on and what is held out: ``fraction`` of each class, the same files in every run.
 
@@ -95,6 +106,10 @@ def find(root: Path) -> tuple[dict[str, Part], list[str]]:
         raise UserError(f"--root: cannot read {error.filename or root}: {error.strerror or error}") from error
     for part in parts.values():
         _check_classes(parts["train"], part)
+        others = part.other_files()
+        if others:
+            are = "is 1 file that does" if len(others) == 1 else f"are {len(others)} files that do"
+            notes.append(f"left out in {part.folder} {are} not end as an image: {listed(others)}")
     return parts, notes
 
 
