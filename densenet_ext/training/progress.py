@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from densenet_ext.fusing.report import readable
 from densenet_ext.training.metrics import Epoch, Sums
 
 SECONDS_BETWEEN_LINES = 60.0  # within an epoch, away from a terminal
@@ -76,7 +77,7 @@ class Progress:
         place = f"epoch {epoch}/{self._epochs}"
         figures = ""
         if self._bar.is_drawn:  # asking a GPU's allocator takes a while
-            figures = f"loss {sums.mean_loss:.3f}, error {sums.error:.1f} %, {self._memory()}"
+            figures = f"loss {sums.mean_loss:.3f}, error {sums.error:.1f}%, {self._memory()}"
         self._bar.advance(images, place, figures)
         if not self._bar.is_drawn and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             part = f"{sums.images} of {self._images} images"
@@ -100,7 +101,7 @@ class Progress:
         self._bar.close()
 
     def _memory(self) -> str:
-        return f"{peak_memory(self._device) / 2**20:.0f} MiB"
+        return readable(peak_memory(self._device))
 
 
 def terminal_bar(total: int, done: int = 0) -> Any:
@@ -109,7 +110,7 @@ def terminal_bar(total: int, done: int = 0) -> Any:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in a container: tqdm would show nothing
     width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
-    return tqdm(total=total, initial=done, unit=" img", smoothing=0.05, bar_format=_BAR, **width)
+    return tqdm(total=total, initial=done, unit=" img", unit_scale=True, smoothing=0.05, bar_format=_BAR, **width)
 
 
 def peak_memory(device: torch.device) -> int:
