@@ -79,7 +79,8 @@ def _of_timm(name: str, classes: int, channels: int) -> nn.Module:
         import timm
     except ImportError as error:
         raise UserError(
-            f"--model: timm:{name} needs timm, and it can't be imported ({error}): pip install timm"
+            f"--model: timm:{name} needs timm, which can't be imported ({error}): pip install --no-deps timm (so that "
+            "no second torch comes)"
         ) from error
     if name not in timm.list_models():
         close = ", ".join(timm.list_models("*densenet*"))
