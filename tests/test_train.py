@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 import densenet_ext as dx
 from densenet_ext.cli import app
 from densenet_ext.training import files, learner, networks, progress, running
-from densenet_ext.training.errors import UserError
 from densenet_ext.training.loop import best_of
 from densenet_ext.training.metrics import Epoch, Sums
 from densenet_ext.training.options import Options
@@ -168,44 +167,6 @@ def test_evaluation_adds_up_parts_some_of_which_are_empty():
     assert whole.mean_loss == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item())
     assert parts == Sums(pytest.approx(whole.loss), whole.wrong, 8)
     assert one.evaluate([]) == Sums()
-
-
-# ---- networks by name ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [*networks.BUILDERS, "densenet_bc:16,8"])
-def test_every_builder_has_a_name(name):
-    with torch.device("meta"):
-        model = networks.build(name, classes=7, channels=2, save="features")
-    assert model.classifier.out_features == 7 and model.features.conv0.in_channels == 2 and model.save == "features"
-
-
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_networks_of_other_libraries_are_fused(library):
-    import peers
-
-    peers.timm_densenet() if library == "timm" else peers.torchvision_densenet()
-    for fused in (True, False):
-        model = networks.build(f"{library}:densenet121", classes=7, channels=3, save="features", fused=fused)
-        rows = [row for row in dx.report(model) if row.kind == "dense block"]
-        assert len(rows) == 4 and all(row.fused == fused for row in rows)
-        assert not fused or {row.save for row in rows} == {"features"}
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("timm:densenet0", "timm has no model 'densenet0'; its DenseNets: densenet121"),
-        ("timm:resnet18", "has no dense blocks"),
-        ("torchvision:densenet0", "torchvision has no model 'densenet0'; its DenseNets: densenet121"),
-    ],
-)
-def test_unknown_networks_of_other_libraries_are_refused(name, message):
-    import peers
-
-    peers.timm_densenet() if name.startswith("timm") else peers.torchvision_densenet()
-    with pytest.raises(UserError, match=message):
-        networks.build(name, classes=7, channels=3, save="features")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
