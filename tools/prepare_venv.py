@@ -35,6 +35,7 @@ PEERS = {
         *("requests", "urllib3", "idna", "certifi"),
     ),
     "pytorch-lightning": ("lightning-utilities", "torchmetrics", "fsspec", "pyyaml"),
+    "safetensors": (),
     "onnxscript": ("onnx", "onnx-ir", "ml-dtypes", "protobuf"),
 }
 
