@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from test_kernels import MAKERS, Call, converted  # noqa: E402
+from kernel_calls import MAKERS, Call, converted  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from densenet_ext import kernels  # noqa: E402

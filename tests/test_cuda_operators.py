@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulation.compare import assert_close
 from helpers import DEVICE, error
-from test_kernels import DTYPES, MAKERS, ROWS, Call, converted
+from kernel_calls import DTYPES, MAKERS, ROWS, Call, converted
 from torch import Tensor
 
 from benchmarks import operators

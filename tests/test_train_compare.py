@@ -34,7 +34,7 @@ from densenet_ext.training.data import digits
 from densenet_ext.training.data.examples import Examples
 from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
-from densenet_ext.training.loop import Run
+from densenet_ext.training.loop import Run, batches
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
 
@@ -210,7 +210,7 @@ def test_steps_are_timed_when_they_are_warm_and_whole(data):
 @pytest.mark.parametrize("save", ["bottlenecks", "features"])
 def test_bytes_are_those_that_the_benchmarks_count(data, save):
     chosen = replace(SMALL, save=save)
-    images, labels = next(lockstep.batches(data.train, chosen, torch.device("cpu"), shuffle=True).epoch(1))
+    images, labels = next(batches(data.train, chosen, Processes(), shuffle=True).epoch(1))
     taken = {}
     for form in FORMS:
         taken[form] = lockstep.step_bytes(comparer(data, chosen)._learner(form, 0), images, labels)

@@ -13,8 +13,8 @@ pytest.importorskip("tqdm")
 
 from densenet_ext.training.compare import command as comparing
 from densenet_ext.training.compare import comparison
-from densenet_ext.training.compare.comparison import FORMS, FormRun, Row, SeedRun, StepBytes
-from densenet_ext.training.metrics import Sums
+from densenet_ext.training.compare.comparison import FORMS, FormRun, SeedRun, StepBytes
+from densenet_ext.training.metrics import Row, Sums
 
 
 def made_up(seed: int, ours: float, theirs: float, steps: int = 250) -> SeedRun:

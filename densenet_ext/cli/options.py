@@ -94,3 +94,9 @@ OnCorrupt = Annotated[
     str | None, choice("What to do about images that can't be read: name and refuse, or skip.", ON_CORRUPT)
 ]
 Download = Annotated[bool, typer.Option("--download", help="Lets CIFAR be downloaded into --root.")]
+
+
+def given(context: typer.Context, *others: str) -> dict[str, Any]:
+    """The fields of training.options.Options that the command line sets, None where it does not; not ``others``."""
+    values = {name: value for name, value in context.params.items() if name not in others}
+    return {**values, "root": None if values["root"] is None else str(values["root"])}

@@ -8,25 +8,8 @@ from typing import Annotated
 import typer
 
 from densenet_ext import checks
+from densenet_ext.cli import options
 from densenet_ext.cli.arguments import errors_told, option
-from densenet_ext.cli.options import (
-    Amp,
-    BatchSize,
-    Compile,
-    Data,
-    Deterministic,
-    Device,
-    Download,
-    Epochs,
-    ImageSize,
-    Lr,
-    Model,
-    OnCorrupt,
-    Root,
-    Save,
-    Validation,
-    Workers,
-)
 
 Fused = Annotated[
     bool | None,
@@ -40,24 +23,24 @@ Seed = Annotated[
 
 def train(
     context: typer.Context,
-    data: Data = None,
-    root: Root = None,
-    model: Model = None,
-    save: Save = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    model: options.Model = None,
+    save: options.Save = None,
     fused: Fused = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    amp: Amp = None,
-    compile: Compile = None,
-    device: Device = None,
-    workers: Workers = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.Lr = None,
+    amp: options.Amp = None,
+    compile: options.Compile = None,
+    device: options.Device = None,
+    workers: options.Workers = None,
     seed: Seed = None,
-    deterministic: Deterministic = None,
-    validation: Validation = None,
-    image_size: ImageSize = None,
-    on_corrupt: OnCorrupt = None,
-    download: Download = False,
+    deterministic: options.Deterministic = None,
+    validation: options.Validation = None,
+    image_size: options.ImageSize = None,
+    on_corrupt: options.OnCorrupt = None,
+    download: options.Download = False,
     sync_bn: Annotated[
         bool | None, typer.Option("--sync-bn/--no-sync-bn", help="Under torchrun: statistics of the whole batch.")
     ] = None,
@@ -74,8 +57,7 @@ def train(
 
     Several processes: torchrun --nproc-per-node N -m densenet_ext train ...
     """
-    given = {name: value for name, value in context.params.items() if name not in ("out", "resume", "download")}
-    given["root"] = None if root is None else str(root)
+    given = options.given(context, "out", "resume", "download")
     with errors_told():
         from densenet_ext.training import running
 

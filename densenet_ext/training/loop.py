@@ -21,7 +21,7 @@ from torch import Tensor
 
 from densenet_ext.training import metrics
 from densenet_ext.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from densenet_ext.training.data.datasets import Data
+from densenet_ext.training.data.datasets import Data, Examples
 from densenet_ext.training.data.loading import Batches
 from densenet_ext.training.errors import LossError, UserError
 from densenet_ext.training.interruption import Interrupted, Interruption
@@ -55,9 +55,11 @@ class Run:
         self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch's training so far
         self._every = 1 if learner.device.type == "cpu" else _READ_EVERY
         self._shown = shown and self.processes.is_first
-        self._train = self._batches("train", shuffle=True)
-        self._validation = self._batches("validation") if data.validation is not None else None
-        self._test = self._batches("test") if data.test is not None else None
+        self._train = batches(data.train, self.options, self.processes, shuffle=True)
+        self._validation, self._test = (
+            None if examples is None else batches(examples, self.options, self.processes)
+            for examples in (data.validation, data.test)
+        )
 
     def resume(self) -> None:
         """Takes the state that the folder keeps. Raises UserError when there is none, or it is another network's."""
@@ -107,9 +109,9 @@ class Run:
             progress.close()
             if board is not None:
                 board.close()
-            for batches in (self._train, self._validation, self._test):
-                if batches is not None:
-                    batches.close()
+            for part in (self._train, self._validation, self._test):
+                if part is not None:
+                    part.close()
         return Result(self.history, best_of(self.history), test)
 
     def _epoch(self, progress: Progress, interruption: Interruption) -> Epoch:
@@ -144,13 +146,13 @@ class Run:
         self._save()
         return row
 
-    def _evaluated(self, batches: Batches | None, number: int, interruption: Interruption) -> Sums | None:
-        """The figures on ``batches``; None without any. A run that is stopped here repeats them when it goes on."""
-        if batches is None:
+    def _evaluated(self, part: Batches | None, number: int, interruption: Interruption) -> Sums | None:
+        """The figures on ``part``; None without one. A run that is stopped here repeats them when it goes on."""
+        if part is None:
             return None
 
         def until_asked() -> Iterator[tuple[Tensor, Tensor]]:
-            for index, batch in enumerate(batches.epoch(number)):
+            for index, batch in enumerate(part.epoch(number)):
                 if index % self._every == 0:
                     self._stop_if_asked(interruption)
                 yield batch
@@ -181,8 +183,7 @@ class Run:
     def _no_number(self, what: str) -> LossError:
         saved = len(self.history)
         kept = f"{self.folder / LAST} keeps epoch {saved}" if saved else "no epoch was complete, so nothing was saved"
-        finer = "" if self.options.amp == "off" else ", or --amp off"
-        return LossError(f"{what}; {kept}. Try a smaller --lr{finer}")
+        return LossError(f"{what}; {kept}. {advice(self.options)}")
 
     def _stop_if_asked(self, interruption: Interruption) -> None:
         """Saves the state within the epoch, and leaves, when any process has got a signal."""
@@ -228,17 +229,27 @@ class Run:
             if part is not None
         }
 
-    def _batches(self, part: str, shuffle: bool = False) -> Batches:
-        return Batches(
-            getattr(self.data, part),
-            self.options.batch_size,
-            seed=self.options.seed,
-            shuffle=shuffle,
-            rank=self.processes.rank,
-            size=self.processes.size,
-            workers=self.options.workers,
-            pin_memory=self.learner.device.type == "cuda",
-        )
+
+def batches(examples: Examples, options: Options, processes: Processes, shuffle: bool = False) -> Batches:
+    """This process's batches of ``examples``, as ``options`` ask for; in a new order every epoch with ``shuffle``.
+
+    Raises UserError when they are larger than the data.
+    """
+    return Batches(
+        examples,
+        options.batch_size,
+        seed=options.seed,
+        shuffle=shuffle,
+        rank=processes.rank,
+        size=processes.size,
+        workers=options.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def advice(options: Options) -> str:
+    """What to try when the loss is no number any more."""
+    return "Try a smaller --lr" + ("" if options.amp == "off" else ", or --amp off")
 
 
 def best_of(history: list[Epoch]) -> Epoch | None:

@@ -18,8 +18,8 @@ TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One row: losses are mean cross-entropies, errors are percent of the images whose first guess is wrong."""
+class Row:
+    """An epoch's figures: losses are mean cross-entropies, errors are percent of images whose first guess is wrong."""
 
     epoch: int  # from 1 on
     lr: float
@@ -27,6 +27,12 @@ class Epoch:
     error: float
     validation_loss: float | None  # at the epoch's end; None without validation images
     validation_error: float | None
+
+
+@dataclass(frozen=True)
+class Epoch(Row):
+    """A row of metrics.csv: the figures, and what the epoch took."""
+
     images_per_s: float  # in training, of all processes together
     seconds: float  # of the epoch, validation included
     memory_mib: float  # the most that the first process has had so far: of the GPU, or of the whole process

@@ -152,7 +152,7 @@ DX_INLINE void store(T* p, Vec<Acc<T>> v) {
 }
 
 // ---- the first n < lanes elements; the others read as zero and are not written --------------------------------------
-// Masked where the level can: with k = 12 new features most columns of a layer are such a part, in 16 bits too.
+// Masked where the level can, in 16 bits too: the new features of a layer, of k = 12 say, are such a part altogether.
 template <class T>
 DX_INLINE Vec<Acc<T>> load_part(const T* p, int n) {
 #if defined(DX_MASKED)

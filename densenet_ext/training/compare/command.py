@@ -21,13 +21,14 @@ from densenet_ext.planning.measuring import device_name
 from densenet_ext.training import announcing, networks, options
 from densenet_ext.training.compare import comparison
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
-from densenet_ext.training.compare.lockstep import Lockstep, batches, step_bytes
+from densenet_ext.training.compare.lockstep import Lockstep, step_bytes
 from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.data.loading import Batches
 from densenet_ext.training.errors import TrainingError, UserError
 from densenet_ext.training.files import write_text
 from densenet_ext.training.interruption import Interrupted, Interruption
 from densenet_ext.training.learner import Learner
+from densenet_ext.training.loop import batches
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes, joined
 from densenet_ext.training.progress import Bar
@@ -139,7 +140,7 @@ class Comparer:
         return Learner(self._network(form, seed), chosen, self.processes)
 
     def _batches(self) -> Batches:
-        return batches(self.data.train, self.chosen, self.processes.device, shuffle=True)
+        return batches(self.data.train, self.chosen, self.processes, shuffle=True)
 
     def _count_bytes(self) -> None:
         """Counts a step's bytes on networks of their own: those that are compared know nothing of it."""

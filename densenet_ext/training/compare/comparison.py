@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from densenet_ext.training.metrics import Sums
+from densenet_ext.training.metrics import Row, Sums
 from densenet_ext.training.options import AMP
 
 FORMS = ("fused", "unfused")
@@ -38,18 +38,6 @@ COSTS = {
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One form's epoch: losses are mean cross-entropies, errors are percent of the images."""
-
-    epoch: int  # from 1 on
-    lr: float
-    loss: float  # over the epoch, while the network learned
-    error: float
-    validation_loss: float | None  # at the epoch's end; None without validation images
-    validation_error: float | None
 
 
 @dataclass

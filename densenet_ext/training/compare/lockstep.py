@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from densenet_ext.planning.measuring import peak_bytes, saved_bytes
-from densenet_ext.training.compare.comparison import FORMS, Row, SeedRun, StepBytes
+from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.data.examples import Examples
-from densenet_ext.training.data.loading import Batches
 from densenet_ext.training.errors import LossError
 from densenet_ext.training.interruption import Interrupted, Interruption
 from densenet_ext.training.learner import Learner
-from densenet_ext.training.metrics import Sums
-from densenet_ext.training.options import Options
+from densenet_ext.training.loop import advice, batches
+from densenet_ext.training.metrics import Row, Sums
 
 WARM_UP = 3  # steps of a seed that are not timed: they allocate, and choose algorithms
 
@@ -49,9 +47,9 @@ class Lockstep:
         learner = learners[FORMS[0]]
         self.options, self.device = learner.options, learner.device
         self.run = SeedRun(self.options.seed)
-        self._train = batches(data.train, self.options, self.device, shuffle=True)
+        self._train = batches(data.train, self.options, learner.processes, shuffle=True)
         self._others = {
-            name: batches(examples, self.options, self.device)
+            name: batches(examples, self.options, learner.processes)
             for name, examples in (("validation", data.validation), ("test", data.test))
             if examples is not None
         }
@@ -123,17 +121,4 @@ class Lockstep:
         return learner.evaluate(self._others[part].epoch(number)) if part in self._others else None
 
     def _no_number(self, form: str, what: str) -> LossError:
-        finer = "" if self.options.amp == "off" else ", or --amp off"
-        return LossError(f"seed {self.run.seed}, {form}: {what}. Try a smaller --lr{finer}")
-
-
-def batches(examples: Examples, options: Options, device: torch.device, shuffle: bool = False) -> Batches:
-    """The batches of ``examples`` that ``options`` ask for. Raises UserError when they are larger than the data."""
-    return Batches(
-        examples,
-        options.batch_size,
-        seed=options.seed,
-        shuffle=shuffle,
-        workers=options.workers,
-        pin_memory=device.type == "cuda",
-    )
+        return LossError(f"seed {self.run.seed}, {form}: {what}. {advice(self.options)}")
