@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from distributed_sync import close, loss_of, own, synced, usual
+from distributed_helpers import close, loss_of, own, synced, usual
 from distributed_worker import World
 from fusing_helpers import images
 from torch import Tensor, nn
