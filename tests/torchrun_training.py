@@ -6,6 +6,7 @@ DistributedDataParallel; DDP takes no SyncBatchNorm on the CPU, so there the gra
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def main() -> None:
     state = train(rank, size, device)
     if rank == 0:
         torch.save(state, sys.argv[1])
+    gc.collect()  # norms refer to the group; whatever is left of them would end its threads out of order
     dist.destroy_process_group()
 
 
