@@ -9,7 +9,7 @@ from torch import Tensor
 from densenet_ext import checks, reference
 from densenet_ext.algorithm import concat
 from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.norm import Norm
+from densenet_ext.algorithm.values import Norm
 
 __all__ = ["bottleneck", "cat_bn_relu"]
 

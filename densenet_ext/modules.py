@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
-from densenet_ext.algorithm.block import Layer, dense_block
+from densenet_ext.algorithm.basic_block import basic_block
+from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.layer import dense_layer
 from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.transition import transition
+from densenet_ext.algorithm.values import BasicLayer, Layer
 from densenet_ext.inspection import (
     hooks_on_all_modules,
     obstacle,
@@ -270,9 +271,9 @@ class DenseBlock(nn.ModuleDict):
         weight = cast(DenseLayer, self["denselayer1"]).conv1.weight
         x = checks.feature_maps("init_features", init_features, self.num_input_features, self.dims, weight)
         if isinstance(self["denselayer1"], BasicDenseLayer):
-            out = basic_block(x, [cast(BasicDenseLayer, layer).as_layer() for layer in self.values()])
+            out, _ = basic_block(x, [cast(BasicDenseLayer, layer).as_layer() for layer in self.values()])
         else:
-            out = dense_block(x, [cast(DenseLayer, layer).as_layer() for layer in self.values()], save=self.save)
+            out, _ = dense_block(x, [cast(DenseLayer, layer).as_layer() for layer in self.values()], save=self.save)
         return out if self.returns == "all" else out[:, self.num_input_features :]
 
 

@@ -10,17 +10,12 @@ Source: Huang, Liu, van der Maaten & Weinberger, "Densely Connected Convolutiona
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_ext.algorithm.norm import Norm
-
-if TYPE_CHECKING:
-    from densenet_ext.algorithm.basic_block import BasicLayer
-    from densenet_ext.algorithm.block import Layer
+from densenet_ext.algorithm.values import BasicLayer, Layer, Norm
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _AVG_POOL = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
@@ -44,9 +39,9 @@ def batch_norm(x: Tensor, norm: Norm, update: bool = True) -> Tensor:
     return F.batch_norm(x, mean, var, norm.weight, norm.bias, norm.batch_stats, momentum, norm.eps)
 
 
-def conv_same(x: Tensor, weight: Tensor) -> Tensor:
+def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of stride 1 that keeps the size: 1x1, or 3x3 with padding 1."""
-    return _CONV[x.dim()](x, weight, padding=[n // 2 for n in weight.shape[2:]])
+    return _CONV[x.dim()](x, weight, bias, padding=[n // 2 for n in weight.shape[2:]])
 
 
 def dense_block(
@@ -96,10 +91,16 @@ def _dropped(new: Tensor, drop_rate: float, factors: Sequence[Tensor | None] | N
 
 
 def transition(
-    x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[int, ...] = 2, *, update: bool = True
+    x: Tensor,
+    norm: Norm,
+    conv_weight: Tensor,
+    window: int | tuple[int, ...] = 2,
+    *,
+    conv_bias: Tensor | None = None,
+    update: bool = True,
 ) -> Tensor:
     """BN, ReLU, 1x1 convolution, average pooling of ``window``: [N, C_out, *spatial // window]."""
-    return _AVG_POOL[x.dim()](conv_same(F.relu(batch_norm(x, norm, update)), conv_weight), window)
+    return _AVG_POOL[x.dim()](conv_same(F.relu(batch_norm(x, norm, update)), conv_weight, conv_bias), window)
 
 
 def stem(
@@ -125,6 +126,13 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm, *, update: bool = True) 
     return F.relu(batch_norm(torch.cat(list(features), 1), norm, update))
 
 
-def bottleneck(features: Sequence[Tensor], conv_weight: Tensor, norm: Norm, *, update: bool = True) -> Tensor:
+def bottleneck(
+    features: Sequence[Tensor],
+    conv_weight: Tensor,
+    norm: Norm,
+    *,
+    conv_bias: Tensor | None = None,
+    update: bool = True,
+) -> Tensor:
     """Concatenation, BN, ReLU, 1x1 convolution: [N, b, *spatial]."""
-    return conv_same(cat_bn_relu(features, norm, update=update), conv_weight)
+    return conv_same(cat_bn_relu(features, norm, update=update), conv_weight, conv_bias)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from densenet_ext.algorithm.block import Layer
-from densenet_ext.algorithm.norm import Norm
+from densenet_ext.algorithm import basic_block as basic
+from densenet_ext.algorithm import block
+from densenet_ext.algorithm.values import BasicLayer, Layer, Norm
 
 F64 = torch.float64
 DEVICE = torch.get_default_device()  # of the run: conftest.py
@@ -95,6 +96,16 @@ def make_layers(
     ]
 
 
+def dense_block(*args: Any, **kwargs: Any) -> Tensor:
+    """The features alone of ``algorithm.block.dense_block``, as its reference returns them."""
+    return block.dense_block(*args, **kwargs)[0]
+
+
+def basic_block(*args: Any, **kwargs: Any) -> Tensor:
+    """The features alone of ``algorithm.basic_block.basic_block``, as its reference returns them."""
+    return basic.basic_block(*args, **kwargs)[0]
+
+
 def make_input(*size: int, dtype: torch.dtype = F64, grad: bool = True) -> Tensor:
     """A leaf of ``size`` [N, C, *spatial]."""
     return torch.randn(*size, dtype=F64).to(dtype).requires_grad_(grad)
@@ -126,7 +137,7 @@ def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
         if dtype is not None and copy.is_floating_point():
             copy = copy.to(dtype)
         return copy.requires_grad_(value.requires_grad)
-    if isinstance(value, (Norm, Layer)):
+    if isinstance(value, (Norm, Layer, BasicLayer)):
         return type(value)(*(clone(x, dtype) for x in value))
     if isinstance(value, (list, tuple)):
         return type(value)(clone(x, dtype) for x in value)

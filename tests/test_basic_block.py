@@ -15,6 +15,7 @@ from helpers import (
     assert_as_good,
     assert_equal,
     assert_same_direction,
+    basic_block,
     buffers,
     clone,
     gradients,
@@ -27,9 +28,10 @@ from helpers import (
 from torch import Tensor, nn
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
-from densenet_ext.algorithm.layout import from_rows, recall_stats
+from densenet_ext.algorithm import basic_block as basic
+from densenet_ext.algorithm.layout import from_rows
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.values import BasicLayer
 
 MODES = {"train": True, "frozen": False, "mixed": [True, False, True]}
 ORDERS = {"new behind": False, "new in front": True}
@@ -217,11 +219,11 @@ def test_one_value_per_channel_is_pytorchs_error() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_statistics_go_with_the_result(order: str, backend: str) -> None:
-    out = basic_block(make_input(2, 5, 4, 3), make_basic(), ORDERS[order])
-    known = recall_stats(out)
+    out, known = basic.basic_block(make_input(2, 5, 4, 3), make_basic(), ORDERS[order])
     assert known is not None
     var, mean = torch.var_mean(out.detach(), (0, 2, 3), correction=0)
     assert_equal(known, [mean, var])
+    assert basic.basic_block(make_input(2, 5, 4, 3), make_basic(batch=False))[1] is None
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen"])

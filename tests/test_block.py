@@ -12,6 +12,7 @@ from helpers import (
     assert_equal,
     buffers,
     clone,
+    dense_block,
     generator,
     gradients,
     make_input,
@@ -23,8 +24,8 @@ from helpers import (
 from torch import Tensor, nn
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.layout import from_rows, row_pitch
+from densenet_ext.algorithm.values import Layer
 
 LEVELS = ["bottlenecks", "features"]
 MODES = {

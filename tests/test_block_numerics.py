@@ -13,6 +13,7 @@ from helpers import (
     assert_same_direction,
     buffers,
     clone,
+    dense_block,
     gradients,
     make_input,
     make_layers,
@@ -22,7 +23,6 @@ from helpers import (
 )
 
 from densenet_ext import reference
-from densenet_ext.algorithm.block import dense_block
 
 LEVELS = ["bottlenecks", "features"]
 MODES = {"train": True, "frozen": False}

@@ -6,16 +6,16 @@ import copy
 
 import pytest
 import torch
-from helpers import DEVICE, F64, assert_equal, clone, make_conv, make_input, make_layers, make_norm
+from helpers import DEVICE, F64, assert_equal, clone, dense_block, make_conv, make_input, make_layers, make_norm
 from torch import Tensor, nn
 
-from densenet_ext.algorithm import graph_ops
-from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.operation import OPERATIONS
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import transition
+from densenet_ext.algorithm.values import Layer
 from densenet_ext.functional import bottleneck, cat_bn_relu
 
 
@@ -169,10 +169,12 @@ def _operation_arguments(name: str) -> tuple:
             norm = make_norm(4)
         flat += [norm.weight, norm.bias, None, None]
         if name == "transition":
-            flat.append(make_conv(2, 3, 2, 1))
+            flat += [make_conv(2, 3, 2, 1), make_input(2), torch.randn(3, dtype=F64), torch.rand(3, dtype=F64)]
             config["window"] = [1, 2, 2]
+        if name == "head":
+            flat += [None, None]
         if name == "bottleneck":
-            flat.append(make_conv(2, 4, 2, 1))
+            flat += [make_conv(2, 4, 2, 1), make_input(2)]
         if name == "layer":
             norm2 = make_norm(5)
             flat += [make_conv(5, 4, 2, 1), norm2.weight, norm2.bias, None, None, make_conv(2, 5, 2, 3)]
@@ -183,7 +185,7 @@ def _operation_arguments(name: str) -> tuple:
     return [t for t in flat if t is not None], [t is not None for t in flat], *config.values()
 
 
-@pytest.mark.parametrize("name", list(graph_ops.UNITS))
+@pytest.mark.parametrize("name", list(OPERATIONS))
 def test_operations_keep_the_rules_of_the_dispatcher(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.densenet_ext, f"{name}_forward").default, _operation_arguments(name))
     assert getattr(torch.ops.densenet_ext, f"{name}_backward").default is not None

@@ -11,12 +11,11 @@ import lookalikes
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, F64, assert_equal, error, make_input, make_layers
+from helpers import DEVICE, F64, assert_equal, dense_block, error, make_input, make_layers
 from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.block import dense_block
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE.type != "cuda", reason="runs with --device cuda")]
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import concat, layout
-from densenet_ext.algorithm.norm import Norm
+from densenet_ext.algorithm.values import Norm
 from densenet_ext.functional import bottleneck, cat_bn_relu
 
 
@@ -126,15 +126,18 @@ def test_what_is_not_a_neighbour() -> None:
         assert layout.joined(features) is None
 
 
-def test_statistics_of_a_list_are_taken_once(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    features = [make_input(2, 3, 4, 3) * 1, make_input(2, 2, 4, 3) * 1]
-    taken = []
-    ops = kernels.select(features[0])
-    stats = ops.channel_stats
-    monkeypatch.setattr(ops, "channel_stats", lambda *a: (taken.append(a), stats(*a)))
-    for _ in range(3):
-        bottleneck(features, make_conv(4, 5, 2, 1), None, None, training=True)
-    assert len(taken) == 2
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_bottleneck_with_a_bias(dims: int, training: bool, backend: str) -> None:
+    features, values, weight = make(dims)
+    norm, bias = usual(features, values, training), make_input(weight.shape[0])
+    inputs = [*features, weight, bias]
+    got = concat.bottleneck(features, weight, norm, conv_bias=bias)
+    expected = reference.bottleneck(features, weight, norm, conv_bias=bias, update=False)
+    grad = torch.randn_like(expected)
+    assert_equal([got], [expected])
+    assert_equal(gradients(got, inputs, grad, retain_graph=True), gradients(expected, inputs, grad, retain_graph=True))
+    assert_equal(gradients(got, [bias], grad), gradients(expected, [bias], grad))
 
 
 def test_mixed_dtypes_promote_as_cat(backend: str) -> None:

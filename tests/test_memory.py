@@ -11,6 +11,7 @@ from helpers import (
     allocations,
     buffers,
     clone,
+    dense_block,
     kept_for_backward,
     make_conv,
     make_input,
@@ -21,11 +22,11 @@ from helpers import (
 )
 
 from densenet_ext import reference
-from densenet_ext.algorithm.block import Layer, dense_block
 from densenet_ext.algorithm.concat import bottleneck, cat_bn_relu
 from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import transition
+from densenet_ext.algorithm.values import Layer
 
 SIZE = (4, 16, 8, 8)
 M = 4 * 8 * 8

@@ -14,6 +14,7 @@ from helpers import (
     assert_same_direction,
     buffers,
     clone,
+    dense_block,
     gradients,
     make_conv,
     make_input,
@@ -22,10 +23,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from densenet_ext import reference
-from densenet_ext.algorithm import head, layout, stem, transition
-from densenet_ext.algorithm.block import dense_block
-from densenet_ext.algorithm.norm import Norm
+from densenet_ext import kernels, reference
+from densenet_ext.algorithm import block, head, stem, transition
+from densenet_ext.algorithm.values import Norm
 
 UNITS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "transition": (transition.transition, reference.transition),
@@ -196,17 +196,49 @@ def test_results_may_be_changed_in_place(unit: str) -> None:
     assert_equal(gradients(out.relu_(), [x, *leaves(args)]), gradients(expected.relu(), [x, *leaves(args)]))
 
 
-def test_statistics_travel_with_the_very_same_tensor_only() -> None:
-    x = dense_block(make_input(2, 3, 4, 4), make_layers(3, 2, 4, 1))
-    mean, var = layout.recall_stats(x)
-    assert_equal([mean, var], [x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
-    assert layout.recall_stats(x.clone()) is None and layout.recall_stats(x[:]) is None
-    with torch.no_grad():
-        x.add_(1)
-    assert layout.recall_stats(x) is None
-    leaf = make_input(2, 5, 4, 4)
-    layout.remember_stats(leaf, mean, var)
-    assert layout.recall_stats(leaf) is None
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_convolution_with_a_bias(dims: int, batch: bool, backend: str) -> None:
+    (norm, weight), bias = arguments("transition", dims=dims, batch=batch), make_input(4)
+    x = make_input(2, 5, *SPATIAL[dims])
+    inputs = [x, *leaves((norm, weight)), bias]
+    got = transition.transition(x, norm, weight, conv_bias=bias)
+    expected = reference.transition(x, norm, weight, conv_bias=bias, update=False)
+    assert_equal([got], [expected])
+    grad = torch.randn_like(expected)
+    assert_equal(gradients(got, inputs, grad, retain_graph=True), gradients(expected, inputs, grad, retain_graph=True))
+    assert_equal(gradients(got, [bias], grad), gradients(expected, [bias], grad))
+    if dims == 2:
+        run = lambda *_: transition.transition(x, norm, weight, conv_bias=bias)  # noqa: E731
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("unit", ["transition", "head"])
+def test_statistics_that_are_given_are_used(unit: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """The same values, gradients and buffers, and no pass over x to take them; a frozen norm does not look at them."""
+    x, stats = block.dense_block(make_input(2, 3, 6, 4), make_layers(3, 2, 4, 1))
+    x = x.detach().requires_grad_()
+    assert stats is not None
+    assert_equal(stats, [x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
+    for batch in (True, False):
+        args = arguments(unit, batch=batch)
+        others = clone(args)
+        expected = UNITS[unit][0](x, *others)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.select(x), "channel_stats", None)
+            got = UNITS[unit][0](x, *args, stats=stats)
+        assert_equal([got, *buffers([args[0]])], [expected, *buffers([others[0]])])
+        grad = torch.randn_like(expected)
+        assert_equal(gradients(got, [x, *leaves(args)], grad), gradients(expected, [x, *leaves(others)], grad))
+
+
+def test_statistics_do_not_outlive_what_they_are_of() -> None:
+    """A change that counts no version (through ``.data``, numpy or DLPack) is seen by the next unit."""
+    x = dense_block(make_input(2, 3, 6, 4), make_layers(3, 2, 4, 1))
+    args = arguments("head")
+    head.head(x, *args)
+    x.data.mul_(3)
+    assert_equal([head.head(x, *args)], [reference.head(x, *args, update=False)])
 
 
 def test_units_after_one_another(backend: str) -> None:
@@ -216,12 +248,12 @@ def test_units_after_one_another(backend: str) -> None:
     x = make_input(2, 4, 9, 9)
     results = []
     for module in ("fused", "usual"):
-        block = dense_block if module == "fused" else reference.dense_block
+        features = dense_block if module == "fused" else reference.dense_block
         pick = {name: pair[module == "usual"] for name, pair in UNITS.items()}
         args = clone([stem_norm, first, norm, weight, second, last])
-        y = block(pick["stem"](x, args[0]), args[1])
+        y = features(pick["stem"](x, args[0]), args[1])
         y.retain_grad()
-        out = pick["head"](block(pick["transition"](y, args[2], args[3]), args[4]), args[5])
+        out = pick["head"](features(pick["transition"](y, args[2], args[3]), args[4]), args[5])
         grads = gradients(out.square(), [x, y, args[3], args[1][0].conv1, args[5].weight])
         results.append([out, *grads, *buffers([args[0], args[2], args[5], args[4][1].norm1])])
     assert_equal(results[0], results[1])

@@ -22,7 +22,6 @@ Source: Huang et al., "Densely Connected Convolutional Networks" (CVPR 2017), se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,44 +29,29 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
-from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
+from densenet_ext.algorithm.conversions import frozen_norm, grad_like, is_empty, norm_tensors, norm_values, result_dtype
+from densenet_ext.algorithm.layout import from_rows, new_features, pixels, to_rows
+from densenet_ext.algorithm.norm import check_count, update_running_stats
+from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
-    frozen_norm,
-    grad_like,
-    is_empty,
-    norm_tensors,
-    norm_values,
-    result_dtype,
-    run,
-)
+from densenet_ext.algorithm.values import BasicLayer, Stats, Tensors
 
 
-class BasicLayer(NamedTuple):
-    """One dense layer without a bottleneck: BN, ReLU, 3x3 convolution to k, dropout."""
-
-    norm: Norm
-    conv: Tensor  # [k, C, 3...]
-    drop_rate: float  # 0 when not training
-
-
-def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False) -> Tensor:
-    """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory.
+def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False) -> tuple[Tensor, Stats | None]:
+    """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory, and their statistics.
 
     ``new_first``: a layer's new features come before those that it read. The dtype is that of eager's concatenation:
-    promote(x, a convolution's result). Raises PyTorch's own ValueError for one value per channel in training.
+    promote(x, a convolution's result). There are no statistics where no norm uses the batch's own,
+    and in compiled code. Raises PyTorch's own ValueError for one value per channel in training.
     """
     groups = tuple(layer.norm.group for layer in layers)
     if not layers or (is_empty(x) and not any(groups)):
-        return reference.basic_block(x, layers, new_first)
+        return reference.basic_block(x, layers, new_first), None
     if shared_group(groups, (layer.norm.batch_stats for layer in layers)) is None:
+        stats = None
         for layer in layers:  # each a block of its own, whose statistics are of one group
-            x = basic_block(x, [layer], new_first)
-        return x
+            x, stats = basic_block(x, [layer], new_first)
+        return x, stats
     for layer in layers:
         check_count(layer.norm, (x.shape[0], layer.conv.shape[1], *x.shape[2:]))
     config = Config(
@@ -94,11 +78,9 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
             update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], rows)
 
     out, mean, var, _, own_mean, own_var = run(BASIC_BLOCK, config, tensors, move)
-    if mean.numel() and not torch.compiler.is_compiling():
-        if own_mean.numel():
-            mean, var = own_mean, own_var
-        remember_stats(out, mean, var)
-    return out
+    if not mean.numel() or torch.compiler.is_compiling():
+        return out, None
+    return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
 
 
 # ---- the functions of the unit ---------------------------------------------------------------------------------------
@@ -269,4 +251,4 @@ def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     return out[:, _layer_columns(config, tensors)[0].read]
 
 
-BASIC_BLOCK = Unit("basic_block", _allocate, _forward, _backward, _reference, _restore)
+BASIC_BLOCK = register(Operation("basic_block", _allocate, _forward, _backward, _reference, _restore))

@@ -31,14 +31,7 @@ from torch import Tensor
 from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.columns import layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
-from densenet_ext.algorithm.folding import scales_shifts
-from densenet_ext.algorithm.layout import from_rows, new_features, pixels, remember_stats, row_pitch, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count, update_running_stats
-from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
+from densenet_ext.algorithm.conversions import (
     cast,
     frozen_norm,
     grad_like,
@@ -46,37 +39,34 @@ from densenet_ext.algorithm.unit import (
     norm_tensors,
     norm_values,
     result_dtype,
-    run,
 )
+from densenet_ext.algorithm.folding import scales_shifts
+from densenet_ext.algorithm.layer import dense_block_by_layers
+from densenet_ext.algorithm.layout import from_rows, new_features, pixels, row_pitch, to_rows
+from densenet_ext.algorithm.norm import check_count, update_running_stats
+from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
+from densenet_ext.algorithm.values import Layer, Stats, Tensors
 
 
-class Layer(NamedTuple):
-    """One dense layer: BN, ReLU, 1x1 convolution to b features, BN, ReLU, 3x3 convolution to k, dropout."""
-
-    norm1: Norm
-    conv1: Tensor  # [b, C, 1...]
-    norm2: Norm
-    conv2: Tensor  # [k, b, 3...]
-    drop_rate: float  # 0 when not training
-
-
-def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", new_first: bool = False) -> Tensor:
-    """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory.
+def dense_block(
+    x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", new_first: bool = False
+) -> tuple[Tensor, Stats | None]:
+    """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory, and their statistics.
 
     ``save``: what is kept for the backward pass, "bottlenecks" (the result and every z) or "features" (the result; z is
     computed again). ``new_first``: a layer's new features come before those that it read. The dtype is that of eager's
-    concatenation: promote(x, a convolution's result). Raises PyTorch's own ValueError for one value per channel in
+    concatenation: promote(x, a convolution's result). There are no statistics where no norm1 uses the batch's own, and
+    in compiled code. Raises PyTorch's own ValueError for one value per channel in
     training.
     """
     checks.choice("save", save, checks.LEVELS)
     norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
     groups = tuple(norm.group for norm in norms)
     if not layers or (is_empty(x) and not any(groups)):
-        return reference.dense_block(x, layers, new_first=new_first)
+        return reference.dense_block(x, layers, new_first=new_first), None
     if shared_group(groups[0::2], (norm.batch_stats for norm in norms[0::2])) is None:
-        from densenet_ext.algorithm.layer import dense_block_by_layers  # layers are made of this module's parts
-
-        return dense_block_by_layers(x, layers, save, new_first)
+        return dense_block_by_layers(x, layers, save, new_first), None
     N, *spatial = x.shape[0], *x.shape[2:]
     for layer in layers:
         check_count(layer.norm1, (N, layer.conv1.shape[1], *spatial))
@@ -110,11 +100,9 @@ def dense_block(x: Tensor, layers: Sequence[Layer], save: str = "bottlenecks", n
         update_running_stats(norms, means, vars, rows)
 
     out, _, mean, var, _, _, _, own_mean, own_var = run(BLOCK, config, tensors, move)
-    if mean.numel() and not torch.compiler.is_compiling():
-        if own_mean.numel():
-            mean, var = own_mean, own_var
-        remember_stats(out, mean, var)
-    return out
+    if not mean.numel() or torch.compiler.is_compiling():
+        return out, None
+    return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
 
 
 # ---- the plain functions ---------------------------------------------------------------------------------------------
@@ -361,4 +349,4 @@ def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     return out[:, next(_layers(config, tensors)).read]
 
 
-BLOCK = Unit("block", _allocate, block_forward, block_backward, _reference, _restore)
+BLOCK = register(Operation("block", _allocate, block_forward, block_backward, _reference, _restore))

@@ -3,8 +3,7 @@
 ``cat_bn_relu`` writes the normalised features into preallocated storage in one pass; its backward pass reads each
 feature map for the two sums and once more to write its gradient. ``bottleneck`` gathers the raw features into storage
 that lives as long as the call's steps, and again in the backward pass; features that are neighbours in one buffer are
-read in place. In both the statistics of a feature map are taken once and noted beside it, for later layers of the same
-list.
+read in place.
 
 Source: Pleiss et al., "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3.
 """
@@ -18,22 +17,13 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.layout import joined, new_features, pixels, recall_stats, remember_stats, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count
+from densenet_ext.algorithm.conversions import cast, frozen_norm, grad_like, norm_tensors, norm_values, result_dtype
+from densenet_ext.algorithm.layout import joined, new_features, pixels, to_rows
+from densenet_ext.algorithm.norm import check_count
+from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.single import allocate_stats, move
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
-    cast,
-    frozen_norm,
-    grad_like,
-    norm_tensors,
-    norm_values,
-    result_dtype,
-    run,
-)
+from densenet_ext.algorithm.values import Norm, Tensors
 
 
 def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
@@ -44,29 +34,32 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
     size = checked_size(features, norm)
     if pixels(size) == 0:
         return reference.cat_bn_relu(features, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features), cached=True)
+    config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features))
     tensors = [*features, *norm_tensors(norm)]
     out = run(CAT_BN_RELU, config, tensors, lambda results: move(norm, size, results))[0]
     return out
 
 
-def bottleneck(features: Sequence[Tensor], conv_weight: Tensor, norm: Norm) -> Tensor:
-    """relu(bn(cat(features))) convolved with conv_weight [b, sum C_i, 1...]: [N, b, *spatial], channels_last in memory.
+def bottleneck(
+    features: Sequence[Tensor], conv_weight: Tensor, norm: Norm, *, conv_bias: Tensor | None = None
+) -> Tensor:
+    """relu(bn(cat(features))) convolved with conv_weight [b, sum C_i, 1...], plus conv_bias [b]: [N, b, *spatial].
+
+    The result is channels_last in memory.
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     size = checked_size(features, norm)
     if pixels(size) == 0 and not norm.group:
-        return reference.bottleneck(features, conv_weight, norm)
+        return reference.bottleneck(features, conv_weight, norm, conv_bias=conv_bias)
     config = Config(
         (norm.batch_stats,),
         (norm.eps,),
         promoted(features),
         features=len(features),
         groups=(norm.group,),
-        cached=True,
     )
-    tensors = [*features, *norm_tensors(norm), conv_weight]
+    tensors = [*features, *norm_tensors(norm), conv_weight, conv_bias]
     out = run(BOTTLENECK, config, tensors, lambda results: move(norm, size, results))[0]
     return out.to(result_dtype(out))
 
@@ -100,17 +93,10 @@ def columns(features: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
         start += x.shape[1]
 
 
-def fill_feature_stats(config: Config, features: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
-    """Mean and variance [sum C_i] of the concatenation, each feature map's taken once and noted beside it."""
+def fill_feature_stats(features: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
+    """Takes mean and variance [sum C_i] of the concatenation."""
     for x, new in columns(features):
-        known = recall_stats(x) if config.cached else None
-        if known is None:
-            kernels.select(x).channel_stats(to_rows(x), mean[new], var[new])
-            if config.cached:
-                remember_stats(x, mean[new], var[new])
-        else:
-            mean[new].copy_(known[0])
-            var[new].copy_(known[1])
+        kernels.select(x).channel_stats(to_rows(x), mean[new], var[new])
 
 
 # ---- concatenation, BN, ReLU -----------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ def _cat_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     out, mean, var = results = _cat_allocate(config, tensors)
     n, batch = config.features, config.batch_stats[0]
     if batch:
-        fill_feature_stats(config, features, mean, var)
+        fill_feature_stats(features, mean, var)
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     ops = kernels.select(out)
     together = joined(features)
@@ -189,7 +175,7 @@ def gather(features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
 
 
 def _bottleneck_allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    x, conv = tensors[0], tensors[-1]
+    x, conv = tensors[0], tensors[-2]
     assert x is not None and conv is not None
     out = new_features(x, (x.shape[0], conv.shape[0], *x.shape[2:]), config.dtype)
     mean, var = allocate_stats(config, out, conv.shape[1])
@@ -199,44 +185,46 @@ def _bottleneck_allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 def _bottleneck_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     features, size = split(config, tensors)
     out, mean, var, count = _bottleneck_allocate(config, tensors)
-    n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
+    n, batch, (conv, conv_bias) = config.features, config.batch_stats[0], tensors[-2:]
     assert conv is not None
     if batch:
-        fill_feature_stats(config, features, mean, var)
+        fill_feature_stats(features, mean, var)
         if config.groups[0]:
-            mean, var = mean.clone(), var.clone()  # noted beside the features are this process's own
             count = merge_stats(mean, var, pixels(size), config.groups[0])
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     W = cast(conv, mean.dtype).view(conv.shape[:2])
-    kernels.select(out).bn_relu_conv1x1(gather(features, size), *norm, W, None, False, to_rows(out), None, None)
+    c = None if conv_bias is None else cast(conv_bias, mean.dtype)
+    kernels.select(out).bn_relu_conv1x1(gather(features, size), *norm, W, c, False, to_rows(out), None, None)
     return [out, mean, var, count]
 
 
 def _bottleneck_backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    n, batch, conv = config.features, config.batch_stats[0], tensors[-1]
+    n, batch, (conv, conv_bias) = config.features, config.batch_stats[0], tensors[-2:]
     mean, var, count = results[1:]
     assert mean is not None and var is not None and count is not None and conv is not None
     features, size = split(config, tensors)
     ops = kernels.select(features[0])
     norm = norm_values(tensors[n : n + 4], mean, var, batch, config.eps[0], mean.dtype)
     b, C = conv.shape[:2]
+    g = to_rows(grad.to(features[0].dtype))
+    grads: list[Tensor | None] = [None] * len(tensors)
+    grads[-1] = grad_like(g.sum(0, dtype=mean.dtype), conv_bias) if needs[-1] else None
+    if not any(needs[:-1]):
+        return grads
     rows = gather(features, size)
     G = rows.new_empty(rows.shape[0], C)
-    dW = mean.new_empty(b, C) if needs[-1] else None
+    dW = mean.new_empty(b, C) if needs[-2] else None
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
     gm, gv = gmv = mean.new_zeros(2, C)
     sums = (gm, gv) if batch else (None, None)
     no_norm2 = (None, None, None, None, None, 0.0, None, None)
     W = cast(conv, mean.dtype).view(b, C)
-    ops.bn_relu_conv1x1_backward(
-        rows, *norm, W, to_rows(grad.to(rows.dtype)), *no_norm2, None, False, G, dW, dgamma, dbeta, *sums
-    )
+    ops.bn_relu_conv1x1_backward(rows, *norm, W, g, *no_norm2, None, False, G, dW, dgamma, dbeta, *sums)
     del rows
-    grads: list[Tensor | None] = [None] * len(tensors)
     grads[n], grads[n + 1] = grad_like(dgamma, tensors[n], needs[n]), grad_like(dbeta, tensors[n + 1], needs[n + 1])
-    grads[-1] = grad_like(dW, conv)
+    grads[-2] = grad_like(dW, conv)
     if config.groups[0] and any(needs[:n]):
         gm, gv = merge_sums(gmv, pixels(size), count, config.groups[0])
     for i, (x, new) in enumerate(columns(features)):
@@ -251,11 +239,14 @@ def _bottleneck_backward(
 
 
 def _bottleneck_reference(config: Config, tensors: Tensors) -> Tensor:
-    n, conv = config.features, tensors[-1]
+    n, (conv, conv_bias) = config.features, tensors[-2:]
     assert conv is not None
     norm = frozen_norm(tensors[n : n + 4], config.batch_stats[0], config.eps[0])
-    return reference.bottleneck([x for x in tensors[:n] if x is not None], conv, norm, update=False)
+    features = [x for x in tensors[:n] if x is not None]
+    return reference.bottleneck(features, conv, norm, conv_bias=conv_bias, update=False)
 
 
-CAT_BN_RELU = Unit("cat_bn_relu", _cat_allocate, _cat_forward, _cat_backward, _cat_reference)
-BOTTLENECK = Unit("bottleneck", _bottleneck_allocate, _bottleneck_forward, _bottleneck_backward, _bottleneck_reference)
+CAT_BN_RELU = register(Operation("cat_bn_relu", _cat_allocate, _cat_forward, _cat_backward, _cat_reference))
+BOTTLENECK = register(
+    Operation("bottleneck", _bottleneck_allocate, _bottleneck_forward, _bottleneck_backward, _bottleneck_reference)
+)

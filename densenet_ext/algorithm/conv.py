@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions of stride 1 over rows, and what they give back.
+"""PyTorch's own convolutions of stride 1 over rows, and their gradients.
 
 They run some hundred times a step, so that what Python adds to each counts: shapes are worked out once
 (``layout.from_rows``), and the bindings of ``torch`` are called, which cost less than those of ``torch.ops``.
@@ -27,20 +27,20 @@ def _padding(weight: Tensor) -> list[int]:
     return [n // 2 for n in weight.shape[2:]]
 
 
-def _conv(rows: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
+def _conv(rows: Tensor, size: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight = _image(rows, size, weight)
     convolution = torch.conv3d if weight.dim() == 5 else torch.conv2d
-    return convolution(x, weight, None, 1, _padding(weight))
+    return convolution(x, weight, bias, 1, _padding(weight))
 
 
-def conv_same(rows: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
+def conv_same(rows: Tensor, size: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows [M, C_out] of the convolution that keeps the size, of rows [M, C]; size: [N, any, *spatial]."""
-    return to_rows(_conv(rows, size, weight))
+    return to_rows(_conv(rows, size, weight, bias))
 
 
-def conv_same_features(rows: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
+def conv_same_features(rows: Tensor, size: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same as a feature map [N, C_out, *spatial], channels_last in memory and no view."""
-    out = _conv(rows, size, weight)
+    out = _conv(rows, size, weight, bias)
     shape = (size[0], weight.shape[0], *size[2:])
     if out.shape == shape and list(out.stride()) == channels_last_stride(shape):
         return out

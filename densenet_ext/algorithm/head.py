@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.layout import new_features, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count
-from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
+from densenet_ext.algorithm.conversions import (
     as_pooled,
     cast,
     frozen_norm,
@@ -21,20 +15,27 @@ from densenet_ext.algorithm.unit import (
     is_empty,
     norm_tensors,
     norm_values,
-    run,
 )
+from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.norm import check_count
+from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size
+from densenet_ext.algorithm.values import Norm, Stats, Tensors
 
 
-def head(x: Tensor, norm: Norm) -> Tensor:
+def head(x: Tensor, norm: Norm, *, stats: Stats | None = None) -> Tensor:
     """[N, C], the average over the pixels of relu(bn(x)), of x [N, C, *spatial].
+
+    ``stats``: those of x, given by who knows that x has not changed since they were taken; None: they are taken from x.
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, groups=(norm.group,), cached=True)
-    out = run(HEAD, config, [x, *norm_tensors(norm)], lambda results: move(norm, x.shape, results))[0]
+    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, groups=(norm.group,))
+    tensors = [x, *norm_tensors(norm), *(stats or (None, None))]
+    out = run(HEAD, config, tensors, lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 
@@ -48,7 +49,7 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     x = tensors[0]
     assert x is not None
     rows, size, out = to_rows(x), rows_size(x), x.new_empty(x.shape[:2])
-    mean, var, count = batch_stats(config, x, rows)
+    mean, var, count = batch_stats(config, x, rows, tensors[5:])
     norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(x).bn_relu_avg_pool(rows, size, size[1:], *norm, out)
     return [out, mean, var, count]
@@ -80,4 +81,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.head(x, frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0]), update=False)
 
 
-HEAD = Unit("head", _allocate, _forward, _backward, _reference)
+HEAD = register(Operation("head", _allocate, _forward, _backward, _reference, values=2))

@@ -16,25 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.block import Layer
 from densenet_ext.algorithm.concat import checked_size, columns, fill_feature_stats, gather, promoted, split
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
+from densenet_ext.algorithm.conversions import cast, frozen_norm, grad_like, norm_tensors, norm_values, result_dtype
 from densenet_ext.algorithm.folding import scales_shifts
 from densenet_ext.algorithm.layout import new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
+from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
-    cast,
-    frozen_norm,
-    grad_like,
-    norm_tensors,
-    norm_values,
-    result_dtype,
-    run,
-)
+from densenet_ext.algorithm.values import Layer, Tensors
 
 
 def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenecks") -> Tensor:
@@ -56,7 +46,6 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
         features=len(features),
         save=save,
         groups=groups,
-        cached=True,
     )
     parameters = [*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2]
 
@@ -112,11 +101,9 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     z, mean, var, z_mean, z_var, counts = kept
     (batch1, batch2), (group1, group2) = config.batch_stats, config.groups
     if batch1:
-        fill_feature_stats(config, features, mean, var)
+        fill_feature_stats(features, mean, var)
         if group1:
-            mean, var = mean.clone(), var.clone()  # noted beside the features are this process's own
             counts[:1] = merge_stats(mean, var, pixels(size), group1)
-            kept[1:3] = mean, var
     rows = gather(features, size)
     ops, (b, C) = kernels.select(rows), conv1.shape[:2]
     if config.save != "bottlenecks":
@@ -207,4 +194,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.conv_same(reference.cat_bn_relu([z], norm2, update=False), conv2)
 
 
-LAYER = Unit("layer", _allocate, _forward, _backward, _reference)
+LAYER = register(Operation("layer", _allocate, _forward, _backward, _reference))

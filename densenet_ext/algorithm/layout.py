@@ -1,7 +1,4 @@
-"""Feature maps [N, C, *spatial] as rows [M, C]: pixels of the whole batch, channels contiguous (channels_last).
-
-Also the statistics of a tensor that travel beside it from the unit that wrote it to the unit that reads it.
-"""
+"""Feature maps [N, C, *spatial] as rows [M, C]: pixels of the whole batch, channels contiguous (channels_last)."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def channels_last_stride(size: Sequence[int], pitch: int | None = None) -> list[int]:
@@ -106,23 +102,3 @@ def joined(features: Sequence[Tensor]) -> Tensor | None:
         return None
     size = (first.shape[0], channels, *first.shape[2:])
     return first.as_strided(size, channels_last_stride(size, pitch))
-
-
-_statistics = WeakTensorKeyDictionary()
-
-
-def remember_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Notes mean and biased variance [C] of x's values; forgotten when x changes in place or dies.
-
-    Only of computed tensors: what a user made may be refilled through ``.data``, which counts no version.
-    """
-    if x.grad_fn is not None:
-        _statistics[x] = (x._version, mean, var)
-
-
-def recall_stats(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance [C] that were noted for exactly this tensor in exactly this version, or None."""
-    noted = _statistics.get(x)
-    if noted is None or noted[0] != x._version:
-        return None
-    return noted[1], noted[2]

@@ -10,26 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_ext.algorithm.sync import group_of
-
-
-class Norm(NamedTuple):
-    """One BatchNorm over C channels, as it stands at this call.
-
-    ``batch_stats``: it normalises with the batch's own statistics, else with the running ones. ``update``: the running
-    statistics move. ``momentum`` None: they are the plain average over all batches. ``group``: the process group whose
-    processes together make the batch; "" when this one alone does.
-    """
-
-    weight: Tensor | None  # [C]
-    bias: Tensor | None  # [C]
-    running_mean: Tensor | None  # [C]
-    running_var: Tensor | None  # [C]
-    num_batches_tracked: Tensor | None  # [] int64
-    batch_stats: bool
-    update: bool
-    momentum: float | None
-    eps: float
-    group: str = ""
+from densenet_ext.algorithm.values import Norm
 
 
 def norm_of(module: _BatchNorm) -> Norm:

@@ -1,4 +1,4 @@
-"""What the units with one norm (transition, stem, head, concatenation) share: statistics and the shapes of pooling."""
+"""Statistics, running statistics and shapes of pooling of the units with one norm."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels
-from densenet_ext.algorithm.layout import pixels, recall_stats, remember_stats
-from densenet_ext.algorithm.norm import Norm, update_running_stats
+from densenet_ext.algorithm.layout import pixels
+from densenet_ext.algorithm.norm import update_running_stats
+from densenet_ext.algorithm.operation import Config
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
-from densenet_ext.algorithm.unit import Config
+from densenet_ext.algorithm.values import Norm, Tensors
 
 
 def volume(dims: int, value: int | tuple[int, ...], front: int) -> tuple[int, ...]:
@@ -40,25 +41,21 @@ def allocate_shared_stats(config: Config, x: Tensor) -> tuple[Tensor, Tensor, Te
     return mean, var, mean.new_empty(1 if config.groups[0] else 0)
 
 
-def batch_stats(config: Config, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_stats(config: Config, x: Tensor, rows: Tensor, stats: Tensors = ()) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance [C] of x, and the rows [1] behind them when processes share statistics, else [0].
 
-    Mean and variance are what the unit that wrote x noted beside it, else taken from its rows; [0] when the norm is
-    frozen.
+    Mean and variance are ``stats`` where these are given, else taken from x's rows; [0] when the norm is frozen.
     """
     mean, var, count = allocate_shared_stats(config, x)
     if not config.batch_stats[0]:
         return mean, var, count
-    known = recall_stats(x) if config.cached else None
-    if known is not None:
+    known = [x for x in stats if x is not None]
+    if known:
         mean.copy_(known[0])
         var.copy_(known[1])
     else:
         kernels.select(rows).channel_stats(rows, mean, var)
-        if config.cached:
-            remember_stats(x, mean, var)
     if config.groups[0]:
-        mean, var = mean.clone(), var.clone()  # noted beside x are this process's own
         count = merge_stats(mean, var, rows.shape[0], config.groups[0])
     return mean, var, count
 

@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, grad_like, is_empty, norm_tensors, norm_values
 from densenet_ext.algorithm.layout import new_features, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count
+from densenet_ext.algorithm.norm import check_count
+from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
-    as_pooled,
-    frozen_norm,
-    grad_like,
-    is_empty,
-    norm_tensors,
-    norm_values,
-    run,
-)
+from densenet_ext.algorithm.values import Norm, Tensors
 
 
 def stem(
@@ -53,7 +44,6 @@ def stem(
         stride=volume(dims, stride, 1),
         padding=volume(dims, padding, 0),
         groups=(norm.group,),
-        cached=True,
     )
     out = run(STEM, config, [x, *norm_tensors(norm)], lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
@@ -111,4 +101,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.stem(x, norm, config.window[front:], config.stride[front:], config.padding[front:], update=False)
 
 
-STEM = Unit("stem", _allocate, _forward, _backward, _reference)
+STEM = register(Operation("stem", _allocate, _forward, _backward, _reference))

@@ -14,7 +14,7 @@ that runs the same model in the same mode. What breaks it, and hangs as it does 
 asks for its gradient in one process only, a hook on an inner module in one process only (its unit runs unfused there),
 a forward pass in training that not all processes make.
 
-Statistics that travel beside a tensor (``layout.remember_stats``) are always the process's own.
+Statistics that travel from unit to unit (``values.Stats``) are always the process's own.
 """
 
 from __future__ import annotations

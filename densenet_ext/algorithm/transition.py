@@ -16,13 +16,7 @@ from torch import Tensor
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
-from densenet_ext.algorithm.layout import new_features, to_rows
-from densenet_ext.algorithm.norm import Norm, check_count
-from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
-from densenet_ext.algorithm.unit import (
-    Config,
-    Tensors,
-    Unit,
+from densenet_ext.algorithm.conversions import (
     as_pooled,
     frozen_norm,
     grad_like,
@@ -30,21 +24,36 @@ from densenet_ext.algorithm.unit import (
     norm_tensors,
     norm_values,
     result_dtype,
-    run,
 )
+from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.norm import check_count
+from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
+from densenet_ext.algorithm.values import Norm, Stats, Tensors
 
 
-def transition(x: Tensor, norm: Norm, conv_weight: Tensor, window: int | tuple[int, ...] = 2) -> Tensor:
-    """[N, C_out, *spatial // window] of x [N, C, *spatial] and conv_weight [C_out, C, 1...], channels_last in memory.
+def transition(
+    x: Tensor,
+    norm: Norm,
+    conv_weight: Tensor,
+    window: int | tuple[int, ...] = 2,
+    *,
+    conv_bias: Tensor | None = None,
+    stats: Stats | None = None,
+) -> Tensor:
+    """[N, C_out, *spatial // window] of x [N, C, *spatial], conv_weight [C_out, C, 1...] and conv_bias [C_out].
+
+    The result is channels_last in memory. ``stats``: those of x, given by who knows that x has not changed since they
+    were taken; None: they are taken from x.
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
-        return reference.transition(x, norm, conv_weight, window)
+        return reference.transition(x, norm, conv_weight, window, conv_bias=conv_bias)
     size = volume(x.dim() - 2, window, 1)
-    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,), cached=True)
-    tensors = [x, *norm_tensors(norm), conv_weight]
+    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,))
+    tensors = [x, *norm_tensors(norm), conv_weight, conv_bias, *(stats or (None, None))]
     out = run(TRANSITION, config, tensors, lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
@@ -63,15 +72,16 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    x, conv = tensors[0], tensors[5]
+    x, conv, conv_bias = tensors[0], *tensors[5:7]
     assert x is not None and conv is not None
     rows = to_rows(x)
-    mean, var, count = batch_stats(config, x, rows)
+    mean, var, count = batch_stats(config, x, rows, tensors[7:])
     norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     size = _pooled_size(config, x)
     pooled = to_rows(new_features(x, size))
     kernels.select(x).bn_relu_avg_pool(rows, rows_size(x), config.window, *norm, pooled)
-    return [conv_same_features(pooled.to(config.dtype), size, conv.to(config.dtype)), mean, var, count]
+    W, c = conv.to(config.dtype), None if conv_bias is None else conv_bias.to(config.dtype)
+    return [conv_same_features(pooled.to(config.dtype), size, W, c), mean, var, count]
 
 
 def _backward(
@@ -98,6 +108,8 @@ def _backward(
         ops.bn_relu_avg_pool(rows, size, window, *norm, pooled)
     if needs[5]:
         grads[5] = grad_like(conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (False, True))[1], conv)
+    if needs[6]:
+        grads[6] = grad_like(g.sum(0, dtype=mean.dtype), tensors[6])
     del pooled
     if needs[0]:
         grads[0] = dx = new_features(x, x.shape)
@@ -110,7 +122,8 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     x, conv = tensors[0], tensors[5]
     assert x is not None and conv is not None
     norm = frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0])
-    return reference.transition(x, norm, conv, config.window[5 - x.dim() :], update=False)
+    window = config.window[5 - x.dim() :]
+    return reference.transition(x, norm, conv, window, conv_bias=tensors[6], update=False)
 
 
-TRANSITION = Unit("transition", _allocate, _forward, _backward, _reference)
+TRANSITION = register(Operation("transition", _allocate, _forward, _backward, _reference, values=2))

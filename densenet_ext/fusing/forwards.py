@@ -19,9 +19,10 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.block import Layer, dense_block
+from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.values import Layer
 from densenet_ext.fusing.copies import FusedState
 from densenet_ext.fusing.metadata import as_one_operation, bare
 from densenet_ext.inspection import (
@@ -219,7 +220,7 @@ class FusedBlock(Fused):
         weight = _weight(parts[0].conv1)
         x = checks.feature_maps("init_features", x, weight.shape[1], weight.dim() - 2, weight)
         layers = [as_layer(p, t) for p, t in zip(parts, training, strict=True)]
-        return as_one_operation(lambda x: dense_block(x, layers, save=self.save), x)
+        return as_one_operation(lambda x: dense_block(x, layers, save=self.save)[0], x)
 
 
 def _weight(conv: Any) -> Tensor:

@@ -19,9 +19,8 @@ from torch import nn
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm, normalization
 from torch.nn.modules.conv import _ConvNd
 
-from densenet_ext.algorithm.basic_block import BasicLayer
-from densenet_ext.algorithm.block import Layer
 from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.values import BasicLayer, Layer
 
 _NORMS = (batchnorm, instancenorm, normalization)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from densenet_ext import checks
-from densenet_ext.algorithm.basic_block import BasicLayer, basic_block
-from densenet_ext.algorithm.block import Layer, dense_block
+from densenet_ext.algorithm.basic_block import basic_block
+from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.dispatch import plain_reason
+from densenet_ext.algorithm.values import BasicLayer, Layer
 from densenet_ext.fusing.forwards import FusedBlock
 from densenet_ext.fusing.generic.anatomy import Anatomy, Settings, part, settings_of
 from densenet_ext.inspection import (
@@ -109,9 +110,10 @@ class FusedGenericBlock(FusedBlock):
         x = checks.feature_maps("input", x, self.channels, self.dims, first)
         bottlenecks = [layer for layer in layers if isinstance(layer, Layer)]
         if bottlenecks:
-            out = dense_block(x, bottlenecks, self.save, self.anatomy.new_first)
+            out, _ = dense_block(x, bottlenecks, self.save, self.anatomy.new_first)
         else:
-            out = basic_block(x, [layer for layer in layers if isinstance(layer, BasicLayer)], self.anatomy.new_first)
+            basic = [layer for layer in layers if isinstance(layer, BasicLayer)]
+            out, _ = basic_block(x, basic, self.anatomy.new_first)
         return out if self.anatomy.returns == "all" else out[:, x.shape[1] :]
 
     def decide(self, x: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_ext import reference
-from densenet_ext.algorithm.block import Layer
+from densenet_ext.algorithm.values import Layer
 from densenet_ext.fusing.generic.anatomy import Anatomy, part
 from densenet_ext.fusing.generic.trial import Pattern, Refusal, Refused, Trial, attempt, close, factors
 

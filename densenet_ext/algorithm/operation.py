@@ -1,0 +1,264 @@
+"""A fused operation: three plain functions over tensors, and how autograd and the compiler call them.
+
+An operation is ``forward``, ``backward`` and the usual formulation, ``reference``. Eager mode calls them from one
+autograd Function, and without gradients ``forward`` as it is. ``register`` makes ``densenet_ext::<name>_forward`` and
+``densenet_ext::<name>_backward`` of the same functions, which is how ``torch.compile`` sees them: opaque, with shapes
+and gradients. Both are functional: the running statistics move outside, by operations that the compiler traces, so they
+move once however often the graph is replayed or partitioned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from densenet_ext.algorithm.layout import new_features
+from densenet_ext.algorithm.values import Tensors
+from densenet_ext.checks import autocast_enabled
+
+
+class Config(NamedTuple):
+    """What of an operation's call is not a tensor; all of it can stand in a schema."""
+
+    batch_stats: tuple[bool, ...]  # per norm: the batch's own statistics, else the running ones
+    eps: tuple[float, ...]  # per norm
+    dtype: torch.dtype  # of the result
+    features: int = 1  # the first tensors are this many feature maps, the others parameters
+    drop_rates: tuple[float, ...] = ()  # per layer
+    window: tuple[int, ...] = ()  # of the pooling: [wd, wh, ww], ones in front for 1-D and 2-D
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    save: str = "features"  # what is kept for the backward pass: "bottlenecks", "features" or "nothing"
+    groups: tuple[str, ...] = ()  # per norm: the process group that its statistics are taken over, "" for none
+    new_first: bool = False  # a dense layer's new features come before those that it reads
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    bool: "bool",
+    int: "int",
+    str: "str",
+    torch.dtype: "ScalarType",
+    tuple[bool, ...]: "bool[]",
+    tuple[float, ...]: "float[]",
+    tuple[int, ...]: "int[]",
+    tuple[str, ...]: "str[]",
+}
+_CONFIG = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Config).items())
+
+
+class Operation(NamedTuple):
+    """The functions of a fused unit. ``tensors`` are its feature maps, its parameters, then ``values``.
+
+    ``allocate(config, tensors)``: the results, uninitialised: the output, then what the backward pass needs and the
+    statistics. ``forward(config, tensors)`` fills them. ``backward(config, grad, tensors, results, needs)``: one
+    gradient or None per tensor. ``restore``: the unit keeps its output instead of its input, and gets the input back
+    from it. ``values``: so many of the last tensors are read by the forward pass only, and have no gradient.
+    """
+
+    name: str
+    allocate: Callable[[Config, Tensors], list[Tensor]]
+    forward: Callable[[Config, Tensors], list[Tensor]]
+    backward: Callable[[Config, Tensor, Tensors, Tensors, Sequence[bool]], list[Tensor | None]]
+    reference: Callable[[Config, Tensors], Tensor]
+    restore: Callable[[Config, Tensors, Tensor], Tensor] | None = None
+    values: int = 0
+
+    def saved(self, tensors: Tensors, results: Tensors) -> Tensors:
+        """What the backward pass is given: as many tensors, then the results; None for what it does not read."""
+        tensors = [*tensors[: len(tensors) - self.values], *[None] * self.values]
+        if self.restore is None:
+            return [*tensors, None, *results[1:]]
+        return [None, *tensors[1:], *results]
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation by name."""
+_CUSTOM_OPS: dict[str, Any] = {}
+
+
+def run(
+    operation: Operation, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]
+) -> Sequence[Tensor]:
+    """The operation's results; the first is its output, differentiable in ``tensors``, the others are values.
+
+    ``then`` is called with them, to move running statistics: before autograd saves anything, because a recomputation
+    by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and eager's norms have moved by then.
+    """
+    _check_data(tensors)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+        config = config._replace(save="nothing")
+    if torch.compiler.is_compiling():
+        given = [x is not None for x in tensors]
+        out, *values = _CUSTOM_OPS[operation.name]([x for x in tensors if x is not None], given, *config)
+        results = [out, *(value.detach() for value in values)]
+        then(results)
+        return results
+    if config.save == "nothing":
+        assert tensors[0] is not None
+        with _without_autocast(tensors[0].device.type):
+            results = operation.forward(config, tensors)
+        then(results)
+        return results
+    return _Fused.apply(operation, config, then, *tensors)
+
+
+def _check_data(tensors: Tensors) -> None:
+    # A compiled operation with one argument on the meta device does nothing, without a word; other devices it refuses.
+    assert tensors[0] is not None
+    if tensors[0].is_meta:
+        return
+    for x in tensors:
+        if x is not None and x.is_meta:
+            device = tensors[0].device
+            raise ValueError(
+                f"expected all parameters on {device}, as the features, got one of {list(x.shape)} on meta"
+            )
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    # the units choose their dtypes themselves; entering the context costs, so only when there is something to leave
+    if autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operation: Operation,
+        config: Config,
+        then: Callable[[Sequence[Tensor]], object],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        kind = tensors[0].device.type  # type: ignore[union-attr]
+        with _without_autocast(kind):
+            results = tuple(operation.forward(config, tensors))
+        then(results)
+        ctx.operation, ctx.config, ctx.count = operation, config, len(tensors)
+        enabled = autocast_enabled(kind)
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
+        ctx.input_requires_grad = tensors[0].requires_grad  # type: ignore[union-attr]
+        ctx.save_for_backward(*operation.saved(tensors, results))
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        operation, config, count = ctx.operation, ctx.config, ctx.count
+        needs = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * (3 + count)
+        saved = ctx.saved_tensors
+        tensors, results = saved[:count], saved[count:]
+        if torch.is_grad_enabled():
+            if operation.restore is not None:
+                x = operation.restore(config, tensors, results[0])
+                tensors = (x if ctx.input_requires_grad else x.detach(), *tensors[1:])
+            return (None, None, None, *_differentiable_backward(operation, config, grad, tensors, needs, ctx.autocast))
+        with _without_autocast(grad.device.type):
+            return (None, None, None, *operation.backward(config, grad, tensors, results, needs))
+
+
+def _differentiable_backward(
+    operation: Operation,
+    config: Config,
+    grad: Tensor,
+    tensors: Tensors,
+    needs: Sequence[bool],
+    autocast: tuple[str, torch.dtype | None, bool],
+) -> list[Tensor | None]:
+    """The gradients once more, through the usual formulation, so that autograd can differentiate them."""
+    if any(config.groups):
+        raise RuntimeError(
+            f"create_graph=True: the gradient of a {operation.name} whose SyncBatchNorm spans several processes cannot "
+            "be differentiated again, and nn.SyncBatchNorm's cannot either; convert to BatchNorm, or "
+            "densenet_ext.unfuse the model to see PyTorch's own answer"
+        )
+    kind, dtype, enabled = autocast
+    with torch.autocast(kind, dtype=dtype) if enabled else _without_autocast(kind):
+        # a view each, so that a parameter that occurs twice gets the gradient of each occurrence
+        inputs = [x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True)]
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+        out = operation.reference(config, inputs)
+        grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
+    return [next(grads) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def register(operation: Operation) -> Operation:
+    """``operation``, once the dispatcher has its two custom operations."""
+    name = f"densenet_ext::{operation.name}"
+
+    def forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
+        return operation.forward(_config(config), _expand(tensors, given))
+
+    def fake_forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
+        return operation.allocate(_config(config), _expand(tensors, given))
+
+    def backward(grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any) -> list[Tensor]:
+        grads = operation.backward(_config(config), grad, tensors, results, needs)
+        return [g for g in grads if g is not None]
+
+    def fake_backward(
+        grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any
+    ) -> list[Tensor]:
+        values = _config(config)
+        count = values.features
+        if operation.restore is not None:
+            tensors = [operation.restore(values, tensors, results[0]), *tensors[1:]]  # type: ignore[arg-type]
+        needed = [(i, x) for i, x in enumerate(tensors) if needs[i] and x is not None]
+        return [new_features(x, x.shape) if i < count else torch.empty_like(x) for i, x in needed]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors, ctx.given, *ctx.config = inputs
+        ctx.save_for_backward(*operation.saved(_expand(tensors, ctx.given), output))
+        ctx.set_materialize_grads(False)
+
+    def autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        count, saved, asked = len(ctx.given), ctx.saved_tensors, ctx.needs_input_grad[0]
+        result: list[Tensor | None] = [None] * len(asked)
+        if grads[0] is not None:
+            present = iter(asked)
+            needs = [next(present) if there else False for there in ctx.given]
+            computed = iter(call_backward(grads[0], list(saved[:count]), list(saved[count:]), needs, *ctx.config))
+            result = [next(computed) if need else None for need in asked]
+        # an empty list counts as a list of tensors, whose gradient is one too
+        return result, None, *([] if value == [] else None for value in ctx.config)
+
+    call_forward = torch.library.custom_op(
+        f"{name}_forward", forward, mutates_args=(), schema=f"(Tensor[] tensors, bool[] given, {_CONFIG}) -> Tensor[]"
+    )
+    call_backward = torch.library.custom_op(
+        f"{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"(Tensor grad, Tensor?[] tensors, Tensor?[] results, bool[] needs, {_CONFIG}) -> Tensor[]",
+    )
+    call_forward.register_fake(fake_forward)
+    call_backward.register_fake(fake_backward)
+    call_forward.register_autograd(autograd, setup_context=setup_context)
+    _CUSTOM_OPS[operation.name] = getattr(torch.ops.densenet_ext, f"{operation.name}_forward").default
+    OPERATIONS[operation.name] = operation
+    return operation
+
+
+def _config(values: Sequence[Any]) -> Config:
+    fields: list[Any] = [tuple(value) if isinstance(value, (list, tuple)) else value for value in values]
+    return Config(*fields)
+
+
+def _expand(tensors: Sequence[Tensor], given: Sequence[bool]) -> list[Tensor | None]:
+    """The tensors with None where none was given: autograd for operations takes no lists with None in them."""
+    present = iter(tensors)
+    return [next(present) if there else None for there in given]
