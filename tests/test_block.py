@@ -115,6 +115,16 @@ def test_a_norm_that_occurs_twice_moves_twice() -> None:
     assert_equal(gradients(got, shared[0]), gradients(expected, shared[1]))
 
 
+def test_running_statistics_move_without_a_new_version() -> None:
+    layers, x = make_layers(), make_input(2, 5, 4, 3)
+    before = [t._version for t in buffers(norms_of(layers))]
+    dense_block(x, layers)
+    moved = [now._version - then for now, then in zip(buffers(norms_of(layers)), before, strict=True)]
+    assert moved == [0, 0, 1] * 6
+    with torch.inference_mode():  # which counts no versions
+        dense_block(x, make_layers())
+
+
 SHAPES = {
     "one pixel": ((3, 5, 1, 1), {}),
     "one image": ((1, 5, 3, 3), {}),

@@ -21,7 +21,7 @@ from helpers import (
     make_layers,
     make_norm,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import block, head, stem, transition
@@ -211,6 +211,24 @@ def test_a_convolution_with_a_bias(dims: int, batch: bool, backend: str) -> None
     if dims == 2:
         run = lambda *_: transition.transition(x, norm, weight, conv_bias=bias)  # noqa: E731
         assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_without_a_new_version(unit: str, momentum: float | None) -> None:
+    """As nn.BatchNorm's: the same norm may also run by itself before one backward pass."""
+    args, x = arguments(unit, momentum=momentum), make_input(2, 5, 6, 4)
+    module = nn.BatchNorm2d(5, momentum=momentum).to(F64)
+    before, expected = [t._version for t in buffers([args[0]])], [t._version for t in module.buffers()]
+    module(x), UNITS[unit][0](x, *args)
+    moved = [now._version - then for now, then in zip(buffers([args[0]]), before, strict=True)]
+    assert moved == [now._version - then for now, then in zip(module.buffers(), expected, strict=True)] == [0, 0, 1]
+    others = clone(args)
+    results = []
+    for fused, values in ((UNITS[unit][0], args), (UNITS[unit][1], others)):
+        alone = reference.batch_norm(x, values[0])
+        out = fused(x, *values)
+        results.append([*gradients(alone.pow(3).sum() + out.pow(2).sum(), [x, *leaves(values)]), *buffers(values[:1])])
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize("unit", ["transition", "head"])

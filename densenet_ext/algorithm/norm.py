@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_ext.algorithm.sync import group_of
@@ -52,6 +54,9 @@ def update_running_stats(
 
     running = (1 - momentum) running + momentum batch, with the unbiased variance, as ``nn.BatchNorm``. A norm that
     occurs twice moves twice. Momentum None: the factor 1 / num_batches_tracked stays on the device.
+
+    As ``nn.BatchNorm``'s, mean and variance move without a new version: a norm that is also called by itself saves
+    them for its backward pass, in which training does not read them. The counter gets a new one.
     """
     moving = [
         entry for entry in zip(norms, means, vars, counts, strict=True) if entry[0].update and entry[0].batch_stats
@@ -65,11 +70,20 @@ def update_running_stats(
             key = id(entry[0].running_mean if entry[0].running_mean is not None else entry[0].num_batches_tracked)
             (later if key in seen else now).append(entry)
             seen.add(key)
-        _move_once(now)
+        with _same_versions(now):
+            _move_once(now)
         moving = later
 
 
 _Moving = tuple[Norm, Tensor, Tensor, int | Tensor]  # norm, mean, variance, count
+
+
+def _same_versions(moving: Sequence[_Moving]) -> AbstractContextManager[None]:
+    """Inside its ``with``, mean and variance of the norms move without a new version."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    running = (t for norm, *_ in moving for t in (norm.running_mean, norm.running_var))
+    return _unsafe_preserve_version_counter(tuple(t for t in running if t is not None and not t.is_inference()))
 
 
 class _Alike(NamedTuple):
