@@ -39,14 +39,16 @@ def block(dtype: torch.dtype = F32, count: int = 6, **options) -> tuple[torch.Te
 
 
 def expected_bytes(layers: list[Layer], save: str, dtype: torch.dtype = F32, drops: bool = False) -> int:
-    """The design's sum: the buffer, every z, mean and variance of every column of either, the seed."""
+    """The design's sum: the buffer, every z, mean and variance of every column of either, the seed; and what frozen
+    norms normalised with."""
     columns = 16 + sum(layer.conv2.shape[0] for layer in layers)
     widths = sum(layer.conv1.shape[0] for layer in layers)
     acc = 8 if dtype == torch.float64 else 4
     kept = M * columns + (M * widths if save == "bottlenecks" else 0)
     small = acc * 2 * (columns * any(layer.norm1.batch_stats for layer in layers))
     small += acc * 2 * (widths * any(layer.norm2.batch_stats for layer in layers))
-    return kept * dtype.itemsize + small + 8 * drops
+    frozen = [t for norm in norms_of(layers) if not norm.batch_stats for t in (norm.running_mean, norm.running_var)]
+    return kept * dtype.itemsize + small + sum(t.nbytes for t in frozen) + 8 * drops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

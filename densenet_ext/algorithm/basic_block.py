@@ -246,9 +246,13 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.basic_block(x, layers, config.new_first, factors=factors, update=False)
 
 
+def _norms(config: Config) -> range:
+    return range(2, 2 + len(config.drop_rates) * _PER_LAYER, _PER_LAYER)
+
+
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     """The block's input, from its result: what the first layer reads."""
     return out[:, _layer_columns(config, tensors)[0].read]
 
 
-BASIC_BLOCK = register(Operation("basic_block", _allocate, _forward, _backward, _reference, _restore))
+BASIC_BLOCK = register(Operation("basic_block", _allocate, _forward, _backward, _reference, _norms, _restore))

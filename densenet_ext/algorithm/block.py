@@ -344,9 +344,14 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.dense_block(x, layers, new_first=config.new_first, factors=factors, update=False)
 
 
+def _norms(config: Config) -> list[int]:
+    starts = range(2, 2 + len(config.drop_rates) * _PER_LAYER, _PER_LAYER)
+    return [norm for start in starts for norm in (start, start + 5)]
+
+
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:
     """The block's input, from its result: what the first layer reads."""
     return out[:, next(_layers(config, tensors)).read]
 
 
-BLOCK = register(Operation("block", _allocate, block_forward, block_backward, _reference, _restore))
+BLOCK = register(Operation("block", _allocate, block_forward, block_backward, _reference, _norms, _restore))

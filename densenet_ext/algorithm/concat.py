@@ -93,6 +93,10 @@ def columns(features: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
         start += x.shape[1]
 
 
+def _norms(config: Config) -> tuple[int]:
+    return (config.features,)
+
+
 def fill_feature_stats(features: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
     """Takes mean and variance [sum C_i] of the concatenation."""
     for x, new in columns(features):
@@ -246,7 +250,9 @@ def _bottleneck_reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.bottleneck(features, conv, norm, conv_bias=conv_bias, update=False)
 
 
-CAT_BN_RELU = register(Operation("cat_bn_relu", _cat_allocate, _cat_forward, _cat_backward, _cat_reference))
+CAT_BN_RELU = register(Operation("cat_bn_relu", _cat_allocate, _cat_forward, _cat_backward, _cat_reference, _norms))
 BOTTLENECK = register(
-    Operation("bottleneck", _bottleneck_allocate, _bottleneck_forward, _bottleneck_backward, _bottleneck_reference)
+    Operation(
+        "bottleneck", _bottleneck_allocate, _bottleneck_forward, _bottleneck_backward, _bottleneck_reference, _norms
+    )
 )

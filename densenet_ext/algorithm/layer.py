@@ -185,6 +185,10 @@ def _backward(
     return grads
 
 
+def _norms(config: Config) -> tuple[int, int]:
+    return config.features, config.features + 5
+
+
 def _reference(config: Config, tensors: Tensors) -> Tensor:
     tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
     norm1 = frozen_norm(tensors1, config.batch_stats[0], config.eps[0])
@@ -194,4 +198,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.conv_same(reference.cat_bn_relu([z], norm2, update=False), conv2)
 
 
-LAYER = register(Operation("layer", _allocate, _forward, _backward, _reference))
+LAYER = register(Operation("layer", _allocate, _forward, _backward, _reference, _norms))

@@ -56,7 +56,8 @@ class Operation(NamedTuple):
     ``allocate(config, tensors)``: the results, uninitialised: the output, then what the backward pass needs and the
     statistics. ``forward(config, tensors)`` fills them. ``backward(config, grad, tensors, results, needs)``: one
     gradient or None per tensor. ``restore``: the unit keeps its output instead of its input, and gets the input back
-    from it. ``values``: so many of the last tensors are read by the forward pass only, and have no gradient.
+    from it. ``norms(config)``: where the four ``norm_tensors`` of each norm start. ``values``: so many of the last
+    tensors are read by the forward pass only, and have no gradient.
     """
 
     name: str
@@ -64,15 +65,61 @@ class Operation(NamedTuple):
     forward: Callable[[Config, Tensors], list[Tensor]]
     backward: Callable[[Config, Tensor, Tensors, Tensors, Sequence[bool]], list[Tensor | None]]
     reference: Callable[[Config, Tensors], Tensor]
+    norms: Callable[[Config], Sequence[int]]
     restore: Callable[[Config, Tensors, Tensor], Tensor] | None = None
     values: int = 0
 
-    def saved(self, tensors: Tensors, results: Tensors) -> Tensors:
-        """What the backward pass is given: as many tensors, then the results; None for what it does not read."""
-        tensors = [*tensors[: len(tensors) - self.values], *[None] * self.values]
-        if self.restore is None:
-            return [*tensors, None, *results[1:]]
-        return [None, *tensors[1:], *results]
+
+def _running_stats(operation: Operation, config: Config) -> list[int]:
+    """Where the running statistics of the frozen norms are among the tensors."""
+    starts = zip(operation.norms(config), config.batch_stats, strict=True)
+    return [i for start, batch in starts if not batch for i in (start + 2, start + 3)]
+
+
+def _frozen_stats(operation: Operation, config: Config, tensors: Tensors) -> Tensor:
+    """A copy of the running statistics of all frozen norms, one after the other, where a backward pass may follow.
+
+    It gives the gradient of what the forward pass computed, wherever the running statistics have moved since.
+    """
+    running = [] if config.save == "nothing" else [tensors[i] for i in _running_stats(operation, config)]
+    if not running:
+        assert tensors[0] is not None
+        return tensors[0].new_empty(0)
+    return torch.cat(running)  # type: ignore[arg-type]
+
+
+class _Saved(NamedTuple):
+    """What goes to the backward pass besides tensors: how to read them."""
+
+    tensors: int  # so many are the operation's tensors; its results follow them
+    stats: list[int]  # where the running statistics of frozen norms were among them
+    sizes: list[int]  # of each of these
+
+
+def _save(ctx: Any, operation: Operation, config: Config, tensors: Tensors, results: Tensors) -> None:
+    """Saves what the backward pass reads of ``tensors`` and ``results``, whose last are the ``_frozen_stats``."""
+    stats = [] if config.save == "nothing" else _running_stats(operation, config)
+    ctx.saved = _Saved(len(tensors), stats, [tensors[i].shape[0] for i in stats])  # type: ignore[union-attr]
+    kept, results = list(tensors), list(results)
+    unread = [*stats, *range(len(tensors) - operation.values, len(tensors))]
+    if operation.restore is None:
+        results[0] = None
+    else:
+        unread.append(0)
+    for i in unread:
+        kept[i] = None
+    ctx.save_for_backward(*kept, *results)
+
+
+def _load(ctx: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The operation's tensors, with the running statistics that the forward pass used, and its results."""
+    count, stats, sizes = ctx.saved
+    saved = list(ctx.saved_tensors)
+    tensors, results, frozen = saved[:count], saved[count:-1], saved[-1]
+    if stats:
+        for i, values in zip(stats, frozen.split(sizes), strict=True):
+            tensors[i] = values
+    return tensors, results
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -93,7 +140,7 @@ def run(
         config = config._replace(save="nothing")
     if torch.compiler.is_compiling():
         given = [x is not None for x in tensors]
-        out, *values = _CUSTOM_OPS[operation.name]([x for x in tensors if x is not None], given, *config)
+        out, *values, _ = _CUSTOM_OPS[operation.name]([x for x in tensors if x is not None], given, *config)
         results = [out, *(value.detach() for value in values)]
         then(results)
         return results
@@ -103,7 +150,7 @@ def run(
             results = operation.forward(config, tensors)
         then(results)
         return results
-    return _Fused.apply(operation, config, then, *tensors)
+    return _Fused.apply(operation, config, then, *tensors)[:-1]
 
 
 def _check_data(tensors: Tensors) -> None:
@@ -140,35 +187,40 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         kind = tensors[0].device.type  # type: ignore[union-attr]
         with _without_autocast(kind):
-            results = tuple(operation.forward(config, tensors))
-        then(results)
-        ctx.operation, ctx.config, ctx.count = operation, config, len(tensors)
+            results = (*operation.forward(config, tensors), _frozen_stats(operation, config, tensors))
+        then(results[:-1])
+        ctx.operation, ctx.config = operation, config
         enabled = autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         ctx.input_requires_grad = tensors[0].requires_grad  # type: ignore[union-attr]
-        ctx.save_for_backward(*operation.saved(tensors, results))
+        _save(ctx, operation, config, tensors, results)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        operation, config, count = ctx.operation, ctx.config, ctx.count
+        operation, config = ctx.operation, ctx.config
         needs = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (3 + count)
-        saved = ctx.saved_tensors
-        tensors, results = saved[:count], saved[count:]
-        if torch.is_grad_enabled():
+            return (None,) * (3 + len(needs))
+        tensors, results = _load(ctx)
+        if torch.is_grad_enabled() or _is_batched(grad):
             if operation.restore is not None:
+                assert results[0] is not None
                 x = operation.restore(config, tensors, results[0])
-                tensors = (x if ctx.input_requires_grad else x.detach(), *tensors[1:])
-            return (None, None, None, *_differentiable_backward(operation, config, grad, tensors, needs, ctx.autocast))
+                tensors[0] = x if ctx.input_requires_grad else x.detach()
+            return (None, None, None, *_reference_backward(operation, config, grad, tensors, needs, ctx.autocast))
         with _without_autocast(grad.device.type):
             return (None, None, None, *operation.backward(config, grad, tensors, results, needs))
 
 
-def _differentiable_backward(
+def _is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` stands for several gradients: is_grads_batched, jacobian(vectorize=True), torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
+
+
+def _reference_backward(
     operation: Operation,
     config: Config,
     grad: Tensor,
@@ -176,20 +228,21 @@ def _differentiable_backward(
     needs: Sequence[bool],
     autocast: tuple[str, torch.dtype | None, bool],
 ) -> list[Tensor | None]:
-    """The gradients once more, through the usual formulation, so that autograd can differentiate them."""
+    """The gradients once more, through the usual formulation: as autograd can differentiate and batch them."""
     if any(config.groups):
         raise RuntimeError(
-            f"create_graph=True: the gradient of a {operation.name} whose SyncBatchNorm spans several processes cannot "
-            "be differentiated again, and nn.SyncBatchNorm's cannot either; convert to BatchNorm, or "
-            "densenet_ext.unfuse the model to see PyTorch's own answer"
+            f"create_graph=True or a batched gradient: the gradient of a {operation.name} whose SyncBatchNorm spans "
+            "several processes cannot be differentiated again, and nn.SyncBatchNorm's cannot either; convert to "
+            "BatchNorm, or densenet_ext.unfuse the model to see PyTorch's own answer"
         )
     kind, dtype, enabled = autocast
-    with torch.autocast(kind, dtype=dtype) if enabled else _without_autocast(kind):
+    again = torch.is_grad_enabled()
+    with torch.autocast(kind, dtype=dtype) if enabled else _without_autocast(kind), torch.enable_grad():
         # a view each, so that a parameter that occurs twice gets the gradient of each occurrence
         inputs = [x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True)]
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
         out = operation.reference(config, inputs)
-        grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True, allow_unused=True))
+        grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=again, allow_unused=True))
     return [next(grads) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
 
 
@@ -201,10 +254,12 @@ def register(operation: Operation) -> Operation:
     name = f"densenet_ext::{operation.name}"
 
     def forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
-        return operation.forward(_config(config), _expand(tensors, given))
+        values, expanded = _config(config), _expand(tensors, given)
+        return [*operation.forward(values, expanded), _frozen_stats(operation, values, expanded)]
 
     def fake_forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
-        return operation.allocate(_config(config), _expand(tensors, given))
+        values, expanded = _config(config), _expand(tensors, given)
+        return [*operation.allocate(values, expanded), _frozen_stats(operation, values, expanded)]
 
     def backward(grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any) -> list[Tensor]:
         grads = operation.backward(_config(config), grad, tensors, results, needs)
@@ -222,16 +277,16 @@ def register(operation: Operation) -> Operation:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.given, *ctx.config = inputs
-        ctx.save_for_backward(*operation.saved(_expand(tensors, ctx.given), output))
+        _save(ctx, operation, _config(ctx.config), _expand(tensors, ctx.given), output)
         ctx.set_materialize_grads(False)
 
     def autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        count, saved, asked = len(ctx.given), ctx.saved_tensors, ctx.needs_input_grad[0]
+        asked = ctx.needs_input_grad[0]
         result: list[Tensor | None] = [None] * len(asked)
         if grads[0] is not None:
             present = iter(asked)
             needs = [next(present) if there else False for there in ctx.given]
-            computed = iter(call_backward(grads[0], list(saved[:count]), list(saved[count:]), needs, *ctx.config))
+            computed = iter(call_backward(grads[0], *_load(ctx), needs, *ctx.config))
             result = [next(computed) if need else None for need in asked]
         # an empty list counts as a list of tensors, whose gradient is one too
         return result, None, *([] if value == [] else None for value in ctx.config)

@@ -93,6 +93,10 @@ def _backward(
     return grads
 
 
+def _norms(config: Config) -> tuple[int]:
+    return (1,)
+
+
 def _reference(config: Config, tensors: Tensors) -> Tensor:
     x = tensors[0]
     assert x is not None
@@ -101,4 +105,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.stem(x, norm, config.window[front:], config.stride[front:], config.padding[front:], update=False)
 
 
-STEM = register(Operation("stem", _allocate, _forward, _backward, _reference))
+STEM = register(Operation("stem", _allocate, _forward, _backward, _reference, _norms))

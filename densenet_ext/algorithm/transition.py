@@ -118,6 +118,10 @@ def _backward(
     return grads
 
 
+def _norms(config: Config) -> tuple[int]:
+    return (1,)
+
+
 def _reference(config: Config, tensors: Tensors) -> Tensor:
     x, conv = tensors[0], tensors[5]
     assert x is not None and conv is not None
@@ -126,4 +130,4 @@ def _reference(config: Config, tensors: Tensors) -> Tensor:
     return reference.transition(x, norm, conv, window, conv_bias=tensors[6], update=False)
 
 
-TRANSITION = register(Operation("transition", _allocate, _forward, _backward, _reference, values=2))
+TRANSITION = register(Operation("transition", _allocate, _forward, _backward, _reference, _norms, values=2))
