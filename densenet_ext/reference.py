@@ -51,19 +51,33 @@ def dense_block(
     new_first: bool = False,
     *,
     factors: Sequence[Tensor | None] | None = None,
+    inner_factors: Sequence[Tensor | None] | None = None,
     update: bool = True,
 ) -> Tensor:
-    """[N, C_0 + sum k, *spatial] of x [N, C_0, *spatial]. ``factors``: per layer what dropout multiplies with, or None.
+    """[N, C_0 + sum k, *spatial] of x [N, C_0, *spatial].
 
-    ``new_first``: concatenated as [new, x]. ``save`` has no meaning here.
+    ``factors``, ``inner_factors``: per layer what dropout multiplies the new features and the bottleneck features with,
+    or None for nothing; else both are drawn. ``new_first``: concatenated as [new, x]. ``save`` has no meaning here.
     """
     features = [x]
     for i, layer in enumerate(layers):
-        y = F.relu(batch_norm(torch.cat(features, 1), layer.norm1, update))
-        z = conv_same(y, layer.conv1)
-        new = conv_same(F.relu(batch_norm(z, layer.norm2, update)), layer.conv2)
-        features.insert(0 if new_first else i + 1, _dropped(new, layer.drop_rate, factors, i))
+        inner = layer.inner_drop_rate if inner_factors is None else inner_factors[i]
+        new = dense_layer(features, layer, inner, update=update)
+        new = dropout(new, layer.drop_rate if factors is None else factors[i], layer.drop_channels)
+        features.insert(0 if new_first else i + 1, new)
     return torch.cat(features, 1)
+
+
+def dense_layer(
+    features: Sequence[Tensor], layer: Layer, inner: float | Tensor | None = None, *, update: bool = True
+) -> Tensor:
+    """The new features [N, k, *spatial] of feature maps [N, C_i, *spatial], before dropout.
+
+    ``inner``: the rate of dropout of the bottleneck features, or what it multiplies them with, or None for nothing.
+    """
+    z = bottleneck(features, layer.conv1, layer.norm1, conv_bias=layer.conv1_bias, update=update)
+    z = dropout(z, inner, layer.inner_drop_channels)
+    return conv_same(F.relu(batch_norm(z, layer.norm2, update)), layer.conv2, layer.conv2_bias)
 
 
 def basic_block(
@@ -78,16 +92,19 @@ def basic_block(
     features = [x]
     for i, layer in enumerate(layers):
         y = F.relu(batch_norm(torch.cat(features, 1), layer.norm, update))
-        new = _dropped(conv_same(y, layer.conv), layer.drop_rate, factors, i)
+        new = conv_same(y, layer.conv, layer.bias)
+        new = dropout(new, layer.drop_rate if factors is None else factors[i], layer.drop_channels)
         features.insert(0 if new_first else i + 1, new)
     return torch.cat(features, 1)
 
 
-def _dropped(new: Tensor, drop_rate: float, factors: Sequence[Tensor | None] | None, i: int) -> Tensor:
-    if factors is not None:
-        factor = factors[i]
-        return new if factor is None else new * factor
-    return F.dropout(new, drop_rate, training=True) if drop_rate > 0 else new
+def dropout(x: Tensor, drop: float | Tensor | None, channels: bool = False) -> Tensor:
+    """x times the factor ``drop``; or with values dropped at this rate, or ``channels`` of samples; or x for None."""
+    if isinstance(drop, Tensor):
+        return x * drop
+    if drop is None or drop <= 0:
+        return x
+    return torch.feature_dropout(x, drop, True) if channels else F.dropout(x, drop, training=True)
 
 
 def transition(

@@ -119,7 +119,8 @@ def parameters(layers: Iterable[Layer]) -> list[Tensor]:
     """Every parameter, layer by layer."""
     found = []
     for layer in layers:
-        for t in (*layer.norm1[:2], layer.conv1, *layer.norm2[:2], layer.conv2):
+        first, second = (layer.conv1, layer.conv1_bias), (layer.conv2, layer.conv2_bias)
+        for t in (*layer.norm1[:2], *first, *layer.norm2[:2], *second):
             if t is not None:
                 found.append(t)
     return found

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from helpers import DEVICE, F64, assert_equal, clone, dense_block, make_conv, make_input, make_layers, make_norm
 from torch import Tensor, nn
 
+from densenet_ext.algorithm.conversions import norm_tensors
 from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.norm import norm_of
-from densenet_ext.algorithm.operation import OPERATIONS
+from densenet_ext.algorithm.operation import OPERATIONS, Config
 from densenet_ext.algorithm.stem import stem
+from densenet_ext.algorithm.step import parameters_of
 from densenet_ext.algorithm.transition import transition
 from densenet_ext.algorithm.values import Layer
 from densenet_ext.functional import bottleneck, cat_bn_relu
@@ -147,42 +150,42 @@ def test_export_takes_the_usual_operations() -> None:
         assert_equal([program.module()(*args)], [cat_bn_relu(args[:2], *args[2:])])
 
 
-def _operation_arguments(name: str) -> tuple:
+def _operation_arguments(name: str) -> tuple[Any, ...]:
     """Arguments of the unit's forward operation."""
-    layers, norm, x = make_layers(3, 2, 4, 2, drop_rate=0.3), make_norm(3), make_input(2, 3, 4, 4)
-    flat: list[Tensor | None] = [x]
-    config = {"batch_stats": [True], "eps": [1e-5], "dtype": F64, "features": 1, "drop_rates": []}
-    config |= {"window": [], "stride": [], "padding": [], "save": "bottlenecks", "groups": [], "new_first": False}
+    norm, x, more = make_norm(3), make_input(2, 3, 4, 4), make_input(2, 1, 4, 4)
+    seed, drops = torch.tensor([77]), {"drop_rates": (0.3, 0.3), "drop_channels": (False, True)}
+    config = Config((True,), (1e-5,), F64, save="bottlenecks")
+    flat: list[Tensor | None] = [x, *norm_tensors(norm)]
     if name == "basic_block":
-        flat.append(torch.tensor([77]))
-        for layer in layers:
-            flat += [*layer.norm1[:2], None, None, make_conv(2, len(layer.norm1.weight), 2, 3)]
-        config |= {"batch_stats": [True] * 2, "eps": [1e-5] * 2, "drop_rates": [0.3, 0.3], "new_first": True}
+        flat = [x, seed]
+        for C in (3, 5):
+            flat += [*norm_tensors(make_norm(C)), make_conv(2, C, 2, 3), make_input(2)]
+        config = config._replace(batch_stats=(True,) * 2, eps=(1e-5,) * 2, new_first=True, **drops)
     elif name == "block":
-        flat.append(torch.tensor([77]))
-        for layer in layers:
-            flat += [*layer.norm1[:2], None, None, layer.conv1, *layer.norm2[:2], None, None, layer.conv2]
-        config |= {"batch_stats": [True] * 4, "eps": [1e-5] * 4, "drop_rates": [0.3, 0.3]}
-    else:
-        if name in ("cat_bn_relu", "bottleneck", "layer"):
-            flat, config["features"] = [x, make_input(2, 1, 4, 4)], 2
-            norm = make_norm(4)
-        flat += [norm.weight, norm.bias, None, None]
-        if name == "transition":
-            flat += [make_conv(2, 3, 2, 1), make_input(2), torch.randn(3, dtype=F64), torch.rand(3, dtype=F64)]
-            config["window"] = [1, 2, 2]
-        if name == "head":
-            flat += [None, None]
+        flat = [x, seed]
+        for layer in make_layers(3, 2, 4, 2, batch=[True, False, True, True]):
+            flat += parameters_of(layer._replace(conv1_bias=make_input(4), conv2_bias=make_input(2)))
+        inner = {"inner_drop_rates": (0.2, 0.0), "inner_drop_channels": (True, False)}
+        config = config._replace(batch_stats=(True, False, True, True), eps=(1e-5,) * 4, **drops, **inner)
+    elif name == "layer":
+        flat = [x, more, *parameters_of(make_layers(4, 2, 5, 1)[0]), seed]
+        inner = {"inner_drop_rates": (0.2,), "inner_drop_channels": (False,)}
+        config = config._replace(batch_stats=(True,) * 2, eps=(1e-5,) * 2, features=2, **inner)
+    elif name in ("cat_bn_relu", "bottleneck"):
+        flat = [x, more, *norm_tensors(make_norm(4))]
+        config = config._replace(features=2)
         if name == "bottleneck":
             flat += [make_conv(2, 4, 2, 1), make_input(2)]
-        if name == "layer":
-            norm2 = make_norm(5)
-            flat += [make_conv(5, 4, 2, 1), norm2.weight, norm2.bias, None, None, make_conv(2, 5, 2, 3)]
-            config |= {"batch_stats": [True] * 2, "eps": [1e-5] * 2}
-        if name == "stem":
-            config |= {"window": [1, 3, 3], "stride": [1, 2, 2], "padding": [0, 1, 1]}
-    config["groups"] = [""] * len(config["batch_stats"])
-    return [t for t in flat if t is not None], [t is not None for t in flat], *config.values()
+    elif name == "transition":
+        flat += [make_conv(2, 3, 2, 1), make_input(2), torch.randn(3, dtype=F64), torch.rand(3, dtype=F64)]
+        config = config._replace(window=(1, 2, 2))
+    elif name == "head":
+        flat += [None, None]
+    else:
+        config = config._replace(window=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+    config = config._replace(groups=("",) * len(config.batch_stats))
+    values = [list(value) if isinstance(value, tuple) else value for value in config]
+    return [t for t in flat if t is not None], [t is not None for t in flat], *values
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))

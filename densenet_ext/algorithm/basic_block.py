@@ -2,13 +2,13 @@
 
 The buffer, the statistics of its columns and their gradients G, gm, gv are those of ``block``. A layer is
 
-    X[:, new] = dropout(conv3x3(relu(x s + t), W))        x = X[:, read]     s = gamma r     r = (v + eps)^-1/2
+    X[:, new] = dropout(conv3x3(relu(x s + t), W) + c)        x = X[:, read]     s = gamma r     r = (v + eps)^-1/2
 
 A 3x3 convolution reads every normalised value nine times, so relu(x s + t) is written once: into one scratch that all
 layers share, and again in the backward pass. Kept is the buffer only. Backward, layers in reverse:
 
     g  = G[:, new] + (gm + 2 (x - m) gv) / M                 # complete: every consumer has contributed
-    da, dW from g through dropout and conv3x3
+    da, dW, dc = sum g from g through dropout and conv3x3
     dy = da where x s + t > 0
     dbeta = sum dy     dgamma = r sum dy (x - m)
     G[:, read] += s dy  gm[read] -= s dbeta  gv[read] -= s r / 2 dgamma
@@ -22,6 +22,7 @@ Source: Huang et al., "Densely Connected Convolutional Networks" (CVPR 2017), se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ from densenet_ext import kernels, reference
 from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.conversions import frozen_norm, grad_like, is_empty, norm_tensors, norm_values, result_dtype
-from densenet_ext.algorithm.layout import from_rows, new_features, pixels, to_rows
+from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
+from densenet_ext.algorithm.layout import new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
 from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
@@ -61,13 +63,11 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
         drop_rates=tuple(layer.drop_rate for layer in layers),
         groups=groups,
         new_first=new_first,
+        drop_channels=tuple(layer.drop_channels for layer in layers),
     )
-    seed = None
-    if any(p > 0 for p in config.drop_rates):
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    tensors: list[Tensor | None] = [x, seed]
+    tensors: list[Tensor | None] = [x, new_seed(config.drop_rates, x.device)]
     for layer in layers:
-        tensors += (*norm_tensors(layer.norm), layer.conv)
+        tensors += (*norm_tensors(layer.norm), layer.conv, layer.bias)
 
     def move(results: Sequence[Tensor]) -> None:
         if any(layer.norm.update for layer in layers):
@@ -85,21 +85,38 @@ def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False
 
 # ---- the functions of the unit ---------------------------------------------------------------------------------------
 
-_PER_LAYER = 5  # weight, bias, running mean and variance; conv
+
+class _Parameters(NamedTuple):
+    """One entry for each tensor of a layer: tensors, gradients, or whether these are asked for."""
+
+    gamma: Any  # [C]
+    beta: Any
+    mean: Any  # running statistics, where the norm is frozen
+    var: Any
+    conv: Any  # [k, C, 3...]
+    bias: Any  # [k]
+
+    @property
+    def norm(self) -> Tensors:
+        """The four tensors of the norm."""
+        return self[0:4]
 
 
-def _parameters(tensors: Tensors) -> list[tuple[Tensors, Tensor]]:
-    """Each layer's norm and weight."""
-    layers = []
-    for i in range(2, len(tensors), _PER_LAYER):
-        conv = tensors[i + 4]
-        assert conv is not None
-        layers.append((tensors[i : i + 4], conv))
-    return layers
+_FIRST, _COUNT = 2, len(_Parameters._fields)  # x and the seed come before the layers' parameters
+
+
+def _parameters(tensors: Tensors) -> list[_Parameters]:
+    return [_Parameters(*tensors[i : i + _COUNT]) for i in range(_FIRST, len(tensors), _COUNT)]
+
+
+def _dropouts(config: Config, tensors: Tensors) -> list[Dropout | None]:
+    """Each layer's."""
+    sites = zip(config.drop_rates, config.drop_channels, strict=True)
+    return [dropout_at(rate, channels, tensors[1], l) for l, (rate, channels) in enumerate(sites)]
 
 
 def _layer_columns(config: Config, tensors: Tensors) -> list[Columns]:
-    weights = [conv for _, conv in _parameters(tensors)]
+    weights = [own.conv for own in _parameters(tensors)]
     return layer_columns(weights[0].shape[1], tuple(W.shape[0] for W in weights), config.new_first)
 
 
@@ -110,7 +127,7 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     """
     x = tensors[0]
     assert x is not None
-    C_total = x.shape[1] + sum(W.shape[0] for _, W in _parameters(tensors))
+    C_total = x.shape[1] + sum(own.conv.shape[0] for own in _parameters(tensors))
     out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
     counts = [C_total if any(config.batch_stats) else 0] * 2
     counts += [1, C_total, C_total] if any(config.groups) else [0] * 3
@@ -129,28 +146,33 @@ def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    x, seed = tensors[:2]
+    x = tensors[0]
     assert x is not None
     out, mean, var, count, own_mean, own_var = results = _allocate(config, tensors)
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     layers, columns, group = _parameters(tensors), _layer_columns(config, tensors), _group(config)
+    drops = _dropouts(config, tensors)
 
-    def append(src: Tensor, new: slice, drop_rate: float, l: int) -> None:
-        m, v = (mean[new], var[new]) if mean.numel() else (None, None)
-        ops.append_features(src, X[:, new], m, v, drop_rate, seed, l)
+    def append(src: Tensor, new: slice, drop: Dropout | None) -> None:
+        stats = (mean[new], var[new]) if mean.numel() else (None, None)
+        if drop is None:
+            ops.append_features(src, X[:, new], *stats, 0.0, None, 0)
+        else:
+            drop.forward(ops, src, size, X[:, new], stats)
         if group:
             own_mean[new], own_var[new] = mean[new], var[new]
             if new is not columns[-1].new:  # the last ones are for the next unit
                 count.copy_(merge_stats(mean[new], var[new], M, group))
 
-    append(to_rows(x.to(out.dtype)), columns[0].read, 0.0, 0)
-    scratch = X.new_empty(M * layers[-1][1].shape[1])
-    for l, ((tensors_l, W), (read, new)) in enumerate(zip(layers, columns, strict=True)):
-        norm = norm_values(tensors_l, mean[read], var[read], config.batch_stats[l], config.eps[l], acc)
-        a = _prefix(scratch, M, W.shape[1])
+    append(to_rows(x.to(out.dtype)), columns[0].read, None)
+    scratch = X.new_empty(M * layers[-1].conv.shape[1])
+    for l, (own, (read, new)) in enumerate(zip(layers, columns, strict=True)):
+        norm = norm_values(own.norm, mean[read], var[read], config.batch_stats[l], config.eps[l], acc)
+        a = _prefix(scratch, M, own.conv.shape[1])
         ops.bn_relu(X[:, read], *norm, a)
-        append(conv_same(a, size, W.to(out.dtype)), new, config.drop_rates[l], l)
+        bias = None if own.bias is None else own.bias.to(out.dtype)
+        append(conv_same(a, size, own.conv.to(out.dtype), bias), new, drops[l])
     return results
 
 
@@ -160,48 +182,51 @@ def _backward(
     """``grad`` is only read."""
     out, mean, var, count = results[:4]
     assert out is not None and mean is not None and var is not None and count is not None
-    seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    layers, columns = _parameters(tensors), _layer_columns(config, tensors)
+    layers, columns, drops = _parameters(tensors), _layer_columns(config, tensors), _dropouts(config, tensors)
     stats, group = mean.numel() > 0, _group(config)
     G, start = to_rows(grad), 0  # the gradient of X's columns from `start` on
     ours = G.data_ptr() != grad.data_ptr()  # a copy, to write into
     gm, gv = gmv = torch.zeros(2, size[1], dtype=acc, device=out.device)
     grads: list[Tensor | None] = [None] * len(tensors)
-    scratch = X.new_empty(M * layers[-1][1].shape[1])
+    scratch = X.new_empty(M * layers[-1].conv.shape[1])
     for l in reversed(range(len(layers))):
-        (tensors_l, W), (read, new) = layers[l], columns[l]
-        first = 2 + l * _PER_LAYER
-        own = needs[first : first + _PER_LAYER]
+        own, (read, new), drop = layers[l], columns[l], drops[l]
+        W, first = own.conv, _FIRST + l * _COUNT
+        asked = _Parameters(*needs[first : first + _COUNT])
         below = any(needs[:first])  # somebody further down asks
-        if not below and not any(own):
+        if not below and not any(asked):
             break
         batch = config.batch_stats[l]
-        norm = norm_values(tensors_l, mean[read], var[read], batch, config.eps[l], acc)
+        norm = norm_values(own.norm, mean[read], var[read], batch, config.eps[l], acc)
         g = within(G, new, start)
-        p = config.drop_rates[l]
         consumed = stats and l + 1 < len(layers)
         if consumed and group:
             gmv[:, new] = merge_sums(gmv[:, new], M, count, group)
-        if p > 0 or consumed:
+        if drop is not None or consumed:
             source, g = g, X.new_empty(M, W.shape[0])
             m = mean[new] if stats else gm[new]  # without statistics gm and gv stay zero, and so may m
-            ops.feature_grad(source, X[:, new], m, gm[new], gv[new], p, seed, l, g)
+            if drop is None:
+                ops.feature_grad(source, X[:, new], m, gm[new], gv[new], 0.0, None, 0, g)
+            else:
+                drop.backward(ops, source, X[:, new], (m, gm[new], gv[new]), size, g)
         a = _prefix(scratch, M, W.shape[1])
-        if own[4]:
+        if asked.conv:
             ops.bn_relu(X[:, read], *norm, a)
-        beneath = below or any(own[:4])
-        da, dW = conv_same_backward(g, a, size, W.to(out.dtype), (beneath, own[4]))
+        beneath = below or asked.gamma or asked.beta
+        da, dW = conv_same_backward(g, a, size, W.to(out.dtype), (beneath, asked.conv))
         grads[first + 4] = grad_like(dW, W)
+        if asked.bias:
+            grads[first + 5] = grad_like(g.sum(0, dtype=acc), own.bias)
         if not beneath:
             break
         assert da is not None
         dgamma, dbeta = mean.new_empty(W.shape[1]), mean.new_empty(W.shape[1])
-        if batch or own[0] or own[1]:
+        if batch or asked.gamma or asked.beta:
             ops.bn_relu_backward_reduce(da, X[:, read], *norm, dgamma, dbeta)
-            grads[first] = grad_like(dgamma, tensors_l[0], own[0])
-            grads[first + 1] = grad_like(dbeta, tensors_l[1], own[1])
+            grads[first] = grad_like(dgamma, own.gamma, asked.gamma)
+            grads[first + 1] = grad_like(dbeta, own.beta, asked.beta)
         if not below:
             break
         ops.bn_relu_backward(da, X[:, read], *norm, None, None, da)  # s dy
@@ -232,22 +257,18 @@ def _backward(
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:
-    x, seed = tensors[:2]
+    x = tensors[0]
     assert x is not None
     layers, factors = [], []
-    for l, (tensors_l, W) in enumerate(_parameters(tensors)):
-        p, factor = config.drop_rates[l], None
-        if p > 0:
-            assert seed is not None
-            rows = kernels.plain.dropout_factor(seed, l, pixels(x.shape), W.shape[0], p, x.dtype)
-            factor = from_rows(rows, x.shape)
-        layers.append(BasicLayer(frozen_norm(tensors_l, config.batch_stats[l], config.eps[l]), W, p))
-        factors.append(factor)
+    for l, (own, drop) in enumerate(zip(_parameters(tensors), _dropouts(config, tensors), strict=True)):
+        norm = frozen_norm(own.norm, config.batch_stats[l], config.eps[l])
+        layers.append(BasicLayer(norm, own.conv, 0.0, own.bias))
+        factors.append(None if drop is None else drop.factors(x.shape, own.conv.shape[0], x.dtype))
     return reference.basic_block(x, layers, config.new_first, factors=factors, update=False)
 
 
 def _norms(config: Config) -> range:
-    return range(2, 2 + len(config.drop_rates) * _PER_LAYER, _PER_LAYER)
+    return range(_FIRST, _FIRST + len(config.drop_rates) * _COUNT, _COUNT)
 
 
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:

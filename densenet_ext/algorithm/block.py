@@ -30,21 +30,28 @@ from torch import Tensor
 
 from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm.columns import layer_columns, within
-from densenet_ext.algorithm.conv import conv_same, conv_same_backward
-from densenet_ext.algorithm.conversions import (
-    cast,
-    frozen_norm,
-    grad_like,
-    is_empty,
-    norm_tensors,
-    norm_values,
-    result_dtype,
-)
-from densenet_ext.algorithm.folding import scales_shifts
+from densenet_ext.algorithm.conv import conv_same
+from densenet_ext.algorithm.conversions import is_empty, result_dtype
+from densenet_ext.algorithm.dropout import BOTTLENECKS, Dropout, dropout_at, new_seed
 from densenet_ext.algorithm.layer import dense_block_by_layers
-from densenet_ext.algorithm.layout import from_rows, new_features, pixels, row_pitch, to_rows
+from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
 from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.step import (
+    COUNT,
+    NORMS,
+    Parameters,
+    Step,
+    first_half,
+    first_half_backward,
+    first_half_folded,
+    folded,
+    layer_of,
+    make_step,
+    parameters_of,
+    put,
+    second_half_backward,
+)
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.values import Layer, Stats, Tensors
 
@@ -79,13 +86,13 @@ def dense_block(
         save=save,
         groups=groups,
         new_first=new_first,
+        drop_channels=tuple(layer.drop_channels for layer in layers),
+        inner_drop_rates=tuple(layer.inner_drop_rate for layer in layers),
+        inner_drop_channels=tuple(layer.inner_drop_channels for layer in layers),
     )
-    seed = None
-    if any(p > 0 for p in config.drop_rates):
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    tensors: list[Tensor | None] = [x, seed]
+    tensors: list[Tensor | None] = [x, new_seed((*config.drop_rates, *config.inner_drop_rates), x.device)]
     for layer in layers:
-        tensors += (*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2)
+        tensors += parameters_of(layer)
 
     def move(results: Sequence[Tensor]) -> None:
         if not any(norm.update for norm in norms):
@@ -107,35 +114,37 @@ def dense_block(
 
 # ---- the plain functions ---------------------------------------------------------------------------------------------
 
-_PER_LAYER = 10  # norm1: weight, bias, running mean and variance; conv1; norm2: the same four; conv2
+_FIRST = 2  # where the layers' parameters start, behind x and the seed
 
 
-class _LayerTensors(NamedTuple):
-    norm1: Tensors
-    conv1: Tensor
-    norm2: Tensors
-    conv2: Tensor
+class _Place(NamedTuple):
+    """One layer of a block: its tensors, and which columns it reads and writes."""
+
+    start: int  # of its tensors among the operation's
+    tensors: Parameters
     C: int  # features it reads
     b: int  # bottleneck features
     k: int  # features it adds
     read: slice  # its C among the columns of the buffer
     new: slice  # its k
     z: slice  # its b among the bottleneck features of all layers
+    drop: Dropout | None
+    inner: Dropout | None
 
 
-def _layers(config: Config, tensors: Tensors) -> Iterator[_LayerTensors]:
-    weights = [(tensors[i + 4], tensors[i + 9]) for i in range(2, len(tensors), _PER_LAYER)]
-    growth = tuple(conv2.shape[0] for _, conv2 in weights if conv2 is not None)
-    x_channels = next(conv1.shape[1] for conv1, _ in weights if conv1 is not None)
-    start = 0
-    for l, (read, new) in enumerate(layer_columns(x_channels, growth, config.new_first)):
-        i = 2 + l * _PER_LAYER
-        conv1, conv2 = weights[l]
-        assert conv1 is not None and conv2 is not None
-        b, C = conv1.shape[:2]
-        z = slice(start, start + b)
-        yield _LayerTensors(tensors[i : i + 4], conv1, tensors[i + 5 : i + 9], conv2, C, b, growth[l], read, new, z)
-        start += b
+def _layers(config: Config, tensors: Tensors) -> Iterator[_Place]:
+    seed = tensors[1]
+    starts = range(_FIRST, len(tensors), COUNT)
+    parameters = [Parameters(*tensors[i : i + COUNT]) for i in starts]
+    growth = tuple(own.conv2.shape[0] for own in parameters)
+    columns = layer_columns(parameters[0].conv1.shape[1], growth, config.new_first)
+    z = 0
+    for l, (start, own, (read, new)) in enumerate(zip(starts, parameters, columns, strict=True)):
+        b, C = own.conv1.shape[:2]
+        drop = dropout_at(config.drop_rates[l], config.drop_channels[l], seed, l)
+        inner = dropout_at(config.inner_drop_rates[l], config.inner_drop_channels[l], seed, BOTTLENECKS + l)
+        yield _Place(start, own, C, b, growth[l], read, new, slice(z, z + b), drop, inner)
+        z += b
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
@@ -172,55 +181,58 @@ def _part(scratch: Tensor, M: int, columns: int, start: int = 0) -> Tensor:
     return scratch[M * start : M * (start + columns)].view(M, columns)
 
 
-def _folded(config: Config, layers: Sequence[_LayerTensors], acc: torch.dtype) -> tuple[dict[int, Tensor], ...]:
-    """s and t of every frozen norm2, by layer."""
-    frozen = [l for l in range(len(layers)) if not config.batch_stats[2 * l + 1]]
-    none = torch.empty(0)  # in the place of a batch's statistics, which frozen norms do not have
-    values = [norm_values(layers[l].norm2, none, none, False, config.eps[2 * l + 1], acc) for l in frozen]
-    return tuple(dict(zip(frozen, found, strict=True)) for found in scales_shifts(values))
+def _step(config: Config, l: int, place: _Place, out: Tensor, X: Tensor, stats: Sequence[Tensor]) -> Step:
+    """stats: mean and variance of the buffer's columns, and of every z."""
+    mean, var, z_mean, z_var = stats
+    own = mean[place.read], var[place.read], z_mean[place.z], z_var[place.z]
+    batch, eps = config.batch_stats[2 * l : 2 * l + 2], config.eps[2 * l : 2 * l + 2]
+    group = config.groups[2 * l + 1]
+    return make_step(X[:, place.read], out.shape, place.tensors, own, batch, eps, group, place.inner)
 
 
 def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     """The buffer [N, C_total, *spatial], then the other results as ``_allocate`` lays them out."""
-    x, seed = tensors[:2]
+    x = tensors[0]
     assert x is not None
     results = _allocate(config, tensors)
     out, z_all, mean, var, z_mean, z_var, counts, own_mean, own_var = results
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     layers = list(_layers(config, tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
-    stats, group = mean.numel() > 0, _columns_group(config)
+    group = _columns_group(config)
 
-    def append(rows: Tensor, columns: slice, drop_rate: float, l: int) -> None:
-        m, v = (mean[columns], var[columns]) if stats else (None, None)
-        ops.append_features(rows, X[:, columns], m, v, drop_rate, seed, l)
+    def append(rows: Tensor, columns: slice, drop: Dropout | None) -> None:
+        stats = (mean[columns], var[columns]) if mean.numel() else (None, None)
+        if drop is None:
+            ops.append_features(rows, X[:, columns], *stats, 0.0, None, 0)
+        else:
+            drop.forward(ops, rows, size, X[:, columns], stats)
         if group:
             own_mean[columns], own_var[columns] = mean[columns], var[columns]
             if columns is not layers[-1].new:  # the last ones are for the next unit
                 counts[:1] = merge_stats(mean[columns], var[columns], M, group)
 
-    append(to_rows(x.to(out.dtype)), layers[0].read, 0.0, 0)
+    append(to_rows(x.to(out.dtype)), layers[0].read, None)
     scratch = _scratch(X, max(layer.b for layer in layers))
-    s2, t2 = _folded(config, layers, acc) if config.save == "nothing" else ({}, {})
+    frozen = [l for l, layer in enumerate(layers) if not config.batch_stats[2 * l + 1] and layer.inner is None]
+    fold = {}
+    if config.save == "nothing":
+        values = folded([(layers[l].tensors, config.eps[2 * l + 1]) for l in frozen], acc)
+        fold = dict(zip(frozen, values, strict=True))
     for l, layer in enumerate(layers):
-        b, read, new = layer.b, layer.read, layer.new
-        batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
-        prefix = X[:, read]
-        norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
-        W1 = cast(layer.conv1, acc)
-        a = _part(scratch, M, b)
-        if config.save == "nothing" and not batch2:
-            ops.bn_relu_conv1x1(prefix, *norm1, W1 * s2[l].view(-1, *[1] * (W1.dim() - 1)), t2[l], True, a, None, None)
+        step = _step(config, l, layer, out, X, (mean, var, z_mean, z_var))
+        a = _part(scratch, M, layer.b)
+        if l in fold:
+            first_half_folded(step, *fold[l], a)
         else:
-            m2, v2 = (z_mean[layer.z], z_var[layer.z]) if batch2 else (None, None)
-            norm2 = norm_values(layer.norm2, m2, v2, batch2, config.eps[2 * l + 1], acc)  # type: ignore[arg-type]
-            z = _part(z_all, M, b, layer.z.start) if config.save == "bottlenecks" else a
-            ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, m2, v2)
-            if m2 is not None and v2 is not None and config.groups[2 * l + 1]:
-                counts[l + 1 : l + 2] = merge_stats(m2, v2, M, config.groups[2 * l + 1])
-            ops.bn_relu(z, *norm2, a)
-        y = conv_same(a, size, layer.conv2.to(out.dtype))
-        append(y, new, config.drop_rates[l], l)
+            z = _part(z_all, M, layer.b, layer.z.start) if config.save == "bottlenecks" else a
+            z_stats = (z_mean[layer.z], z_var[layer.z]) if step.batch[1] else (None, None)
+            first_half(step, z, z_stats)
+            if step.batch[1] and step.group:
+                counts[l + 1 : l + 2] = merge_stats(z_mean[layer.z], z_var[layer.z], M, step.group)
+            ops.bn_relu(z, *step.norm2, a)
+        y = conv_same(a, size, step.W2, step.c2)
+        append(y, layer.new, layer.drop)
         del y
     return results
 
@@ -232,7 +244,6 @@ def block_backward(
     out, z_all, mean, var, z_mean, z_var, counts = results[:7]
     assert out is not None and z_all is not None and mean is not None and var is not None
     assert z_mean is not None and z_var is not None and counts is not None
-    seed = tensors[1]
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     layers = list(_layers(config, tensors))
     X, M, size = to_rows(out), pixels(out.shape), out.shape
@@ -252,66 +263,45 @@ def block_backward(
     origin = 0  # G's first column in the buffer
     for l in reversed(range(len(layers))):
         layer = layers[l]
-        C, b, k, read, new = layer.C, layer.b, layer.k, layer.read, layer.new
-        first = 2 + l * _PER_LAYER
-        own = needs[first : first + _PER_LAYER]
-        below = any(needs[:first])  # somebody further down asks
-        if not below and not any(own):
+        b, read, new, start = layer.b, layer.read, layer.new, layer.start
+        asked = Parameters(*needs[start : start + COUNT])
+        below = any(needs[:start])  # somebody further down asks
+        if not below and not any(asked):
             break
-        batch1, batch2 = config.batch_stats[2 * l : 2 * l + 2]
-        prefix = X[:, read]
-        norm1 = norm_values(layer.norm1, mean[read], var[read], batch1, config.eps[2 * l], acc)
-        norm2 = norm_values(layer.norm2, z_mean[layer.z], z_var[layer.z], batch2, config.eps[2 * l + 1], acc)
-        W1 = cast(layer.conv1, acc)
+        step = _step(config, l, layer, out, X, (mean, var, z_mean, z_var))
 
         g = incoming[:, new] if G is None else within(G, new, origin)
-        p = config.drop_rates[l]
-        if p > 0 or (stats and G is not None):
-            if group and G is not None:
+        consumed = stats and G is not None
+        if layer.drop is not None or consumed:
+            if group and consumed:
                 gmv[:, new] = merge_sums(gmv[:, new], M, counts[0], group)
-            source, g = g, _part(g_all, M, k)
-            ops.feature_grad(source, X[:, new], m[new], gm[new], gv[new], p, seed, l, g)
+            source, g = g, _part(g_all, M, layer.k)
+            received = m[new], gm[new], gv[new]
+            if layer.drop is None:
+                ops.feature_grad(source, X[:, new], *received, 0.0, None, 0, g)
+            else:
+                layer.drop.backward(ops, source, X[:, new], received, size, g)
         if again is None:
             z = _part(z_all, M, b, layer.z.start)
         else:
             z = _part(again, M, b)
-            ops.bn_relu_conv1x1(prefix, *norm1, W1, None, False, z, None, None)
+            first_half(step, z)
         a = _part(a_all, M, b)
-        if own[9]:
-            ops.bn_relu(z, *norm2, a)
-        beneath = below or any(own[:9])
-        da, dW2 = conv_same_backward(g, a, size, layer.conv2.to(out.dtype), (beneath, own[9]))
-        grads[first + 9] = grad_like(dW2, layer.conv2)
-        if not beneath:
+        beneath = below or any(asked[: Parameters._fields.index("conv2")])
+        da, found = second_half_backward(step, g, z, a, asked, beneath)
+        put(grads, start, found, layer.tensors, asked)
+        if da is None or not (below or any(asked[: NORMS[1]])):
             break
-        dgamma2 = dbeta2 = None
-        if batch2 or own[5] or own[6]:
-            dgamma2, dbeta2 = mean.new_empty(b), mean.new_empty(b)
-            ops.bn_relu_backward_reduce(da, z, *norm2, dgamma2, dbeta2)
-            grads[first + 5] = grad_like(dgamma2, layer.norm2[0], own[5])
-            grads[first + 6] = grad_like(dbeta2, layer.norm2[1], own[6])
-        if not below and not any(own[:5]):
-            break
-        if batch2 and config.groups[2 * l + 1]:
-            assert dgamma2 is not None and dbeta2 is not None
-            dgamma2, dbeta2 = merge_sums(torch.stack([dgamma2, dbeta2]), M, counts[l + 1], config.groups[2 * l + 1])
-        sums2 = (dgamma2, dbeta2) if batch2 else (None, None)
         grad_in = None
         if G is None:
             G = incoming
             if not copied:
-                grad_in, G, origin = incoming[:, read], X.new_empty(M, C), read.start
-        dW1 = torch.empty_like(W1) if own[4] else None
-        dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
-        sums = (gm[read], gv[read]) if batch1 else (None, None)
-        grad_x = within(G, read, origin)
-        ops.bn_relu_conv1x1_backward(
-            prefix, *norm1, W1, da, z, *norm2, *sums2, grad_in, grad_in is None, grad_x, dW1, dgamma1, dbeta1, *sums
-        )
+                grad_in, G, origin = incoming[:, read], X.new_empty(M, layer.C), read.start
+        count = counts[l + 1] if step.group else None
+        target = grad_in, within(G, read, origin), grad_in is None, (gm[read], gv[read])
+        found = first_half_backward(step, da, z, a, found, count, asked, *target)
+        put(grads, start, found, layer.tensors, asked)
         del da
-        grads[first] = grad_like(dgamma1, layer.norm1[0], own[0])
-        grads[first + 1] = grad_like(dbeta1, layer.norm1[1], own[1])
-        grads[first + 4] = grad_like(dW1, layer.conv1)
     if needs[0]:
         assert G is not None
         del a_all, again, g_all
@@ -329,24 +319,21 @@ def block_backward(
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:
-    x, seed = tensors[:2]
+    x = tensors[0]
     assert x is not None
-    layers, factors = [], []
-    for l, t in enumerate(_layers(config, tensors)):
-        norm1 = frozen_norm(t.norm1, config.batch_stats[2 * l], config.eps[2 * l])
-        norm2 = frozen_norm(t.norm2, config.batch_stats[2 * l + 1], config.eps[2 * l + 1])
-        p, factor = config.drop_rates[l], None
-        if p > 0:
-            assert seed is not None
-            factor = from_rows(kernels.plain.dropout_factor(seed, l, pixels(x.shape), t.k, p, x.dtype), x.shape)
-        layers.append(Layer(norm1, t.conv1, norm2, t.conv2, p))
-        factors.append(factor)
-    return reference.dense_block(x, layers, new_first=config.new_first, factors=factors, update=False)
+    layers, factors, inner_factors = [], [], []
+    for l, place in enumerate(_layers(config, tensors)):
+        layers.append(layer_of(place.tensors, config.batch_stats[2 * l : 2 * l + 2], config.eps[2 * l : 2 * l + 2]))
+        factors.append(None if place.drop is None else place.drop.factors(x.shape, place.k, x.dtype))
+        inner_factors.append(None if place.inner is None else place.inner.factors(x.shape, place.b, x.dtype))
+    return reference.dense_block(
+        x, layers, new_first=config.new_first, factors=factors, inner_factors=inner_factors, update=False
+    )
 
 
 def _norms(config: Config) -> list[int]:
-    starts = range(2, 2 + len(config.drop_rates) * _PER_LAYER, _PER_LAYER)
-    return [norm for start in starts for norm in (start, start + 5)]
+    starts = range(_FIRST, _FIRST + len(config.drop_rates) * COUNT, COUNT)
+    return [start + norm for start in starts for norm in NORMS]
 
 
 def _restore(config: Config, tensors: Tensors, out: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """One dense layer on its own: separate feature maps in, the k new ones out.
 
-    z = relu(bn1(cat(features))) @ W1^T        new = conv3x3(relu(bn2(z)), W2)
-
 The features are gathered into storage that lives as long as the call, unless they are neighbours in one buffer, and
 again in the backward pass. Kept are the features, which the layers share, and z ("bottlenecks") or the features only
-("features"); both normalised tensors are made again. Dropout is the caller's.
+("features"); both normalised tensors are made again. Dropout of the new features is the caller's. ``step`` has the
+formulas.
 """
 
 from __future__ import annotations
@@ -12,17 +11,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.concat import checked_size, columns, fill_feature_stats, gather, promoted, split
-from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
-from densenet_ext.algorithm.conversions import cast, frozen_norm, grad_like, norm_tensors, norm_values, result_dtype
-from densenet_ext.algorithm.folding import scales_shifts
+from densenet_ext.algorithm.conv import conv_same_features
+from densenet_ext.algorithm.conversions import result_dtype
+from densenet_ext.algorithm.dropout import BOTTLENECKS, dropout_at, new_seed
 from densenet_ext.algorithm.layout import new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count, update_running_stats
 from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.step import (
+    COUNT,
+    NORMS,
+    Parameters,
+    Step,
+    first_half,
+    first_half_backward,
+    first_half_folded,
+    folded,
+    layer_of,
+    make_step,
+    parameters_of,
+    put,
+    second_half_backward,
+)
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.values import Layer, Tensors
 
@@ -37,8 +50,7 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
     norms = (layer.norm1, layer.norm2)
     groups = tuple(norm.group for norm in norms)
     if pixels(size) == 0 and not any(groups):
-        z = reference.bottleneck(features, layer.conv1, layer.norm1)
-        return reference.conv_same(reference.cat_bn_relu([z], layer.norm2), layer.conv2)
+        return reference.dense_layer(features, layer, layer.inner_drop_rate)
     config = Config(
         batch_stats=tuple(norm.batch_stats for norm in norms),
         eps=tuple(norm.eps for norm in norms),
@@ -46,8 +58,10 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
         features=len(features),
         save=save,
         groups=groups,
+        inner_drop_rates=(layer.inner_drop_rate,),
+        inner_drop_channels=(layer.inner_drop_channels,),
     )
-    parameters = [*norm_tensors(layer.norm1), layer.conv1, *norm_tensors(layer.norm2), layer.conv2]
+    tensors = [*features, *parameters_of(layer), new_seed(config.inner_drop_rates, features[0].device)]
 
     def move(results: Sequence[Tensor]) -> None:
         if any(norm.update for norm in norms):
@@ -55,7 +69,7 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
             rows = [counts[i : i + 1] if groups[i] else pixels(size) for i in (0, 1)]
             update_running_stats(norms, [mean, z_mean], [var, z_var], rows)
 
-    out = run(LAYER, config, [*features, *parameters], move)[0]
+    out = run(LAYER, config, tensors, move)[0]
     return out.to(result_dtype(out))
 
 
@@ -63,27 +77,21 @@ def dense_block_by_layers(x: Tensor, layers: Sequence[Layer], save: str, new_fir
     """``dense_block`` without the buffer: for norms that take their statistics over different process groups."""
     features = [x]
     for layer in layers:
-        new = dense_layer(features, layer, save)
-        new = F.dropout(new, layer.drop_rate) if layer.drop_rate > 0 else new
+        new = reference.dropout(dense_layer(features, layer, save), layer.drop_rate, layer.drop_channels)
         features.insert(0 if new_first else len(features), new)
     return torch.cat(features, 1)
 
 
-def _parts(config: Config, tensors: Tensors) -> tuple[Tensors, Tensor, Tensors, Tensor]:
-    """Tensors of norm1, W1, tensors of norm2, W2."""
-    n = config.features
-    conv1, conv2 = tensors[n + 4], tensors[n + 9]
-    assert conv1 is not None and conv2 is not None
-    return tensors[n : n + 4], conv1, tensors[n + 5 : n + 9], conv2
+def _parameters(config: Config, tensors: Tensors) -> Parameters:
+    return Parameters(*tensors[config.features : config.features + COUNT])
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     """The new features; z [M, b]; mean and variance of the features and of z; the rows behind both, if shared."""
-    x = tensors[0]
-    _, conv1, _, conv2 = _parts(config, tensors)
+    x, own = tensors[0], _parameters(config, tensors)
     assert x is not None
-    out = new_features(x, (x.shape[0], conv2.shape[0], *x.shape[2:]), config.dtype)
-    return [out, *_kept(config, x, conv1)]
+    out = new_features(x, (x.shape[0], own.conv2.shape[0], *x.shape[2:]), config.dtype)
+    return [out, *_kept(config, x, own.conv1)]
 
 
 def _kept(config: Config, x: Tensor, conv1: Tensor) -> list[Tensor]:
@@ -94,90 +102,79 @@ def _kept(config: Config, x: Tensor, conv1: Tensor) -> list[Tensor]:
     return [z, *(x.new_empty(n, dtype=acc) for n in (*stats, 2 if any(config.groups) else 0))]
 
 
+def _step(config: Config, tensors: Tensors, rows: Tensor, size: Sequence[int], stats: Sequence[Tensor]) -> Step:
+    inner = dropout_at(config.inner_drop_rates[0], config.inner_drop_channels[0], tensors[-1], BOTTLENECKS)
+    own, batch, eps = _parameters(config, tensors), config.batch_stats, config.eps
+    return make_step(rows, size, own, stats, batch, eps, config.groups[1], inner)
+
+
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     features, size = split(config, tensors)
-    tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
-    kept = _kept(config, features[0], conv1)
+    own = _parameters(config, tensors)
+    kept = _kept(config, features[0], own.conv1)
     z, mean, var, z_mean, z_var, counts = kept
-    (batch1, batch2), (group1, group2) = config.batch_stats, config.groups
-    if batch1:
+    if config.batch_stats[0]:
         fill_feature_stats(features, mean, var)
-        if group1:
-            counts[:1] = merge_stats(mean, var, pixels(size), group1)
+        if config.groups[0]:
+            counts[:1] = merge_stats(mean, var, pixels(size), config.groups[0])
     rows = gather(features, size)
-    ops, (b, C) = kernels.select(rows), conv1.shape[:2]
+    step = _step(config, tensors, rows, size, (mean, var, z_mean, z_var))
     if config.save != "bottlenecks":
-        z = rows.new_empty(rows.shape[0], b)
-    norm1 = norm_values(tensors1, mean, var, batch1, config.eps[0], mean.dtype)
-    W1 = cast(conv1, mean.dtype).view(b, C)
-    norm2 = norm_values(tensors2, z_mean, z_var, batch2, config.eps[1], mean.dtype)
+        z = rows.new_empty(rows.shape[0], z.shape[1])
     a = z
-    if config.save == "nothing" and not batch2:
-        (s2,), (t2,) = scales_shifts([norm2])
-        ops.bn_relu_conv1x1(rows, *norm1, W1 * s2[:, None], t2, True, a, None, None)
+    if config.save == "nothing" and not step.batch[1] and step.inner is None:
+        ((s2, t2),) = folded([(own, config.eps[1])], mean.dtype)
+        first_half_folded(step, s2, t2, a)
     else:
-        m2, v2 = (z_mean, z_var) if batch2 else (None, None)
-        ops.bn_relu_conv1x1(rows, *norm1, W1, None, False, z, m2, v2)
-        if batch2 and group2:
-            counts[1:] = merge_stats(z_mean, z_var, pixels(size), group2)
+        first_half(step, z, (z_mean, z_var) if step.batch[1] else (None, None))
+        if step.batch[1] and step.group:
+            counts[1:] = merge_stats(z_mean, z_var, pixels(size), step.group)
         if config.save == "bottlenecks":
             a = z.new_empty(z.shape)
-        ops.bn_relu(z, *norm2, a)
+        step.ops.bn_relu(z, *step.norm2, a)
     del rows
-    return [conv_same_features(a, size, conv2.to(config.dtype)), *kept]
+    W2, c2 = step.W2, step.c2
+    del step  # which holds the gathered rows
+    return [conv_same_features(a, size, W2, c2), *kept]
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    n, (batch1, batch2), (group1, group2) = config.features, config.batch_stats, config.groups
+    n = config.features
     z, mean, var, z_mean, z_var, counts = results[1:]
     assert z is not None and mean is not None and var is not None
     assert z_mean is not None and z_var is not None and counts is not None
     features, size = split(config, tensors)
-    tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
-    b, C = conv1.shape[:2]
-    norm1 = norm_values(tensors1, mean, var, batch1, config.eps[0], mean.dtype)
-    norm2 = norm_values(tensors2, z_mean, z_var, batch2, config.eps[1], mean.dtype)
-    W1 = cast(conv1, mean.dtype).view(b, C)
+    own, asked = _parameters(config, tensors), Parameters(*needs[n : n + COUNT])
     rows = gather(features, size)
-    ops = kernels.select(rows)
+    step = _step(config, tensors, rows, size, (mean, var, z_mean, z_var))
     if config.save == "features":
-        z = rows.new_empty(rows.shape[0], b)
-        ops.bn_relu_conv1x1(rows, *norm1, W1, None, False, z, None, None)
+        z = rows.new_empty(rows.shape[0], z.shape[1])
+        first_half(step, z)
     grads: list[Tensor | None] = [None] * len(tensors)
-    own = needs[n:]
     a = z.new_empty(z.shape)
-    if own[9]:
-        ops.bn_relu(z, *norm2, a)
-    da, dW2 = conv_same_backward(to_rows(grad), a, size, conv2.to(config.dtype), (any(needs[: n + 9]), own[9]))
-    del a
-    grads[n + 9] = grad_like(dW2, conv2)
-    if da is None:
+    below = any(needs[:n])
+    beneath = below or any(asked[: Parameters._fields.index("conv2")])
+    da, found = second_half_backward(step, to_rows(grad), z, a, asked, beneath)
+    put(grads, n, found, own, asked)
+    if da is None or not (below or any(asked[: NORMS[1]])):
         return grads
-    dgamma2, dbeta2 = mean.new_empty(b), mean.new_empty(b)
-    if batch2 or own[5] or own[6]:
-        ops.bn_relu_backward_reduce(da, z, *norm2, dgamma2, dbeta2)
-        grads[n + 5], grads[n + 6] = grad_like(dgamma2, tensors2[0], own[5]), grad_like(dbeta2, tensors2[1], own[6])
-    if not any(needs[: n + 5]):
-        return grads
-    G = rows.new_empty(rows.shape[0], C)
-    dW1 = mean.new_empty(b, C) if own[4] else None
-    dgamma1, dbeta1 = mean.new_empty(C), mean.new_empty(C)
-    gm, gv = gmv = mean.new_zeros(2, C)
-    if batch2 and group2:
-        dgamma2, dbeta2 = merge_sums(torch.stack([dgamma2, dbeta2]), pixels(size), counts[1], group2)
-    sums1, sums2 = (gm, gv) if batch1 else (None, None), (dgamma2, dbeta2) if batch2 else (None, None)
-    ops.bn_relu_conv1x1_backward(rows, *norm1, W1, da, z, *norm2, *sums2, None, False, G, dW1, dgamma1, dbeta1, *sums1)
-    del rows, z, da
-    grads[n], grads[n + 1] = grad_like(dgamma1, tensors1[0], own[0]), grad_like(dbeta1, tensors1[1], own[1])
-    grads[n + 4] = grad_like(dW1, conv1)
-    if batch1 and group1 and any(needs[:n]):
-        gm, gv = merge_sums(gmv, pixels(size), counts[0], group1)
+    if step.inner is None:
+        a = z  # no scratch is needed any more
+    G = rows.new_empty(rows.shape)
+    gm, gv = gmv = mean.new_zeros(2, G.shape[1])
+    count = counts[1] if step.group else None
+    found = first_half_backward(step, da, z, a, found, count, asked, None, G, False, (gm, gv))
+    put(grads, n, found, own, asked)
+    del rows, step, z, a, da
+    if config.batch_stats[0] and config.groups[0] and below:
+        gm, gv = merge_sums(gmv, pixels(size), counts[0], config.groups[0])
     for i, (x, new) in enumerate(columns(features)):
         if needs[i]:
             dx = new_features(x, x.shape)
-            if batch1:
+            if config.batch_stats[0]:
+                ops = kernels.select(x)
                 ops.feature_grad(G[:, new], to_rows(x), mean[new], gm[new], gv[new], 0.0, None, 0, to_rows(dx))
             else:
                 to_rows(dx).copy_(G[:, new])
@@ -185,17 +182,17 @@ def _backward(
     return grads
 
 
-def _norms(config: Config) -> tuple[int, int]:
-    return config.features, config.features + 5
+def _norms(config: Config) -> list[int]:
+    return [config.features + norm for norm in NORMS]
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:
-    tensors1, conv1, tensors2, conv2 = _parts(config, tensors)
-    norm1 = frozen_norm(tensors1, config.batch_stats[0], config.eps[0])
-    norm2 = frozen_norm(tensors2, config.batch_stats[1], config.eps[1])
     features = [x for x in tensors[: config.features] if x is not None]
-    z = reference.bottleneck(features, conv1, norm1, update=False)
-    return reference.conv_same(reference.cat_bn_relu([z], norm2, update=False), conv2)
+    own, size = _parameters(config, tensors), features[0].shape
+    inner = dropout_at(config.inner_drop_rates[0], config.inner_drop_channels[0], tensors[-1], BOTTLENECKS)
+    factor = None if inner is None else inner.factors(size, own.conv1.shape[0], config.dtype)
+    layer = layer_of(own, config.batch_stats, config.eps)
+    return reference.dense_layer(features, layer, factor, update=False)
 
 
 LAYER = register(Operation("layer", _allocate, _forward, _backward, _reference, _norms))

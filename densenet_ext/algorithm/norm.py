@@ -82,8 +82,10 @@ def _same_versions(moving: Sequence[_Moving]) -> AbstractContextManager[None]:
     """Inside its ``with``, mean and variance of the norms move without a new version."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    running = (t for norm, *_ in moving for t in (norm.running_mean, norm.running_var))
-    return _unsafe_preserve_version_counter(tuple(t for t in running if t is not None and not t.is_inference()))
+    running = [t for norm, *_ in moving for t in norm[2:4] if t is not None]
+    if torch.is_inference_mode_enabled():
+        running = [t for t in running if not t.is_inference()]  # those have no version
+    return _unsafe_preserve_version_counter(tuple(running))
 
 
 class _Alike(NamedTuple):

@@ -35,6 +35,9 @@ class Config(NamedTuple):
     save: str = "features"  # what is kept for the backward pass: "bottlenecks", "features" or "nothing"
     groups: tuple[str, ...] = ()  # per norm: the process group that its statistics are taken over, "" for none
     new_first: bool = False  # a dense layer's new features come before those that it reads
+    drop_channels: tuple[bool, ...] = ()  # per layer: whole channels are dropped
+    inner_drop_rates: tuple[float, ...] = ()  # per layer, of the bottleneck features
+    inner_drop_channels: tuple[bool, ...] = ()
 
 
 _SCHEMA_TYPES: dict[Any, str] = {
