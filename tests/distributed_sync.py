@@ -7,11 +7,13 @@ sum over images, so the gradients of the processes add up to those of the whole 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import own_code
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from distributed_helpers import F64, close, compare, counted, loss_of, own, synced, usual
 from distributed_worker import World
 from fusing_helpers import images
@@ -20,6 +22,11 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm import sync
+from densenet_ext.algorithm.block import dense_block
+from densenet_ext.algorithm.head import head
+from densenet_ext.algorithm.layer import dense_layer
+from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.algorithm.values import Layer
 from densenet_ext.fc_densenet import TransitionDown
 
 
@@ -119,6 +126,50 @@ def close_gradients(world: World, model: nn.Module, plain: nn.Module) -> None:
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
             close(name, world.total(p.grad), q.grad)
+
+
+class _Biased(nn.Module):
+    """A dense layer whose convolutions have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(5), nn.Conv2d(5, 3, 3, padding=1)
+
+    def layer(self) -> Layer:
+        biases = self.conv1.bias, self.conv2.bias
+        return Layer(norm_of(self.norm1), self.conv1.weight, norm_of(self.norm2), self.conv2.weight, 0.0, *biases)
+
+
+def case_convolutions_with_a_bias(world: World) -> None:
+    """A process's own gradient of a bias in front of shared statistics is not 0: only that of all is.
+
+    The whole batch has a bias for each image, whose gradients are added up over the images of a process. Statistics
+    that a block returns are this process's own, and serve the head behind it.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, 4, 3, dtype=F64).to(world.device)
+    for save, sizes, alone in itertools.product(("bottlenecks", "features"), ((3, 2), (5, 0)), (False, True)):
+        plain, last = _Biased().double().to(world.device), nn.BatchNorm2d(9).double().to(world.device)
+        model, end = synced(plain), synced(last)
+        bias = plain.conv1.bias.detach()[None, :, None, None].expand(5, -1, 1, 1).clone().requires_grad_()
+        z = F.conv2d(plain.norm1(x).relu(), plain.conv1.weight) + bias
+        wanted = torch.cat([x, plain.conv2(plain.norm2(z).relu())], 1)
+        part, stats = world.share(x, sizes), None
+        if alone:
+            out = torch.cat([part, dense_layer([part], model.layer(), save)], 1)
+        else:
+            out, stats = dense_block(part, [model.layer()], save)
+            assert stats is not None
+        close("output", out, world.share(wanted, sizes))
+        ours, theirs = head(out, norm_of(end), stats=stats), last(wanted).relu().mean((2, 3))
+        close("head", ours, world.share(theirs, sizes))
+        (out.pow(3).sum() + ours.square().sum()).backward()
+        (wanted.pow(3).sum() + theirs.square().sum()).backward()
+        close("conv1.bias", model.conv1.bias.grad, world.share(bias.grad, sizes).sum((0, 2, 3)))
+        close("conv2.bias", world.total(model.conv2.bias.grad), plain.conv2.bias.grad)
+        for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+            close(name, a, b)
 
 
 def case_segmentation(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 from typing import Any
 
 import pytest
@@ -270,8 +271,11 @@ def test_low_precision_is_as_good_as_eager(mode: str, dtype: torch.dtype, backen
         inputs = [leaf, *(t for t in parameters(mine) if not any(t is layer.conv1_bias for layer in mine))]
         grads.append(gradients(out, inputs, grad.to(to)))
     assert_as_good(*values, floor=16.0)
-    # as vectors: where a rounded z falls on the other side of 0, a single sum moves by a whole value
-    assert_as_good(*grads, factor=3.0, floor=16.0, measure=vector_error)
+    # Where a rounded z falls on the other side of 0 a sum moves by a whole value, in eager as here: one gradient may be
+    # several times worse than eager's, half of them may not.
+    assert_as_good(*grads, factor=8.0, floor=16.0, measure=vector_error)
+    errors = [[vector_error(t, exact) for t, exact in zip(found, grads[2], strict=True)] for found in grads[:2]]
+    assert median(ours / theirs for ours, theirs in zip(*errors, strict=True)) <= 1.5
     eps = torch.finfo(dtype).eps
     assert_same_direction(grads[0], grads[2], 1 - 100 * (eps**2 if dtype == torch.float32 else eps))
 
