@@ -9,6 +9,7 @@ from torch import Tensor
 from densenet_ext import checks, reference
 from densenet_ext.algorithm import concat
 from densenet_ext.algorithm.dispatch import plain_reason
+from densenet_ext.algorithm.layout import concatenation_format, convolution_format
 from densenet_ext.algorithm.values import Norm
 
 __all__ = ["bottleneck", "cat_bn_relu"]
@@ -36,8 +37,8 @@ def cat_bn_relu(
         eps: added to the variance.
 
     Returns:
-        [N, C, *spatial], channels_last in memory, in the dtype that ``torch.cat`` gives. Computed in float32, or
-        float64.
+        [N, C, *spatial] in the dtype and the memory format that ``torch.cat`` gives: channels_last when all features
+        are, which costs one copy less. Computed in float32, or float64.
 
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came; PyTorch's own ValueError for one
@@ -50,7 +51,7 @@ def cat_bn_relu(
     norm = _checked_norm(maps, running_mean, running_var, weight, bias, training, momentum, eps)
     if plain_reason(*maps) is not None:
         return reference.cat_bn_relu(maps, norm)
-    return concat.cat_bn_relu(maps, norm)
+    return concat.cat_bn_relu(maps, norm).contiguous(memory_format=concatenation_format(maps))
 
 
 def bottleneck(
@@ -74,7 +75,8 @@ def bottleneck(
         features, running_mean, running_var, weight, bias, training, momentum, eps: as in :func:`cat_bn_relu`.
 
     Returns:
-        [N, b, *spatial], channels_last in memory.
+        [N, b, *spatial] in the memory format of PyTorch's own convolution: channels_last when all features or the
+        weight are.
 
     Raises:
         TypeError, ValueError: as in :func:`cat_bn_relu`.
@@ -91,7 +93,8 @@ def bottleneck(
         raise TypeError(f"conv_weight: expected {dtype}, the dtype of the features, got {conv_weight.dtype}")
     if plain_reason(*maps) is not None:
         return reference.bottleneck(maps, conv_weight, norm)
-    return concat.bottleneck(maps, conv_weight, norm)
+    layout = convolution_format(concatenation_format(maps), conv_weight)
+    return concat.bottleneck(maps, conv_weight, norm).contiguous(memory_format=layout)
 
 
 def _checked_features(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

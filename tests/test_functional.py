@@ -140,6 +140,32 @@ def test_a_bottleneck_with_a_bias(dims: int, training: bool, backend: str) -> No
     assert_equal(gradients(got, [bias], grad), gradients(expected, [bias], grad))
 
 
+def strided(x: Tensor) -> list[int]:
+    """Strides of the dimensions that have more than one entry: the others are arbitrary."""
+    return [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 3, 7), (2, 3, 4, 5), (2, 3, 1, 1), (1, 1, 4, 5), (2, 3, 4, 2, 3)], ids=str)
+def test_the_memory_format_is_eagers(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of every mixture of contiguous, channels_last and other features and weights."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(size), torch.contiguous_format)
+    x = make_input(*size, dtype=dtype, grad=False)
+    maps = [x.contiguous(), x.contiguous(memory_format=last), x.transpose(0, -1).contiguous().transpose(0, -1)]
+    maps.append(torch.cat([x, x], 1).contiguous(memory_format=last)[:, : size[1]])
+    for features in ([a, b] for a in maps for b in maps):
+        C = 2 * size[1]
+        running = torch.zeros(C, dtype=dtype), torch.ones(C, dtype=dtype)
+        together = torch.cat(features, 1)
+        expected = torch.nn.functional.batch_norm(together, *running).relu()
+        got = cat_bn_relu(features, *running)
+        assert strided(got) == strided(expected), [t.stride() for t in features]
+        for weight_format in (torch.contiguous_format, last):
+            weight = make_conv(4, C, len(size) - 2, 1, dtype).detach().clone(memory_format=weight_format)
+            out = bottleneck(features, weight, *running)
+            assert strided(out) == strided(reference.conv_same(expected, weight)), [t.stride() for t in features]
+
+
 def test_mixed_dtypes_promote_as_cat(backend: str) -> None:
     features = [make_input(2, 3, 4, 3, dtype=torch.float32), make_input(2, 2, 4, 3, dtype=torch.bfloat16)]
     out = cat_bn_relu(features, None, None, training=True)

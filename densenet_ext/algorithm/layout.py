@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def channels_last_stride(size: Sequence[int], pitch: int | None = None) -> list[int]:
@@ -102,3 +103,19 @@ def joined(features: Sequence[Tensor]) -> Tensor | None:
         return None
     size = (first.shape[0], channels, *first.shape[2:])
     return first.as_strided(size, channels_last_stride(size, pitch))
+
+
+def concatenation_format(features: Sequence[Tensor]) -> torch.memory_format:
+    """The memory format of what torch.cat makes of feature maps: channels_last when all of them are."""
+    formats = {suggest_memory_format(x) for x in features}
+    return formats.pop() if len(formats) == 1 else torch.contiguous_format
+
+
+def convolution_format(given: torch.memory_format, weight: Tensor) -> torch.memory_format:
+    """The memory format of what PyTorch's convolution makes of features of the format ``given``.
+
+    It is channels_last when the features or the weight are; of float64 only in 2-D on the CPU.
+    """
+    if weight.dtype == torch.float64 and not (weight.is_cpu and weight.dim() == 4):
+        return torch.contiguous_format
+    return suggest_memory_format(weight) if given == torch.contiguous_format else given
