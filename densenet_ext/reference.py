@@ -23,7 +23,7 @@ _MAX_POOL = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 
 
 def batch_norm(x: Tensor, norm: Norm, update: bool = True) -> Tensor:
-    """What ``nn.BatchNorm`` computes on x [N, C, *spatial], running statistics included; of this process alone."""
+    """Computes what ``nn.BatchNorm`` does on x [N, C, *spatial], running statistics included; of this process alone."""
     if norm.group:
         raise RuntimeError("SyncBatchNorm over several processes has no plain formulation here: unfuse the model first")
     moves = update and norm.update and norm.batch_stats

@@ -119,6 +119,26 @@ def features(unit: Unit) -> list[Tensor]:
     return [make_input(2, c, 6, 4) for c in unit.channels]
 
 
+# ---- changes in place ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_changing_what_is_saved_is_autograds_error(unit: Unit, batch: bool) -> None:
+    """The input, or the result of a block, which keeps that instead; and a parameter, for every unit."""
+    args = unit.arguments(batch)
+    for change_features in (True, False):
+        x = [t * 1 for t in features(unit)]
+        out = unit.fused(x, args)
+        keeps_output = unit.fused in [UNITS[name].fused for name in ("block", "block at features", "basic block")]
+        with torch.no_grad():
+            if change_features:
+                (out if keeps_output else x[0]).mul_(2)
+            else:
+                norms(args)[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 # ---- frozen norms ----------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +204,20 @@ def test_batched_gradients_are_eagers(unit: Unit, batch: bool) -> None:
         again = gradients(out, inputs[:1], grads, is_grads_batched=True, create_graph=True)
         results.append([*found, *mapped, *gradients(again[0].square().sum(), inputs[:1])])
     assert_equal(*results)
+
+
+def test_batched_gradients_with_dropout_are_those_one_by_one() -> None:
+    layers = [
+        layer._replace(drop_rate=0.3, drop_channels=True, inner_drop_rate=0.4, conv1_bias=make_input(6))
+        for layer in make_layers()
+    ]
+    x = make_input(2, 5, 6, 4)
+    inputs, out = leaves(x, layers), dense_block(x, layers)
+    grads = torch.randn(3, *out.shape, dtype=F64)
+    batched = gradients(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    single = [gradients(out, inputs, grad, retain_graph=True) for grad in grads]
+    for found, expected in zip(batched, map(torch.stack, zip(*single, strict=True)), strict=True):
+        assert torch.allclose(found, expected, atol=1e-11)
 
 
 def test_a_vectorised_jacobian_is_eagers(unit: Unit) -> None:

@@ -166,6 +166,17 @@ def test_the_memory_format_is_eagers(size: tuple[int, ...], dtype: torch.dtype) 
             assert strided(out) == strided(reference.conv_same(expected, weight)), [t.stride() for t in features]
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_running_statistics_of_infinity_are_eagers_in_plain_pytorch(bad: float) -> None:
+    x = torch.randn(2, 2, 3, 3)
+    x[0, 0, 0, 0] = bad
+    module, running = torch.nn.BatchNorm2d(2), (torch.zeros(2), torch.ones(2))
+    module(x)
+    with kernels.force_plain():
+        cat_bn_relu(x, *running, training=True)
+    torch.testing.assert_close(running, (module.running_mean, module.running_var), equal_nan=True)
+
+
 def test_mixed_dtypes_promote_as_cat(backend: str) -> None:
     features = [make_input(2, 3, 4, 3, dtype=torch.float32), make_input(2, 2, 4, 3, dtype=torch.bfloat16)]
     out = cat_bn_relu(features, None, None, training=True)

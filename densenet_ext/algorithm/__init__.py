@@ -1,5 +1,6 @@
 """The mathematics of the fused units: dense block, single dense layer, transition, stem, head and concatenation.
 
-Plain functions over rows, and what carries them to autograd (``unit``) and to the compiler (``graph_ops``). Nothing
-here knows modules. ``densenet_ext.reference`` has the same functions in the usual formulation.
+Plain functions over rows; ``operation`` takes them to autograd and to the compiler, ``values`` has what they are given.
+Nothing here knows modules, but for ``norm``, which reads a BatchNorm. ``densenet_ext.reference`` has the same functions
+in the usual formulation.
 """

@@ -4,13 +4,13 @@ Layer l reads the first C_l columns of the buffer X [M, C_total] and writes the 
 order). Mean m and variance v of a column are taken once, of its values as stored, and serve every later norm. With
 r = (v + eps)^-1/2, s = gamma1 r, t = beta1 - m s:
 
-    z = relu(x s + t) @ W1^T        x = X[:, :C_l]
-    X[:, C_l : C_l + k] = dropout(conv3x3(relu(z s2 + t2), W2))
+    z = dropout(relu(x s + t) @ W1^T + c1)        x = X[:, :C_l]
+    X[:, C_l : C_l + k] = dropout(conv3x3(relu(z s2 + t2), W2) + c2)
 
 Backward, layers in reverse; G is the gradient of X, and gm, gv collect those of m and v:
 
     g  = G[:, new] + (gm + 2 (x - m) gv) / M                 # complete: every consumer has contributed
-    dz, dW2, dgamma2, dbeta2 from g through dropout, conv3x3 and BN2-ReLU
+    dz, dW2, dc2, dgamma2, dbeta2 from g through dropout, conv3x3 and BN2-ReLU      (``step``, dc1 as well)
     dW1 = dz^T @ relu(x s + t)
     dy  = (dz @ W1) where x s + t > 0                        # recomputed, never stored
     dbeta1 = sum dy     dgamma1 = r sum dy (x - m)

@@ -1,4 +1,4 @@
-"""Which columns of its block's buffer a dense layer reads and writes.
+"""The columns of its block's buffer that a dense layer reads and writes.
 
 ``cat([x, new])`` puts new features behind: the buffer is x, new 1, new 2, ... and layer l reads [0, C_l). ``cat([new,
 x])`` puts them in front: ..., new 2, new 1, x, and it reads the last C_l columns. Either way it reads neighbours, so

@@ -73,5 +73,5 @@ def as_pooled(out: Tensor) -> Tensor:
 
 
 def is_empty(x: Tensor) -> bool:
-    """Whether x [N, C, *spatial] has no pixel: then the usual formulation runs, which does what PyTorch does."""
+    """Returns whether x [N, C, *spatial] has no pixel: the usual formulation runs then, as PyTorch's does."""
     return pixels(x.shape) == 0 or x.shape[1] == 0

@@ -1,4 +1,4 @@
-"""When a fused unit must not run: something looks at the single operations, or wants a derivative only they have."""
+"""Decides whether a fused unit may run: not when something looks at the single operations, or differentiates them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
 
 
 def plain_reason(*tensors: Any) -> str | None:
-    """In words why the usual formulation has to run on ``tensors``, or None when the fused one may.
+    """Returns why the usual formulation has to run on ``tensors``, in words, or None when the fused one may.
 
     That is: ``torch.export``, ONNX export, TorchScript tracing, FX tracing, ``torch.func`` transforms, forward-mode
     differentiation, and tensor subclasses.

@@ -16,7 +16,7 @@ from densenet_ext import kernels
 from densenet_ext.algorithm.layout import from_rows, pixels
 
 BOTTLENECKS = 1 << 20
-"""What is added to a layer's number for the site of its bottleneck features."""
+"""Added to a layer's number, it gives the site of its bottleneck features."""
 
 
 class Dropout(NamedTuple):

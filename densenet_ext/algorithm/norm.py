@@ -1,4 +1,4 @@
-"""BatchNorm as values: what a norm contributes to a fused unit, and its running statistics."""
+"""BatchNorm modules as values, and their running statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from densenet_ext.algorithm.values import Norm
 
 
 def norm_of(module: _BatchNorm) -> Norm:
-    """The rules of ``nn.BatchNorm`` and ``nn.SyncBatchNorm``: whose statistics it uses now, and what moves."""
+    """Returns the norm by the rules of ``nn.BatchNorm`` and ``nn.SyncBatchNorm``: whose statistics it uses now, and
+    whether the running ones move."""
     mean, var = module.running_mean, module.running_var
     training = module.training
     batch_stats = training or (mean is None and var is None)

@@ -22,7 +22,7 @@ from densenet_ext.checks import autocast_enabled
 
 
 class Config(NamedTuple):
-    """What of an operation's call is not a tensor; all of it can stand in a schema."""
+    """The part of an operation's call that is no tensor; all of it can stand in a schema."""
 
     batch_stats: tuple[bool, ...]  # per norm: the batch's own statistics, else the running ones
     eps: tuple[float, ...]  # per norm
@@ -92,7 +92,7 @@ def _frozen_stats(operation: Operation, config: Config, tensors: Tensors) -> Ten
 
 
 class _Saved(NamedTuple):
-    """What goes to the backward pass besides tensors: how to read them."""
+    """How the tensors that are saved for the backward pass are to be read."""
 
     tensors: int  # so many are the operation's tensors; its results follow them
     stats: list[int]  # where the running statistics of frozen norms were among them
@@ -219,7 +219,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _is_batched(grad: Tensor) -> bool:
-    """Whether ``grad`` stands for several gradients: is_grads_batched, jacobian(vectorize=True), torch.func.vmap."""
+    """Returns whether ``grad`` is several: is_grads_batched, jacobian(vectorize=True), torch.func.vmap."""
     return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
 
 

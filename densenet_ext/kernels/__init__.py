@@ -56,7 +56,7 @@ _forced = 0
 
 @cache
 def _why_not_on_gpu(index: int) -> str | None:
-    """Why the compiled kernels do not run on this GPU, or None when they do; asked of the driver once."""
+    """Returns why the compiled kernels do not run on this GPU, or None when they do; asks the driver once."""
     module = _extension.module
     if module is None or not _extension.has_cuda:
         return f"the compiled part has no kernels for cuda ({_extension.why_no_cuda})"
@@ -79,7 +79,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
 
 
 def why_plain(device: torch.device | str) -> str | None:
-    """In words why nothing compiled runs on ``device``, or None when it does."""
+    """Returns why nothing compiled runs on ``device``, in words, or None when it does."""
     device = torch.device(device)
     if _extension.module is None:
         return _extension.why_missing

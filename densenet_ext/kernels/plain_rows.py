@@ -52,8 +52,9 @@ def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
     """Mean and biased variance of x [M, C] into mean, var [C]; without rows they mean nothing."""
     if x.shape[0] == 0:
         return
-    v, m = torch.var_mean(acc(x), dim=0, correction=0)
-    mean.copy_(m)
+    x = acc(x)
+    v, m = torch.var_mean(x, dim=0, correction=0)
+    mean.copy_(torch.where(m.isnan(), x.mean(0), m))  # var_mean's, more exact, is NaN where a value is infinite
     var.copy_(v)
 
 
@@ -66,7 +67,10 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def dropout_factor(seed: Tensor, layer: int, M: int, k: int, p: float, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies the new features [M, k] of ``layer`` with: 0, or 1 / (1 - p). seed: int64 [1]."""
+    """Returns the factors [M, k] of dropout: 0, or 1 / (1 - p), by a hash of (seed, layer, row, column).
+
+    seed: int64 [1]. Rows are pixels, or samples where whole channels are dropped; ``layer`` is any number from 0 on.
+    """
     low, high = seed & _MASK, (seed >> 32) & _MASK
     base = _mix(low ^ _mix((high + _GOLDEN * (layer + 1)) & _MASK))
     row = torch.arange(M, device=seed.device)
