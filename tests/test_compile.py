@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, F64, assert_equal, clone, dense_block, make_conv, make_input, make_layers, make_norm
+from helpers import (
+    DEVICE,
+    F64,
+    assert_equal,
+    clone,
+    dense_block,
+    gradients,
+    make_conv,
+    make_input,
+    make_layers,
+    make_norm,
+    norms_of,
+    parameters,
+)
 from torch import Tensor, nn
 
 from densenet_ext.algorithm.conversions import norm_tensors
@@ -136,6 +149,20 @@ def test_a_norm_that_occurs_twice_moves_twice() -> None:
     compiled = torch.compile(dense_block, fullgraph=True, backend="aot_eager")
     assert_equal([compiled(x, layers)], [dense_block(x, others)])
     assert_equal(list(layers[0].norm2[2:5]), list(others[0].norm2[2:5]))
+
+
+@pytest.mark.parametrize("batch", [False, [False, True, True, False]], ids=str)
+def test_frozen_norms_keep_what_they_used(batch: Any) -> None:
+    torch._dynamo.reset()
+    layers, x = make_layers(count=2, batch=batch), make_input(2, 5, 4, 3)
+    others = clone(layers)
+    expected = gradients(dense_block(x, others), [x, *parameters(others)])
+    out = torch.compile(dense_block, fullgraph=True, backend="aot_eager")(x, layers)
+    for norm in norms_of(layers):
+        if not norm.batch_stats:
+            norm.running_mean.add_(1)
+            norm.running_var.mul_(3)
+    assert_equal(gradients(out, [x, *parameters(layers)]), expected)
 
 
 def test_export_takes_the_usual_operations() -> None:
