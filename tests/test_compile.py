@@ -206,9 +206,8 @@ def _operation_arguments(name: str) -> tuple[Any, ...]:
     elif name == "transition":
         flat += [make_conv(2, 3, 2, 1), make_input(2), torch.randn(3, dtype=F64), torch.rand(3, dtype=F64)]
         config = config._replace(window=(1, 2, 2))
-    elif name == "head":
-        flat += [None, None]
     else:
+        flat += [None] * 4
         config = config._replace(window=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
     config = config._replace(groups=("",) * len(config.batch_stats))
     values = [list(value) if isinstance(value, tuple) else value for value in config]

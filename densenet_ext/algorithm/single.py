@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from densenet_ext import kernels
+from densenet_ext.algorithm.conversions import grad_like, norm_tensors
 from densenet_ext.algorithm.layout import pixels
 from densenet_ext.algorithm.norm import update_running_stats
 from densenet_ext.algorithm.operation import Config
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
-from densenet_ext.algorithm.values import Norm, Tensors
+from densenet_ext.algorithm.values import Norm, Stats, Tensors
+
+
+class Inputs(NamedTuple):
+    """One entry for each tensor of transition, stem and head: tensors, gradients, or whether these are asked for."""
+
+    x: Any = None  # [N, C, *spatial]
+    gamma: Any = None  # [C]
+    beta: Any = None  # [C]
+    running_mean: Any = None  # [C] of a frozen norm
+    running_var: Any = None  # [C]
+    conv: Any = None  # [C_out, C, 1...]
+    conv_bias: Any = None  # [C_out]
+    mean: Any = None  # [C] of x, where they are given
+    var: Any = None
+
+    @property
+    def norm(self) -> Tensors:
+        """The four tensors of the norm."""
+        return self[1:5]
+
+
+NORM = Inputs._fields.index("gamma")
+"""Where the norm's four tensors start."""
+GIVEN_STATS = 2
+"""How many of the last tensors are statistics of x."""
+
+
+def inputs_of(x: Tensor, norm: Norm, stats: Stats | None = None, *conv: Tensor | None) -> Inputs:
+    """The tensors of a call; ``conv``: the convolution's weight and bias."""
+    weight, bias = conv or (None, None)
+    return Inputs(x, *norm_tensors(norm), weight, bias, *(stats or (None, None)))
+
+
+def norms_of(config: Config) -> tuple[int]:
+    """Where the one norm's tensors start, as an Operation says it."""
+    return (NORM,)
 
 
 def volume(dims: int, value: int | tuple[int, ...], front: int) -> tuple[int, ...]:
@@ -41,18 +79,17 @@ def allocate_shared_stats(config: Config, x: Tensor) -> tuple[Tensor, Tensor, Te
     return mean, var, mean.new_empty(1 if config.groups[0] else 0)
 
 
-def batch_stats(config: Config, x: Tensor, rows: Tensor, stats: Tensors = ()) -> tuple[Tensor, Tensor, Tensor]:
+def batch_stats(config: Config, inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance [C] of x, and the rows [1] behind them when processes share statistics, else [0].
 
-    Mean and variance are ``stats`` where these are given, else taken from x's rows; [0] when the norm is frozen.
+    Mean and variance are the given ones, else taken from x's rows; [0] when the norm is frozen.
     """
-    mean, var, count = allocate_shared_stats(config, x)
+    mean, var, count = allocate_shared_stats(config, inputs.x)
     if not config.batch_stats[0]:
         return mean, var, count
-    known = [x for x in stats if x is not None]
-    if known:
-        mean.copy_(known[0])
-        var.copy_(known[1])
+    if inputs.mean is not None:
+        mean.copy_(inputs.mean)
+        var.copy_(inputs.var)
     else:
         kernels.select(rows).channel_stats(rows, mean, var)
     if config.groups[0]:
@@ -70,6 +107,13 @@ def input_sums(
         return dgamma, dbeta
     dgamma, dbeta = merge_sums(torch.stack([dgamma, dbeta]), rows.shape[0], count, config.groups[0])
     return dgamma, dbeta
+
+
+def found(own: Inputs, asked: Inputs, *, x: Tensor | None, **grads: Tensor | None) -> list[Tensor | None]:
+    """The gradients that are asked for, in the operation's order; those of parameters in the parameters' form."""
+    for name, grad in grads.items():
+        grads[name] = grad_like(grad, getattr(own, name), getattr(asked, name))
+    return list(Inputs(x=x, **grads))
 
 
 def move(norm: Norm, size: Sequence[int], results: Sequence[Tensor]) -> None:

@@ -12,11 +12,23 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, grad_like, is_empty, norm_tensors, norm_values
+from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
-from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
+from densenet_ext.algorithm.single import (
+    GIVEN_STATS,
+    Inputs,
+    allocate_shared_stats,
+    batch_stats,
+    found,
+    input_sums,
+    inputs_of,
+    move,
+    norms_of,
+    rows_size,
+    volume,
+)
 from densenet_ext.algorithm.values import Norm, Tensors
 
 
@@ -45,13 +57,12 @@ def stem(
         padding=volume(dims, padding, 0),
         groups=(norm.group,),
     )
-    out = run(STEM, config, [x, *norm_tensors(norm)], lambda results: move(norm, x.shape, results))[0]
+    out = run(STEM, config, inputs_of(x, norm), lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    x = tensors[0]
-    assert x is not None
+    x = Inputs(*tensors).x
     front = 5 - x.dim()
     geometry = zip(x.shape[2:], config.window[front:], config.stride[front:], config.padding[front:], strict=True)
     size = (x.shape[0], x.shape[1], *((n + 2 * p - w) // s + 1 for n, w, s, p in geometry))
@@ -60,49 +71,43 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    x = tensors[0]
-    assert x is not None
+    own = Inputs(*tensors)
     results = _allocate(config, tensors)
-    out, index, rows = results[0], results[4], to_rows(x)
-    mean, var, _ = results[1:4] = batch_stats(config, x, rows)
-    norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
+    out, index, rows = results[0], results[4], to_rows(own.x)
+    mean, var, _ = results[1:4] = batch_stats(config, own, rows)
+    norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     positions = None if config.save == "nothing" else to_rows(index)
-    geometry = (rows_size(x), config.window, config.stride, config.padding)
-    kernels.select(x).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
+    geometry = (rows_size(own.x), config.window, config.stride, config.padding)
+    kernels.select(rows).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
     return results
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    x, mean, var, count, index = tensors[0], *results[1:]
-    assert x is not None and mean is not None and var is not None and count is not None and index is not None
-    ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
-    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    own, asked = Inputs(*tensors), Inputs(*needs)
+    mean, var, count, index = results[1:]
+    assert mean is not None and var is not None and count is not None and index is not None
+    x, batch = own.x, config.batch_stats[0]
+    ops, C = kernels.select(x), x.shape[1]
+    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
     geometry = (rows_size(x), config.window, config.stride, config.padding)
-    dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
-    grads: list[Tensor | None] = [None] * len(tensors)
-    if batch or needs[1] or needs[2]:
+    dgamma, dbeta, dx = mean.new_empty(C), mean.new_empty(C), None
+    if batch or asked.gamma or asked.beta:
         ops.bn_relu_max_pool_backward_reduce(g, positions, rows, *geometry, *norm, dgamma, dbeta)
-        grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
-    if needs[0]:
-        grads[0] = dx = new_features(x, x.shape)
+    if asked.x:
+        dx = new_features(x, x.shape)
         sums = input_sums(config, dgamma, dbeta, count, rows)
         ops.bn_relu_max_pool_backward(g, positions, rows, *geometry, *norm, *sums, to_rows(dx))
-    return grads
-
-
-def _norms(config: Config) -> tuple[int]:
-    return (1,)
+    return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:
-    x = tensors[0]
-    assert x is not None
-    front = 5 - x.dim()
-    norm = frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0])
-    return reference.stem(x, norm, config.window[front:], config.stride[front:], config.padding[front:], update=False)
+    own = Inputs(*tensors)
+    front, norm = 5 - own.x.dim(), frozen_norm(own.norm, config.batch_stats[0], config.eps[0])
+    geometry = config.window[front:], config.stride[front:], config.padding[front:]
+    return reference.stem(own.x, norm, *geometry, update=False)
 
 
-STEM = register(Operation("stem", _allocate, _forward, _backward, _reference, _norms))
+STEM = register(Operation("stem", _allocate, _forward, _backward, _reference, norms_of, values=GIVEN_STATS))

@@ -19,16 +19,26 @@ from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
 from densenet_ext.algorithm.conversions import (
     as_pooled,
     frozen_norm,
-    grad_like,
     is_empty,
-    norm_tensors,
     norm_values,
     result_dtype,
 )
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
-from densenet_ext.algorithm.single import allocate_shared_stats, batch_stats, input_sums, move, rows_size, volume
+from densenet_ext.algorithm.single import (
+    GIVEN_STATS,
+    Inputs,
+    allocate_shared_stats,
+    batch_stats,
+    found,
+    input_sums,
+    inputs_of,
+    move,
+    norms_of,
+    rows_size,
+    volume,
+)
 from densenet_ext.algorithm.values import Norm, Stats, Tensors
 
 
@@ -53,7 +63,7 @@ def transition(
         return reference.transition(x, norm, conv_weight, window, conv_bias=conv_bias)
     size = volume(x.dim() - 2, window, 1)
     config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,))
-    tensors = [x, *norm_tensors(norm), conv_weight, conv_bias, *(stats or (None, None))]
+    tensors = inputs_of(x, norm, stats, conv_weight, conv_bias)
     out = run(TRANSITION, config, tensors, lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
@@ -64,70 +74,64 @@ def _pooled_size(config: Config, x: Tensor) -> list[int]:
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
-    x, conv = tensors[0], tensors[5]
-    assert x is not None and conv is not None
-    size = _pooled_size(config, x)
-    size[1] = conv.shape[0]
-    return [new_features(x, size, config.dtype), *allocate_shared_stats(config, x)]
+    own = Inputs(*tensors)
+    size = _pooled_size(config, own.x)
+    size[1] = own.conv.shape[0]
+    return [new_features(own.x, size, config.dtype), *allocate_shared_stats(config, own.x)]
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    x, conv, conv_bias = tensors[0], *tensors[5:7]
-    assert x is not None and conv is not None
-    rows = to_rows(x)
-    mean, var, count = batch_stats(config, x, rows, tensors[7:])
-    norm = norm_values(tensors[1:5], mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
+    own = Inputs(*tensors)
+    x, rows = own.x, to_rows(own.x)
+    mean, var, count = batch_stats(config, own, rows)
+    norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     size = _pooled_size(config, x)
     pooled = to_rows(new_features(x, size))
     kernels.select(x).bn_relu_avg_pool(rows, rows_size(x), config.window, *norm, pooled)
-    W, c = conv.to(config.dtype), None if conv_bias is None else conv_bias.to(config.dtype)
+    W, c = own.conv.to(config.dtype), None if own.conv_bias is None else own.conv_bias.to(config.dtype)
     return [conv_same_features(pooled.to(config.dtype), size, W, c), mean, var, count]
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    x, conv, mean, var, count = tensors[0], tensors[5], *results[1:]
-    assert x is not None and conv is not None and mean is not None and var is not None and count is not None
-    ops, batch, C = kernels.select(x), config.batch_stats[0], x.shape[1]
-    norm = norm_values(tensors[1:5], mean, var, batch, config.eps[0], mean.dtype)
+    own, asked = Inputs(*tensors), Inputs(*needs)
+    mean, var, count = results[1:]
+    assert mean is not None and var is not None and count is not None
+    x, batch = own.x, config.batch_stats[0]
+    ops, C = kernels.select(x), x.shape[1]
+    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     size, window = rows_size(x), config.window
-    rows, g, W = to_rows(x), to_rows(grad), conv.to(config.dtype)
+    rows, g, W = to_rows(x), to_rows(grad), own.conv.to(config.dtype)
     pooled = to_rows(new_features(x, _pooled_size(config, x)))
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
-    grads: list[Tensor | None] = [None] * len(tensors)
-    if any(needs[:3]):
+    dW = dc = dx = None
+    if asked.x or asked.gamma or asked.beta:
         # the dgrad looks at the shape of `pooled` only; the next step fills it
         dpooled, _ = conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (True, False))
         assert dpooled is not None
         dpooled = dpooled.to(x.dtype)
-        again = pooled if needs[5] else None
+        again = pooled if asked.conv else None
         ops.bn_relu_avg_pool_backward_reduce(dpooled, rows, size, window, *norm, again, dgamma, dbeta)
-        grads[1], grads[2] = grad_like(dgamma, tensors[1], needs[1]), grad_like(dbeta, tensors[2], needs[2])
-    elif needs[5]:
+    elif asked.conv:
         ops.bn_relu_avg_pool(rows, size, window, *norm, pooled)
-    if needs[5]:
-        grads[5] = grad_like(conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (False, True))[1], conv)
-    if needs[6]:
-        grads[6] = grad_like(g.sum(0, dtype=mean.dtype), tensors[6])
+    if asked.conv:
+        dW = conv_same_backward(g, pooled.to(config.dtype), grad.shape, W, (False, True))[1]
+    if asked.conv_bias:
+        dc = g.sum(0, dtype=mean.dtype)
     del pooled
-    if needs[0]:
-        grads[0] = dx = new_features(x, x.shape)
+    if asked.x:
+        dx = new_features(x, x.shape)
         sums = input_sums(config, dgamma, dbeta, count, rows)
         ops.bn_relu_avg_pool_backward(dpooled, rows, size, window, *norm, *sums, to_rows(dx))
-    return grads
-
-
-def _norms(config: Config) -> tuple[int]:
-    return (1,)
+    return found(own, asked, x=dx, gamma=dgamma, beta=dbeta, conv=dW, conv_bias=dc)
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:
-    x, conv = tensors[0], tensors[5]
-    assert x is not None and conv is not None
-    norm = frozen_norm(tensors[1:5], config.batch_stats[0], config.eps[0])
-    window = config.window[5 - x.dim() :]
-    return reference.transition(x, norm, conv, window, conv_bias=tensors[6], update=False)
+    own = Inputs(*tensors)
+    norm = frozen_norm(own.norm, config.batch_stats[0], config.eps[0])
+    window = config.window[5 - own.x.dim() :]
+    return reference.transition(own.x, norm, own.conv, window, conv_bias=own.conv_bias, update=False)
 
 
-TRANSITION = register(Operation("transition", _allocate, _forward, _backward, _reference, _norms, values=2))
+TRANSITION = register(Operation("transition", _allocate, _forward, _backward, _reference, norms_of, values=GIVEN_STATS))
