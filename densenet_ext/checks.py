@@ -116,19 +116,19 @@ def autocast_enabled(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def feature_maps(name: str, x: Tensor, channels: int | None, dims: int, weight: Tensor) -> Tensor:
-    """``x``, which has to be [N, channels, *spatial] of ``dims`` spatial dimensions, ``weight``'s device and dtype.
+def mismatch(x: Tensor, channels: int | None, dims: int, weight: Tensor) -> str | None:
+    """Returns why x is not [N, channels, *spatial] of ``dims`` dimensions, with ``weight``'s device and dtype; or None.
 
     ``channels`` None: any number. The dtype is free under autocast, which casts it.
     """
     spatial = ", ".join(("D", "H", "W")[3 - dims :])
     layout = f"[N, {'C' if channels is None else channels}, {spatial}]"
     if x.dim() != dims + 2:
-        raise ValueError(f"{name}: expected {dims + 2} dimensions {layout}, got shape {list(x.shape)}")
+        return f"expected {dims + 2} dimensions {layout}, got shape {list(x.shape)}"
     if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {list(x.shape)}")
+        return f"expected {channels} channels, {layout}, got shape {list(x.shape)}"
     if x.device != weight.device:
-        raise ValueError(f"{name}: expected a tensor on {weight.device}, as the parameters, got one on {x.device}")
+        return f"expected a tensor on {weight.device}, as the parameters, got one on {x.device}"
     if x.dtype != weight.dtype and not (x.is_floating_point() and autocast_enabled(x.device.type)):
-        raise TypeError(f"{name}: expected dtype {weight.dtype}, that of the parameters, got {x.dtype}")
-    return x
+        return f"expected dtype {weight.dtype}, that of the parameters, got {x.dtype}"
+    return None

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.concat import bottleneck
-from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.norm import norm_of
-from densenet_ext.inspection import other_conv, other_norm, other_relu
-from densenet_ext.modules import DenseBlock, unfused_child
+from densenet_ext.modules import DenseBlock, enter_as_usual
+from densenet_ext.units.entry import Unit
+from densenet_ext.units.single import Inside
+from densenet_ext.units.single import TransitionDown as FusedTransitionDown
 
 
 class TransitionDown(nn.Module):
@@ -34,24 +33,15 @@ class TransitionDown(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv = nn.Conv2d(num_features, num_features, kernel_size=1, bias=False)
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        enter_as_usual(self, TransitionDown)
 
-    def unfused_reason(self) -> str | None:
-        """Why norm, ReLU and convolution run one by one, or None when they are fused."""
-        return unfused_child(
-            self,
-            (
-                ("norm", other_norm(self.norm, 2)),
-                ("relu", other_relu(self.relu)),
-                ("conv", other_conv(self.conv, 2, 1)),
-            ),
-        )
+    def unit(self) -> Unit:
+        """Returns what the transition runs as."""
+        return FusedTransitionDown()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H // 2, W // 2] of ``x`` [N, C, H, W]."""
-        if self.unfused_reason() is not None or plain_reason(x) is not None:
-            out = self.conv(self.relu(self.norm(x)))
-        else:
-            out = bottleneck([x], self.conv.weight, norm_of(self.norm))
+        """Returns [N, C, H // 2, W // 2] of ``x`` [N, C, H, W]."""
+        out = self.conv(self.relu(self.norm(x)))
         return self.pool(F.dropout(out, self.drop_rate, self.training))
 
 
@@ -132,19 +122,17 @@ class FCDenseNet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
         nn.init.zeros_(cast(Tensor, self.classifier.bias))
+        enter_as_usual(self, FCDenseNet)
+
+    def unit(self) -> Unit:
+        """Returns what the model runs as."""
+        return Inside()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores [N, num_classes, H, W] of images [N, in_channels, H, W]; contiguous when those are.
+        """Returns class scores [N, num_classes, H, W] of images [N, in_channels, H, W].
 
         H and W need not be even, but have to survive the transitions: 2 ** len(block_config) pixels at least.
-
-        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, size, dtype or device.
         """
-        checks.tensor("x", x)
-        plain = plain_reason(x) is not None
-        contiguous = not plain and x.is_contiguous()
-        if not plain:
-            x = self._check(x).contiguous(memory_format=torch.channels_last)  # which the blocks read in place
         x = self.conv0(x)
         skips = []
         for block, down in zip(self.down_blocks, self.down_transitions, strict=True):
@@ -153,16 +141,7 @@ class FCDenseNet(nn.Module):
         x = self.bottleneck(x)
         for up, block in zip(self.up_transitions, self.up_blocks, strict=True):
             x = block(up(x, skips.pop()))
-        out = self.classifier(x)
-        return out.contiguous() if contiguous else out
-
-    def _check(self, x: Tensor) -> Tensor:
-        if type(self.conv0) is nn.Conv2d:
-            checks.feature_maps("x", x, self.in_channels, 2, self.conv0.weight)
-        least = 2 ** len(self.down_blocks)
-        if min(x.shape[2:]) < least:
-            raise ValueError(f"x: expected images of at least {least}x{least} pixels, got shape {list(x.shape)}")
-        return x
+        return self.classifier(x)
 
 
 def fc_densenet56(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from densenet_ext import checks, reference
 from densenet_ext.algorithm import concat
-from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.layout import concatenation_format, convolution_format
 from densenet_ext.algorithm.values import Norm
+from densenet_ext.units import captures
 
 __all__ = ["bottleneck", "cat_bn_relu"]
 
@@ -49,7 +49,7 @@ def cat_bn_relu(
     """
     maps = _checked_features(features)
     norm = _checked_norm(maps, running_mean, running_var, weight, bias, training, momentum, eps)
-    if plain_reason(*maps) is not None:
+    if captures.reason(*maps) is not None:
         return reference.cat_bn_relu(maps, norm)
     return concat.cat_bn_relu(maps, norm).contiguous(memory_format=concatenation_format(maps))
 
@@ -91,7 +91,7 @@ def bottleneck(
     dtype = concat.promoted(maps)
     if conv_weight.dtype != dtype and not checks.autocast_enabled(maps[0].device.type):
         raise TypeError(f"conv_weight: expected {dtype}, the dtype of the features, got {conv_weight.dtype}")
-    if plain_reason(*maps) is not None:
+    if captures.reason(*maps) is not None:
         return reference.bottleneck(maps, conv_weight, norm)
     layout = convolution_format(concatenation_format(maps), conv_weight)
     return concat.bottleneck(maps, conv_weight, norm).contiguous(memory_format=layout)

@@ -5,59 +5,20 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_ext import checks
-from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.head import head
-from densenet_ext.algorithm.norm import norm_of
-from densenet_ext.algorithm.stem import stem
-from densenet_ext.inspection import obstacle, other_max_pool, other_norm, other_relu
-from densenet_ext.modules import DenseBlock, Transition, unfused_child
+from densenet_ext.modules import FREE, DenseBlock, Transition, enter_as_usual
 from densenet_ext.state_dict import adapt_state_dict
-
-_STEM = ("norm0", "relu0", "pool0")
-
-
-class Features(nn.Sequential):
-    """The convolutional part of a DenseNet: a Sequential that runs norm0, relu0 and pool0 as one pass."""
-
-    def stem_unfused_reason(self) -> str | None:
-        """Why the stem's norm, ReLU and max-pooling run one by one, or None when they are fused."""
-        if tuple(self._modules)[1:4] != _STEM:
-            return "there are no norm0, relu0 and pool0 behind the first convolution"
-        norm, relu, pool = (self.get_submodule(name) for name in _STEM)
-        mismatches = (other_norm(norm, 2), other_relu(relu), other_max_pool(pool, 2))
-        return unfused_child(self, tuple(zip(_STEM, mismatches, strict=True)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The normalised feature maps [N, C, H', W'] of ``input`` [N, in_channels, H, W]; contiguous when that is."""
-        out = self.run(input, tuple(self._modules))
-        # Fused units give channels_last tensors; who passes a contiguous one may go on with view().
-        return out.contiguous() if plain_reason(input) is None and input.is_contiguous() else out
-
-    def run(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """``x`` through the children of these names, in order, with the stem fused where it can be."""
-        fused_stem = self.stem_unfused_reason() is None
-        if plain_reason(x) is None and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)  # then conv0 gives what the next unit reads in place
-        for name in names:
-            if not (fused_stem and name in _STEM):
-                x = self.get_submodule(name)(x)
-            elif name == "norm0":
-                x = self._stem(x)
-        return x
-
-    def _stem(self, x: Tensor) -> Tensor:
-        norm, relu, pool = (cast(Any, self.get_submodule(name)) for name in _STEM)
-        if plain_reason(x) is not None:
-            return pool(relu(norm(x)))
-        return stem(x, norm_of(norm), pool.kernel_size, pool.stride, pool.padding)
+from densenet_ext.units.around import Sequence as FusedSequence
+from densenet_ext.units.around import Stem
+from densenet_ext.units.built import built
+from densenet_ext.units.entry import Unit, enter
+from densenet_ext.units.head import Head
 
 
 class DenseNet(nn.Module):
@@ -81,6 +42,8 @@ class DenseNet(nn.Module):
 
     Raises TypeError or ValueError that names the argument.
     """
+
+    __jit_unused_properties__ = ("save",)  # TorchScript would compile it
 
     def __init__(
         self,
@@ -107,7 +70,7 @@ class DenseNet(nn.Module):
         level = checks.save_level(save, memory_efficient, efficient)
 
         channels = num_init_features
-        self.features = Features(_stem_modules(in_channels, channels, small_inputs))
+        self.features = nn.Sequential(_stem_modules(in_channels, channels, small_inputs))
         depths = checks.block_depths("block_config", block_config)
         for i, depth in enumerate(depths, start=1):
             block = DenseBlock(depth, channels, bn_size, growth_rate, drop_rate, save=level)
@@ -127,6 +90,8 @@ class DenseNet(nn.Module):
         self._save = level
         self._initialise(small_inputs)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
+        enter_as_usual(self, DenseNet)
+        enter(self.features, FusedSequence(() if small_inputs else (Stem("norm0", "relu0", "pool0"),)))
 
     def _initialise(self, as_in_the_paper: bool) -> None:
         for module in self.modules():
@@ -150,36 +115,18 @@ class DenseNet(nn.Module):
             if isinstance(module, DenseBlock):
                 module.save = level
 
-    def head_unfused_reason(self) -> str | None:
-        """Why the final norm, ReLU and average run one by one, or None when they are fused."""
-        names = tuple(self.features._modules)
-        if type(self.features) is not Features or names[-1:] != ("norm5",):
-            return "the features do not end in norm5"
-        reason = obstacle(self.features)
-        if reason is not None:
-            return f"features {reason}"
-        return unfused_child(self.features, (("norm5", other_norm(self.features.get_submodule("norm5"), 2)),))
+    def unit(self) -> Unit:
+        """Returns what the model runs as."""
+        return Head("features", (), ("classifier",), 2, built(self, ("features", "classifier"), ("",), FREE))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores [N, num_classes] of images [N, in_channels, H, W] of the parameters' dtype and device.
+        """Returns class scores [N, num_classes] of images [N, in_channels, H, W].
 
-        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, size, dtype or device.
+        What does not fit raises what eager's operations raise, in words that name the argument.
         """
-        checks.tensor("x", x)
-        plain = plain_reason(x) is not None
-        if not plain:
-            self._check(x)
-        if plain or self.head_unfused_reason() is not None:
-            out = torch.flatten(F.adaptive_avg_pool2d(F.relu(self.features(x), inplace=True), (1, 1)), 1)
-        else:
-            maps = self.features.run(x, tuple(self.features._modules)[:-1])
-            out = head(maps, norm_of(cast(_BatchNorm, self.features.get_submodule("norm5"))))
+        out = F.relu(self.features(x), inplace=True)
+        out = torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1)
         return self.classifier(out)
-
-    def _check(self, x: Tensor) -> None:
-        first = self.features._modules.get("conv0")
-        if type(first) is nn.Conv2d:
-            checks.feature_maps("x", x, first.in_channels, 2, first.weight)
 
 
 def _stem_modules(in_channels: int, channels: int, small_inputs: bool) -> OrderedDict[str, nn.Module]:

@@ -1,52 +1,52 @@
 """Dense layer, dense block and transition for one's own networks, with the child names that torchvision gives them.
 
-A block runs over one buffer (``algorithm.block``). A module whose children were replaced, hooked or parametrised, and
-every module while a graph is captured, runs its children one by one instead: the usual formulation.
+The classes below are in the usual formulation, which is what TorchScript, export and FX see. Their constructors take
+the way that ``fuse`` takes with other people's modules (``units.entry``): the instances run over one buffer per block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.basic_block import basic_block
-from densenet_ext.algorithm.block import dense_block
-from densenet_ext.algorithm.dispatch import plain_reason
-from densenet_ext.algorithm.layer import dense_layer
-from densenet_ext.algorithm.norm import norm_of
-from densenet_ext.algorithm.transition import transition
-from densenet_ext.algorithm.values import BasicLayer, Layer
-from densenet_ext.inspection import (
-    hooks_on_all_modules,
-    obstacle,
-    other_avg_pool,
-    other_conv,
-    other_norm,
-    other_relu,
-)
 from densenet_ext.state_dict import adapt_state_dict
+from densenet_ext.units.around import Transition as FusedTransition
+from densenet_ext.units.block import Block, Drop, Parts
+from densenet_ext.units.built import built
+from densenet_ext.units.entry import Unit, enter
+from densenet_ext.units.single import SingleLayer
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
+# Settings that may change without another meaning of forward: rates and levels are read at every call.
+FREE = ("drop_rate", "save", "_save", "returns")
+_BOTTLENECK = Parts(("norm1", "norm2"), ("conv1", "conv2"), ("relu1", "relu2"))
+_BASIC = Parts(("norm1",), ("conv1",), ("relu1",))
 
-def unfused_child(module: nn.Module, mismatches: Sequence[tuple[str, str | None]]) -> str | None:
-    """Why ``module`` can't stand for these of its children: "norm1 has a forward hook", or None when it can.
 
-    ``mismatches``: names of children, each with what makes it another operation than the fused one, or None.
-    """
-    children = module._modules
-    for name, mismatch in mismatches:
-        reason = mismatch or obstacle(cast(nn.Module, children[name]))
-        if reason is not None:
-            return f"{name} {reason}"
-    return hooks_on_all_modules()
+def enter_as_usual(module: Any, cls: type[nn.Module]) -> None:
+    """Has a module of densenet_ext's ``cls`` run as its unit, unless a subclass gave it another ``forward``."""
+    if type(module).forward is cls.forward:
+        enter(module, module.unit())
+
+
+def _block_of(module: nn.Module, layers: Sequence[str]) -> Block:
+    """Returns the unit of ``module`` whose layers have these names ("" is itself)."""
+    first = module.get_submodule(layers[0])
+    parts = _BASIC if isinstance(first, BasicDenseLayer) else _BOTTLENECK
+    children = (*parts.norms, *parts.activations, *parts.convs)
+    own = list(dict.fromkeys(("", *layers)))
+    prefixes = [f"{name}." if name else "" for name in layers]
+    names = [name for name in own if name] + [prefix + child for prefix in prefixes for child in children]
+    drops = (Drop("", "drop_rate"),)
+    return Block(tuple(layers), parts, built(module, names, own, FREE), drops, returns=None)
 
 
 class DenseLayer(nn.Module):
@@ -92,56 +92,23 @@ class DenseLayer(nn.Module):
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = _CONV[dims](width, growth_rate, kernel_size=3, stride=1, padding=1, bias=False)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
+        enter_as_usual(self, DenseLayer)
 
-    def unfused_reason(self) -> str | None:
-        """Why this layer runs its children one by one, or None when it is fused."""
-        return unfused_child(
-            self,
-            (
-                ("norm1", other_norm(self.norm1, self.dims)),
-                ("relu1", other_relu(self.relu1)),
-                ("conv1", other_conv(self.conv1, self.dims, 1)),
-                ("norm2", other_norm(self.norm2, self.dims)),
-                ("relu2", other_relu(self.relu2)),
-                ("conv2", other_conv(self.conv2, self.dims, 3)),
-            ),
-        )
+    def unit(self) -> Unit:
+        """Returns what the layer runs as when it is called by itself."""
+        return SingleLayer(_block_of(self, ("",)))
 
-    def as_layer(self) -> Layer:
-        """The layer as the algorithm takes it: two norms, two weights, and the drop rate that is in force now."""
-        drop_rate = self.drop_rate if self.training else 0.0
-        return Layer(norm_of(self.norm1), self.conv1.weight, norm_of(self.norm2), self.conv2.weight, drop_rate)
+    def forward(self, features: Union[Tensor, list[Tensor]]) -> Tensor:  # noqa: UP007 (TorchScript's spelling)
+        """Returns the new features [N, growth_rate, *spatial] of one or several feature maps [N, C_i, *spatial].
 
-    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        """The new features [N, growth_rate, *spatial] of a tensor, or of a sequence of tensors [N, C_i, *spatial].
-
-        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, dtype or device.
+        What does not fit raises what eager's operations raise, in words that name the argument.
         """
-        tensors = list(features) if isinstance(features, (list, tuple)) else [cast(Tensor, features)]
-        if not tensors:
-            raise ValueError("features: expected at least one tensor, got an empty sequence")
-        for x in tensors:
-            checks.tensor("features", x)
-        if self.unfused_reason() is not None or plain_reason(*tensors) is not None:
-            x = torch.cat(tensors, 1)
-            new = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
+        if isinstance(features, Tensor):
+            x = features
         else:
-            self._check(tensors)
-            new = dense_layer(tensors, self.as_layer(), self.save)
+            x = torch.cat(features, 1)
+        new = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
         return F.dropout(new, self.drop_rate, self.training) if self.drop_rate > 0 else new
-
-    def _check(self, tensors: list[Tensor]) -> None:
-        for i, x in enumerate(tensors):
-            name = "features" if len(tensors) == 1 else f"features[{i}]"
-            checks.feature_maps(name, x, None, self.dims, self.conv1.weight)
-            if x.shape[:1] + x.shape[2:] != tensors[0].shape[:1] + tensors[0].shape[2:]:
-                expected = ", ".join(["C", *map(str, tensors[0].shape[2:])])
-                raise ValueError(
-                    f"{name}: expected [{tensors[0].shape[0]}, {expected}] as features[0], got {list(x.shape)}"
-                )
-        channels = sum(x.shape[1] for x in tensors)
-        if channels != self.num_input_features:
-            raise ValueError(f"features: expected {self.num_input_features} channels in all, got {channels}")
 
 
 class BasicDenseLayer(nn.Module):
@@ -162,24 +129,12 @@ class BasicDenseLayer(nn.Module):
         self.relu1 = nn.ReLU(inplace=True)
         self.conv1 = _CONV[dims](num_input_features, growth_rate, kernel_size=3, stride=1, padding=1, bias=False)
 
-    def unfused_reason(self) -> str | None:
-        """Why a block runs this layer's children one by one, or None when it is fused."""
-        return unfused_child(
-            self,
-            (
-                ("norm1", other_norm(self.norm1, self.dims)),
-                ("relu1", other_relu(self.relu1)),
-                ("conv1", other_conv(self.conv1, self.dims, 3)),
-            ),
-        )
-
-    def as_layer(self) -> BasicLayer:
-        """The layer as the algorithm takes it: a norm, a weight, and the drop rate that is in force now."""
-        return BasicLayer(norm_of(self.norm1), self.conv1.weight, self.drop_rate if self.training else 0.0)
-
-    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        """The new features [N, growth_rate, *spatial] of a tensor or a sequence of tensors; only its block is fused."""
-        x = torch.cat(list(features), 1) if isinstance(features, (list, tuple)) else cast(Tensor, features)
+    def forward(self, features: Union[Tensor, list[Tensor]]) -> Tensor:  # noqa: UP007 (TorchScript's spelling)
+        """Returns the new features [N, growth_rate, *spatial] of one or several feature maps; its block is fused."""
+        if isinstance(features, Tensor):
+            x = features
+        else:
+            x = torch.cat(features, 1)
         new = self.conv1(self.relu1(self.norm1(x)))
         return F.dropout(new, self.drop_rate, self.training) if self.drop_rate > 0 else new
 
@@ -200,6 +155,8 @@ class DenseBlock(nn.ModuleDict):
 
     Raises TypeError or ValueError that names the argument.
     """
+
+    __jit_unused_properties__ = ("save",)  # TorchScript would compile it
 
     def __init__(
         self,
@@ -230,6 +187,7 @@ class DenseBlock(nn.ModuleDict):
             self.add_module(f"denselayer{i + 1}", layer)
         self.save = level
         self.register_load_state_dict_pre_hook(adapt_state_dict)
+        enter_as_usual(self, DenseBlock)
 
     @property
     def save(self) -> str:
@@ -243,38 +201,19 @@ class DenseBlock(nn.ModuleDict):
             if isinstance(layer, DenseLayer):
                 layer.save = level
 
-    def unfused_reason(self) -> str | None:
-        """Why this block runs its layers one by one, or None when it is fused."""
-        kind = BasicDenseLayer if isinstance(next(iter(self.values()), None), BasicDenseLayer) else DenseLayer
-        for name, layer in self.items():
-            reason = obstacle(layer)
-            if reason is not None:
-                return f"{name} {reason}"
-            if type(layer) is not kind:
-                return f"{name} is a {type(layer).__name__}, not a {kind.__name__}"
-            reason = layer.unfused_reason()
-            if reason is not None:
-                return f"{name}.{reason}"
-        return None
+    def unit(self) -> Unit:
+        """Returns what the block runs as."""
+        return _block_of(self, tuple(self))
 
     def forward(self, init_features: Tensor) -> Tensor:
-        """All features, or the new ones, of ``init_features`` [N, num_input_features, *spatial].
+        """Returns all features, or the new ones, of ``init_features`` [N, num_input_features, *spatial].
 
-        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, dtype or device.
+        What does not fit raises what eager's operations raise, in words that name the argument.
         """
-        checks.tensor("init_features", init_features)
-        if self.unfused_reason() is not None or plain_reason(init_features) is not None:
-            features = [init_features]
-            for layer in self.values():
-                features.append(layer(features))
-            return torch.cat(features if self.returns == "all" else features[1:], 1)
-        weight = cast(DenseLayer, self["denselayer1"]).conv1.weight
-        x = checks.feature_maps("init_features", init_features, self.num_input_features, self.dims, weight)
-        if isinstance(self["denselayer1"], BasicDenseLayer):
-            out, _ = basic_block(x, [cast(BasicDenseLayer, layer).as_layer() for layer in self.values()])
-        else:
-            out, _ = dense_block(x, [cast(DenseLayer, layer).as_layer() for layer in self.values()], save=self.save)
-        return out if self.returns == "all" else out[:, self.num_input_features :]
+        features = [init_features]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features if self.returns == "all" else features[1:], 1)
 
 
 class Transition(nn.Sequential):
@@ -295,31 +234,9 @@ class Transition(nn.Sequential):
         self.relu = nn.ReLU(inplace=True)
         self.conv = _CONV[dims](num_input_features, num_output_features, kernel_size=1, stride=1, bias=False)
         self.pool = _AVG_POOL[dims](kernel_size=2, stride=2)
+        enter_as_usual(self, Transition)
 
-    def unfused_reason(self) -> str | None:
-        """Why this transition runs its children one by one, or None when it is fused."""
-        children = list(self._modules)
-        if children != ["norm", "relu", "conv", "pool"]:
-            return f"its children are {', '.join(children)}, not norm, relu, conv, pool"
-        return unfused_child(
-            self,
-            (
-                ("norm", other_norm(self.norm, self.dims)),
-                ("relu", other_relu(self.relu)),
-                ("conv", other_conv(self.conv, self.dims, 1)),
-                ("pool", other_avg_pool(self.pool, self.dims)),
-            ),
-        )
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, num_output_features, *spatial // 2] of ``input`` [N, num_input_features, *spatial], spatial at least 2.
-
-        Raises TypeError or ValueError that names the argument for a wrong rank, channel count, size, dtype or device.
-        """
-        checks.tensor("input", input)
-        if self.unfused_reason() is not None or plain_reason(input) is not None:
-            return super().forward(input)
-        x = checks.feature_maps("input", input, self.num_input_features, self.dims, self.conv.weight)
-        if min(x.shape[2:]) < 2:
-            raise ValueError(f"input: expected at least 2 pixels along every dimension, got shape {list(x.shape)}")
-        return transition(x, norm_of(self.norm), self.conv.weight, 2)
+    def unit(self) -> Unit:
+        """Returns what the transition runs as."""
+        names = ("norm", "relu", "conv", "pool")
+        return FusedTransition("norm", "conv", ("relu",), (), ("pool",), built(self, names, ("",)))

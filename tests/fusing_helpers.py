@@ -10,7 +10,7 @@ from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from densenet_ext.fusing import Row
+from densenet_ext.report import Row
 
 BLOCK = "features.denseblock1"
 
@@ -67,3 +67,8 @@ def close(found: list[Any]) -> None:
 
 def layer(model: nn.Module, name: str = "denselayer1") -> Any:
     return model.get_submodule(f"{BLOCK}.{name}")
+
+
+def reason_of(model: nn.Module, name: str = "") -> str | None:
+    """Why the unit of this name runs unfused, as the report has it."""
+    return next(row.reason for row in dx.report(model) if row.name == name)

@@ -17,7 +17,7 @@ from helpers import DEVICE, kept_for_backward
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from densenet_ext.fusing.forwards import installed
+from densenet_ext.units.entry import unit_of
 
 
 def fused_copy(plain: nn.Module, save: str | None = None) -> Any:
@@ -67,8 +67,10 @@ def check_no_trace(plain: nn.Module) -> None:
     before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
     names, kinds = list(plain.state_dict()), [type(module) for module in plain.modules()]
     dx.fuse(plain)
-    assert list(plain.state_dict()) == names and [type(module) for module in plain.modules()] == kinds
+    assert list(plain.state_dict()) == names
+    assert all(isinstance(module, kind) for module, kind in zip(plain.modules(), kinds, strict=True))
     dx.unfuse(plain)
+    assert [type(module) for module in plain.modules()] == kinds
     assert {name: dict(module.__dict__) for name, module in plain.named_modules()} == before
     assert not any(module._load_state_dict_pre_hooks for module in plain.modules())
 
@@ -81,9 +83,8 @@ def check_copies(plain: nn.Module, x: Tensor) -> None:
     file.seek(0)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert dx.report(twin).rows == dx.report(model).rows
-        for module in twin.modules():
-            functor = installed(module)
-            assert functor is None or functor.module is module
+        for name, module in twin.named_modules():
+            assert unit_of(module) == unit_of(model.get_submodule(name))
         torch.testing.assert_close(twin(x), plain(x))
 
 
@@ -164,19 +165,43 @@ def check_hooks(plain: nn.Module, x: Tensor, layer: str, part: str) -> None:
         assert "has a forward hook" in (reasons[block] or "")
 
 
-def check_captures(plain: nn.Module, x: Tensor) -> None:
-    """Export, tracing and second derivatives run the unfused form; TorchScript is told to unfuse."""
+def check_captures(plain: nn.Module, x: Tensor, scripts: bool = True) -> None:
+    """Export, tracing, scripting and second derivatives run the unfused form.
+
+    ``scripts``: TorchScript takes the library's code; else the error is TorchScript's own, fused or not.
+    """
     fused = fused_copy(plain.eval())
+    before = dx.report(fused).rows
     program = torch.export.export(fused, (x,))
     assert "densenet_ext" not in str(program.graph)
     torch.testing.assert_close(program.module()(x), plain(x))
     traced = torch.jit.trace(fused, (x,))
     assert "densenet_ext" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), plain(x))
-    with pytest.raises(RuntimeError, match="call densenet_ext.unfuse"):
-        torch.jit.script(fused)
+    check_script(fused, plain, x, scripts)
+    assert dx.report(fused).rows == before
     for model in (fused.train(), plain.train()):
+        model.zero_grad()
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         grad.square().sum().backward()
     assert_same_gradients(fused, plain)
+
+
+def check_script(fused: nn.Module, plain: nn.Module, x: Tensor, scripts: bool) -> None:
+    """TorchScript compiles the usual form of the fused model, with its numbers and gradients."""
+    if not scripts:
+        for model in (fused, plain):
+            with pytest.raises(RuntimeError) as caught:
+                torch.jit.script(model)
+            assert "unfuse" not in str(caught.value)
+        return
+    for training in (False, True):
+        scripted, eager = torch.jit.script(copy.deepcopy(fused).train(training)), copy.deepcopy(plain).train(training)
+        assert "densenet_ext::" not in str(scripted.inlined_graph)
+        outs = scripted(x), eager(x)
+        torch.testing.assert_close(*outs)
+        for out in outs:
+            out.square().sum().backward()
+        assert_same_gradients(scripted, eager)
+        assert_same_state(scripted, eager)

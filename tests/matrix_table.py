@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 
-from densenet_ext.fusing.report import table
+from densenet_ext.text import table
 
 _CELL = re.compile(r"test_matrix\.py::test_(\w+)\[(.+)\]$")
 _RANK = {"skipped": 0, "passed": 1, "failed": 2, "error": 3}  # the worse of a test's phases is its outcome

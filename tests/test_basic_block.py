@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import basic_block as basic
 from densenet_ext.algorithm.layout import from_rows
-from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.values import BasicLayer
+from densenet_ext.units.parts import norm_of
 
 MODES = {"train": True, "frozen": False, "mixed": [True, False, True]}
 ORDERS = {"new behind": False, "new in front": True}

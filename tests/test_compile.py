@@ -24,15 +24,15 @@ from helpers import (
 from torch import Tensor, nn
 
 from densenet_ext.algorithm.conversions import norm_tensors
-from densenet_ext.algorithm.dispatch import plain_reason
 from densenet_ext.algorithm.head import head
-from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.operation import OPERATIONS, Config
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.step import parameters_of
 from densenet_ext.algorithm.transition import transition
 from densenet_ext.algorithm.values import Layer
 from densenet_ext.functional import bottleneck, cat_bn_relu
+from densenet_ext.units import captures
+from densenet_ext.units.parts import norm_of
 
 
 class _Layer(nn.Module):
@@ -66,7 +66,7 @@ class Net(nn.Module):
         layers = [
             Layer(norm_of(m.norm1), m.conv1.weight, norm_of(m.norm2), m.conv2.weight, drop_rate) for m in self.layers
         ]
-        assert plain_reason(x) is None
+        assert captures.reason(x) is None
         x = transition(dense_block(x, layers, self.save), norm_of(self.norm), self.conv.weight)
         cat = self.norm_cat
         features = [x, x[:, 1:4] * 2]

@@ -52,14 +52,14 @@ def _with_a_narrow_norm(model: Any) -> None:
         (_without_half_a_layer, "conv2"),
         (_with_a_shared_norm, "layers share modules"),
         (_with_a_layer_elsewhere, "denselayer2 is not on cpu in torch.float64, as the first convolution is"),
-        (_with_a_foreign_layer, "denselayer2 is a Identity, not a _DenseLayer as when it was fused"),
+        (_with_a_foreign_layer, "denselayer2 is a Identity, not a _DenseLayer"),
         (
             _with_a_quantised_convolution,
             "denselayer2.conv1 is a torch.ao.nn.quantized.modules.conv.Conv2d, not a Conv2d",
         ),
         (
             _with_fake_quantisation,
-            "denselayer2.conv1 is a torch.ao.nn.qat.modules.conv.Conv2d, which has code of its own",
+            "denselayer2.conv1 is a torch.ao.nn.qat.modules.conv.Conv2d",
         ),
         (_with_a_narrow_norm, "denselayer2.norm1 and conv1 take 10 and 12 features, where 12 come"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import own_code
 import pytest
 import torch
 from fusing_helpers import assert_same_gradients, assert_same_state, images, net
@@ -41,12 +42,17 @@ def test_fx_traces_the_unfused_form() -> None:
     torch.testing.assert_close(traced(images()), model(images()))
 
 
-def test_script_is_refused_and_names_unfuse() -> None:
-    model = dx.fuse(net())
-    for whole in (model, nn.Sequential(model), model.features.denseblock1):
-        with pytest.raises(RuntimeError, match="call densenet_ext.unfuse"):
-            torch.jit.script(whole)
-    assert all(row.fused for row in dx.report(model))
+def test_script_compiles_the_usual_form() -> None:
+    own = dx.DenseNet(4, (2, 2), 8, num_classes=3, small_inputs=True)
+    for model, x in (
+        (own.eval(), images().float()),
+        (dx.fuse(own_code.NetWithTransitions(own_code.Transition)).eval(), images().float()),
+    ):
+        for whole in (model, nn.Sequential(model)):
+            scripted = torch.jit.script(whole)
+            assert "densenet_ext" not in str(scripted.inlined_graph)
+            torch.testing.assert_close(scripted(x), whole(x))
+        assert all(row.fused for row in dx.report(model))
 
 
 def test_func_transforms_equal_the_unfused() -> None:

@@ -11,13 +11,12 @@ import lookalikes
 import peers
 import pytest
 import torch
-from fusing_helpers import assert_same_state, rows, three_steps
+from fusing_helpers import assert_same_state, three_steps
 from helpers import generator
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from densenet_ext.fusing.forwards import FusedBlock
-from densenet_ext.fusing.surroundings import FusedTransition
+from densenet_ext.units import entry
 
 DIMS = [1, 2, 3]
 BLOCK, LAYER = "features.denseblock1", "features.denseblock1.denselayer2"
@@ -53,11 +52,15 @@ def test_every_unit_is_fused_and_leaves_no_trace(dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", DIMS)
-def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int) -> None:
     plain = small(dims)
     fused = dx.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
     assert checks.unfused_units(fused) == {}
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", None)  # nothing calls a norm
+    ran: list[str] = []
+    with entry.observed(lambda module, kind: ran.append(kind)):
+        fused(images(dims))
+    assert set(ran) == {"stem", "dense block", "transition", "head"}
+    fused.load_state_dict(plain.state_dict())
     x = images(dims)
     assert_same_state(three_steps(fused, x), three_steps(plain, x))
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
@@ -133,16 +136,43 @@ def test_the_state_dict_of_another_network_is_refused() -> None:
 
 
 def test_other_norms_and_activations_say_why() -> None:
-    with pytest.warns(UserWarning, match="none of the 2 dense blocks.*norm1 is a InstanceNorm3d, not a BatchNorm3d"):
-        found = rows(dx.fuse(small(3, norm="instance")))
-    assert not any(row.fused for row in found.values())
-    with pytest.warns(UserWarning, match="relu1 is a LeakyReLU, not a ReLU"):
-        found = rows(dx.fuse(small(3, act=("leakyrelu", {}))))
-    assert found["features"].reason == "relu0 is a LeakyReLU, not a ReLU"
-    assert found[""].reason == "class_layers.relu is a LeakyReLU, not a ReLU"
+    other = "denselayer1.layers.norm1 is a InstanceNorm3d, not a BatchNorm3d"
+    with pytest.warns(UserWarning, match=f"none of the 2 dense blocks.*{other}"):
+        model = dx.fuse(small(3, norm="instance"))
+    assert checks.unfused_units(model) == {BLOCK: other, "features.denseblock2": other}
+    assert not any(row.fused for row in dx.report(model))
+    other = "denselayer1.layers.relu1 is a LeakyReLU, not a ReLU"
+    with pytest.warns(UserWarning, match=f"none of the 2 dense blocks.*{other}"):
+        model = dx.fuse(small(3, act=("leakyrelu", {})))
+    assert checks.unfused_units(model) == {
+        BLOCK: other,
+        "features.transition1": "relu is a LeakyReLU, not a ReLU",
+        "features.denseblock2": other,
+    }
+    assert not any(row.fused for row in dx.report(model))
+    torch.testing.assert_close(model(images(3)), small(3, act=("leakyrelu", {}))(images(3)))
 
 
-def test_a_changed_head_says_why() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_activation_in_stem_and_head_says_why(when: str) -> None:
+    model, plain = small(3), small(3)
+    if when == "after":
+        dx.fuse(model)
+    for each in (model, plain):
+        each.features.relu0 = nn.LeakyReLU()
+        each.class_layers.relu = nn.LeakyReLU()
+    if when == "before":
+        dx.fuse(model)
+    x = images(3)
+    assert_same_state(three_steps(model, x), three_steps(plain, x))
+    assert checks.unfused_units(model) == {
+        "features": "relu0 is a LeakyReLU, not a ReLU",
+        "": "class_layers.relu is a LeakyReLU, not a ReLU",
+    }
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_head_says_why(when: str) -> None:
     def hook(model: Any) -> None:
         model.class_layers.flatten.register_forward_hook(lambda module, args, out: None)
 
@@ -163,21 +193,32 @@ def test_a_changed_head_says_why() -> None:
     def another(model: Any) -> None:
         model.class_layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(10, dtype=torch.float64))
 
-    for change, reason in (
-        (hook, "class_layers.flatten has a forward hook"),
-        (hook_all, "class_layers has a forward pre-hook"),
-        (larger, "class_layers.pool has output size 2, not 1"),
-        (unflattened, "class_layers.flatten flattens dimensions 1 to 2, not 1 to -1"),
-        (longer, "class_layers has other children than expected: relu, pool, flatten, out, softmax"),
-        (another, "class_layers has other children than expected: 0, 1"),
+    runs = "its forward runs features, class_layers.relu, class_layers.pool, class_layers.flatten, class_layers.out"
+    for change, before, after in (
+        (hook, "class_layers.flatten has a forward hook", None),
+        (hook_all, "class_layers has a forward pre-hook", None),
+        (larger, "class_layers.pool has output size 2, not 1", None),
+        (unflattened, runs, "class_layers.flatten flattens dimensions 1 to 2, not 1 to -1"),
+        (longer, "", "class_layers has a child softmax that it had not when its forward became known"),
+        (
+            another,
+            "class_layers.0 is a Flatten, not a ReLU",
+            "class_layers has a child 1 that it had not when its forward became known",
+        ),
     ):
-        model = small(2)
-        torch.manual_seed(3)
-        change(model)
-        model(images(2))  # a lazy layer takes its shape
-        fused = checks.fused_copy(model)
-        assert checks.unfused_units(fused) == {"": reason}
-        torch.testing.assert_close(fused(images(2)), model(images(2)))
+        model, plain = small(2), small(2)
+        if when == "after":
+            dx.fuse(model)
+        for each in (model, plain):
+            torch.manual_seed(3)
+            change(each)
+            each(images(2))  # a lazy layer takes its shape
+        if when == "before":
+            dx.fuse(model)
+        reason = before if when == "before" or after is None else after
+        assert checks.unfused_units(model) == ({"": reason} if reason else {})  # one step more runs in the fused head
+        assert_same_state(three_steps(model, images(2)), three_steps(plain, images(2)))
+        torch.testing.assert_close(model.eval()(images(2)), plain.eval()(images(2)))
 
 
 def test_a_classifier_of_ones_own_stays_in_the_fused_head() -> None:
@@ -188,12 +229,42 @@ def test_a_classifier_of_ones_own_stays_in_the_fused_head() -> None:
     torch.testing.assert_close(fused(images(3)), model(images(3)))
 
 
-def test_a_layer_that_runs_more_says_why() -> None:
-    model = small(2)
-    model.features.denseblock1.denselayer2.layers.add_module("squeeze", nn.Softsign())
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_a_layer_that_runs_more_is_called_between_the_runs_of_the_others(layer: int) -> None:
+    model = small(2, block_config=(4, 2))
+    model.features.denseblock1.get_submodule(f"denselayer{layer}").layers.add_module("squeeze", nn.Softsign())
     fused = checks.fused_copy(model)
-    assert "denselayer2 holds a Sequential that has other children" in (rows(fused)[BLOCK].reason or "")
-    torch.testing.assert_close(fused(images(2)), model(images(2)))
+    called: list[str] = []
+    for name, module in fused.named_modules():
+        if name.endswith("squeeze"):
+            module.register_forward_hook(lambda module, args, out: called.append("squeeze"))
+    with entry.observed(lambda module, kind: called.append(kind)):
+        fused(images(2))
+    model(images(2))
+    runs = ["dense block"] * (1 if layer in (1, 4) else 2)
+    assert sorted(called) == sorted(["stem", *runs, "squeeze", "transition", "dense block", "head"])
+    assert_same_state(three_steps(fused, images(2)), three_steps(model, images(2)))
+    torch.testing.assert_close(fused.eval()(images(2)), model.eval()(images(2)))
+
+
+def test_each_run_of_layers_has_one_row() -> None:
+    model = small(2, block_config=(4, 2))
+    model.features.denseblock1.denselayer2.layers.add_module("squeeze", nn.Softsign())
+    names = [f"{BLOCK}.denselayer1", f"{BLOCK}.denselayer3", "features.denseblock2"]
+    for fused in (False, True):
+        found = dx.report(dx.fuse(model) if fused else model)
+        assert [(row.name, row.fused) for row in found if row.kind == "dense block"] == [
+            (name, fused) for name in names
+        ]
+
+
+def test_a_layer_that_runs_more_after_fuse_says_why() -> None:
+    models = [dx.fuse(small(2)), small(2)]
+    for model in models:
+        model.features.denseblock1.denselayer2.layers.add_module("squeeze", nn.Softsign())
+    reason = "denselayer2.layers has a child squeeze that it had not when its forward became known"
+    assert checks.unfused_units(models[0]) == {BLOCK: reason}
+    assert_same_state(*(three_steps(model, images(2)) for model in models))
 
 
 def test_whatever_acts_through_a_layers_sequential_is_called() -> None:
@@ -210,16 +281,30 @@ def test_whatever_acts_through_a_layers_sequential_is_called() -> None:
     def derive(layers: nn.Module) -> None:
         layers.__class__ = Halved
 
-    for change, reason in (
-        (hook, "has a forward hook"),
-        (replace, "has a forward that was replaced on the instance"),
-        (derive, "is a Halved, not a plain Sequential"),
+    for change, before, after in (
+        (hook, "denselayer2.layers has a forward hook", "denselayer2.layers has a forward hook"),
+        (
+            replace,
+            "a forward in it was replaced on the instance",
+            "denselayer2.layers has a forward that was replaced on the instance",
+        ),
+        (
+            derive,
+            "this block of _DenseLayer layers is not a known one: its values are not those of "
+            "norm, ReLU, 1x1, norm, ReLU, 3x3 and concatenation",
+            "denselayer2.layers is a Halved, not a Sequential",
+        ),
     ):
-        models = [dx.fuse(small(2)), small(2)]
-        for model in models:
-            change(model.features.denseblock1.denselayer2.layers)
-        assert checks.unfused_units(models[0]) == {BLOCK: f"denselayer2 holds a Sequential that {reason}"}
-        torch.testing.assert_close(models[0](images(2)), models[1](images(2)))
+        for when, reason in (("before", before), ("after", after)):
+            models = [small(2), small(2)]
+            if when == "after":
+                dx.fuse(models[0])
+            for model in models:
+                change(model.features.denseblock1.denselayer2.layers)
+            if when == "before":
+                dx.fuse(models[0])
+            assert checks.unfused_units(models[0]) == {BLOCK: reason}
+            assert_same_state(*(three_steps(model, images(2)) for model in models))
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
@@ -241,18 +326,48 @@ def test_dropout_of_single_values_is_fused() -> None:
     assert not torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_dropout_of_whole_channels_runs_unfused_in_training(dims: int) -> None:
-    with pytest.warns(UserWarning, match=f"dropout is a Dropout{dims}d, which drops whole channels"):
-        model = dx.fuse(small(dims, dropout_prob=0.5))
-    x = images(dims)
+class Factors(nn.Module):
+    """Multiplies with what a dropout multiplied with."""
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factors
+
+
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+@pytest.mark.parametrize("dims", DIMS)
+def test_dropout_of_values_and_of_whole_channels_equals_the_unfused(dims: int, save: str) -> None:
+    """The unfused block, given the factors that the fused one drew, has its values, gradients and statistics."""
+    plain = small(dims, dropout_prob=0.5)
+    fused = checks.fused_copy(plain, save)
+    assert checks.unfused_units(fused) == {}
+    torch.testing.assert_close(fused.eval()(images(dims)), plain.eval()(images(dims)))
+    ours, theirs = fused.train().features.denseblock1, plain.train().features.denseblock1
+    x = torch.randn(3, 8, *[6] * dims, dtype=torch.float64, generator=generator(1))
+    xs = [x.clone().requires_grad_() for _ in range(2)]
     torch.manual_seed(2)
-    out = model(x)
+    out = ours(xs[0])
+    factors = torch.where(out[:, 8:] == 0, 0.0, 2.0).double()
+    assert set(factors.unique().tolist()) == {0.0, 2.0}
+    for drawn in factors.flatten(2).flatten(0, 1):
+        assert (len(drawn.unique()) == 1) == (dims > 1)  # in one dimension MONAI takes nn.Dropout
+    for i, layer in enumerate(theirs.children()):
+        assert type(layer.layers.dropout) is (nn.Dropout, nn.Dropout2d, nn.Dropout3d)[dims - 1]
+        layer.layers.dropout = Factors(factors[:, 4 * i : 4 * i + 4])
+    wanted = theirs(xs[1])
+    torch.testing.assert_close(out, wanted)
+    for result in (out, wanted):
+        result.pow(3).sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
     torch.manual_seed(2)
-    torch.testing.assert_close(out, copy.deepcopy(dx.unfuse(model))(x))
-    dx.fuse(model.eval())
-    assert checks.unfused_units(model) == {}
-    torch.testing.assert_close(model(x), dx.unfuse(model)(x))
+    assert torch.equal(ours(x), out) and not torch.equal(ours(x), out)
 
 
 # ---- parts of a model ------------------------------------------------------------------------------------------------
@@ -312,10 +427,10 @@ def test_a_meta_tensor_runs_fused_and_keeps_its_metadata(batch: bool, monkeypatc
                 model.get_submodule(name).register_forward_hook(
                     lambda module, args, out, found=seen[-1]: found.append(out)
                 )
-        with monkeypatch.context() as patch:
-            patch.setattr(FusedBlock, "original", None)  # that it runs fused
-            patch.setattr(FusedTransition, "original", None)
+        ran: list[str] = []
+        with entry.observed(lambda module, kind, ran=ran: ran.append(kind)):
             fused(x)
+        assert ran.count("dense block") == 2 and ran.count("transition") == 1
         plain(x)
         for got, wanted in zip(*seen, strict=True):
             assert type(got) is meta_tensor and got.is_batch is batch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import densenet_ext as dx
-from densenet_ext.fusing.forwards import installed
+from densenet_ext.units.entry import unit_of
 
 
 def train_step(model: nn.Module, x: Tensor | None = None) -> None:
@@ -282,12 +282,11 @@ def test_a_moving_average_with_buffers() -> None:
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_shallow_copy_runs_unfused_and_may_be_fused() -> None:
+def test_a_shallow_copy_runs_fused_with_its_own_children() -> None:
     model, plain = pair()
     for name in (BLOCK, "features.transition1", "features", ""):
         twin = copy.copy(model.get_submodule(name))
-        assert installed(twin) is None
-        assert installed(model.get_submodule(name)) is not None
+        assert unit_of(twin) is not None and unit_of(twin) == unit_of(model.get_submodule(name))
     block, x = model.get_submodule(BLOCK), torch.randn(2, 8, 4, 4, dtype=torch.float64)
     twin, wanted = copy.copy(block), copy.copy(plain.get_submodule(BLOCK))
     for shallow in (twin, wanted):  # children are the copy's own to take away, as in any module
@@ -295,9 +294,7 @@ def test_a_shallow_copy_runs_unfused_and_may_be_fused() -> None:
         del shallow._modules["denselayer2"]
     close([twin(x), wanted(x)])
     close([block(x), plain.get_submodule(BLOCK)(x)])
-    dx.fuse(twin)
-    close([twin(x), wanted(x)])
-    assert installed(twin) is not installed(block) and rows(twin)[""].fused
+    assert not rows(twin)[""].fused and rows(block)[""].fused
     assert_same_state(block, plain.get_submodule(BLOCK))
 
 
@@ -306,7 +303,7 @@ def test_a_class_with_a_state_of_its_own() -> None:
     kind = type("Noting", (type(module),), {"__getstate__": lambda self: {**self.__dict__, "noted": True}})
     module.__class__ = kind
     assert copy.copy(module).noted and copy.deepcopy(module).noted
-    assert installed(copy.copy(module)) is None and installed(copy.deepcopy(module)) is not None
+    assert unit_of(copy.copy(module)) is not None and unit_of(copy.deepcopy(module)) is not None
 
 
 def test_a_fused_block_in_another_model() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import densenet_ext as dx
-from densenet_ext.fusing.forwards import installed
+from densenet_ext.units.entry import unit_of
 
 BLOCKS = ["features.denseblock1", "features.denseblock2", "features.denseblock3"]
 
@@ -262,7 +262,7 @@ def test_a_class_that_is_only_spelled_alike_stays_unfused() -> None:
     assert "it runs cat, relu1, norm1" in (found["features.denseblock1"].reason or "")
     assert "denselayer2 is not given all features" in (found["features.denseblock2"].reason or "")
     assert "it changes seen" in (found["features.denseblock3"].reason or "")
-    assert not any(installed(module) for module in model.modules())
+    assert not any(unit_of(module) for module in model.modules())
 
 
 def test_a_dense_block_inside_of_another_model() -> None:

@@ -14,7 +14,8 @@ from helpers import F64, assert_equal, kept_for_backward
 from torch import nn
 
 import densenet_ext as dx
-from densenet_ext.fusing.adapters.generic import Generic
+from densenet_ext.fusing.find import find_units
+from densenet_ext.units.entry import enter
 
 TRANSITIONS = {
     "functions": own.Transition,
@@ -66,9 +67,8 @@ def test_other_dimensions(dims: int) -> None:
     norm, conv, pool = kinds
     module = nn.Sequential(norm(6), nn.ReLU(), conv(6, 3, 1, bias=False), pool(2)).double()
     plain = copy.deepcopy(module)
-    unit = Generic().match(module)
-    assert unit is not None and unit.functor is not None
-    unit.functor.install()
+    (found,) = find_units(module)
+    enter(module, found.unit)
     assert rows(module)[""].fused
     x = torch.randn(2, 6, *(7, 4, 5)[:dims], dtype=F64)
     assert_equal([module(x), *module.buffers()], [plain(x), *plain.buffers()])
@@ -99,7 +99,7 @@ def test_words_for_what_stands_in_the_way() -> None:
 
     assert reason(lambda m: None) == FRESH
     assert reason(lambda m: m.conv.register_forward_hook(print)) == "conv has a forward hook"
-    assert reason(lambda m: setattr(m, "conv", nn.Conv2d(6, 3, 1))) == "conv has a bias"
+    assert reason(lambda m: setattr(m, "conv", nn.Conv2d(6, 3, 1))) == FRESH  # a bias is no obstacle
     modules = own.transition_of_modules
     assert reason(lambda m: m.__setitem__(1, nn.SiLU()), modules) == "1 is a SiLU, not a ReLU"
     assert reason(lambda m: setattr(m[3], "p", 0.1), modules) == "3 drops at rate 0.1"

@@ -1,4 +1,4 @@
-"""The modules of the algorithm import one another in one direction only."""
+"""The modules of the package import one another in one direction only."""
 
 from __future__ import annotations
 
@@ -18,22 +18,46 @@ def imported(path: Path, names: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(inner if inner <= names else inner | {node.module})
     return found & names
 
 
+def name_of(path: Path) -> str:
+    parts = ("densenet_ext", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def graph() -> dict[str, set[str]]:
-    """By module of the algorithm, the reference included: those of them that it imports."""
-    files = {f"densenet_ext.algorithm.{path.stem}": path for path in (PACKAGE / "algorithm").glob("[!_]*.py")}
-    files["densenet_ext.reference"] = PACKAGE / "reference.py"
-    return {name: imported(path, set(files)) for name, path in files.items()}
+    """By module of the package: those of it that it imports, and the packages that come with them.
+
+    What a package's ``__init__`` imports is not counted for its inner modules: they are found without it.
+    """
+    files = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    found = {name: imported(path, set(files)) - {name} for name, path in files.items()}
+    del found["densenet_ext"], found["densenet_ext.__main__"]  # which gather and start everything
+    return {name: {other for other in others if other in found} for name, others in found.items()}
 
 
-def test_the_algorithm_has_no_circle_of_imports() -> None:
+def test_the_package_has_no_circle_of_imports() -> None:
     found = graph()
-    assert found["densenet_ext.reference"] and found["densenet_ext.algorithm.block"]
+    assert found["densenet_ext.reference"] and found["densenet_ext.algorithm.block"] and len(found) > 60
     tuple(TopologicalSorter(found).static_order())  # raises CycleError, which names the circle
+
+
+def test_layers_know_only_what_is_below() -> None:
+    found = graph()
+    for name, others in found.items():
+        room = name.split(".")[1]
+        rooms = {other.split(".")[1] for other in others}
+        if room in ("algorithm", "reference"):
+            assert rooms <= {"algorithm", "reference", "kernels", "checks"}, name
+        if room == "units":
+            assert rooms <= {"units", "algorithm", "checks"}, name
+        if room in ("modules", "models"):
+            assert rooms <= {"units", "modules", "checks", "state_dict"}, name
+        if room == "fusing":
+            assert not rooms & {"planning", "report", "training", "cli"}, name
 
 
 def test_values_and_reference_stand_at_the_ground() -> None:

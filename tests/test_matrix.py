@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import densenet_ext as dx
-from densenet_ext.fusing.forwards import installed
+from densenet_ext.units.entry import unit_of
 
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "bn_size": 2}
 UNITS = {"stem": 1, "dense block": 2, "transition": 1, "head": 1}
@@ -92,12 +92,11 @@ def x(library: Library) -> Tensor:
     return torch.randn(library.shape, dtype=torch.float64, generator=generator(1))
 
 
-def assert_own_functors(twin: nn.Module, model: nn.Module, x: Tensor) -> None:
+def assert_own_units(twin: nn.Module, model: nn.Module, x: Tensor) -> None:
     """``twin`` is fused as ``model`` is, gives its numbers, and training it leaves ``model`` alone."""
     assert dx.report(twin).rows == dx.report(model).rows
-    functors = [functor for functor in map(installed, twin.modules()) if functor is not None]
-    assert functors and all(installed(functor.module) is functor for functor in functors)
-    assert not {functor.module for functor in functors} & set(model.modules())
+    units = [unit_of(module) for module in twin.modules()]
+    assert any(unit is not None for unit in units) and units == [unit_of(module) for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
     assert torch.equal(twin.eval()(x), model.eval()(x))
     three_steps(twin.train(), x)
@@ -131,12 +130,12 @@ def test_pickle(plain: Any, x: Tensor) -> None:
     torch.save(fused, file)
     file.seek(0)
     for twin in (pickle.loads(pickle.dumps(fused)), torch.load(file, weights_only=False)):
-        assert_own_functors(twin, fused, x)
+        assert_own_units(twin, fused, x)
 
 
 def test_deepcopy(plain: Any, x: Tensor) -> None:
     fused = dx.fuse(plain)
-    assert_own_functors(copy.deepcopy(fused), fused, x)
+    assert_own_units(copy.deepcopy(fused), fused, x)
 
 
 def test_compile(plain: Any, x: Tensor) -> None:

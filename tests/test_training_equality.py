@@ -12,7 +12,7 @@ from peers import torchvision_densenet
 
 import densenet_ext as dx
 from densenet_ext import reference
-from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.units.parts import norm_of
 
 
 def reference_scores(model: dx.DenseNet, x: torch.Tensor) -> torch.Tensor:

@@ -9,31 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from densenet_ext.algorithm.sync import group_of
 from densenet_ext.algorithm.values import Norm
-
-
-def norm_of(module: _BatchNorm) -> Norm:
-    """Returns the norm by the rules of ``nn.BatchNorm`` and ``nn.SyncBatchNorm``: whose statistics it uses now, and
-    whether the running ones move."""
-    mean, var = module.running_mean, module.running_var
-    training = module.training
-    batch_stats = training or (mean is None and var is None)
-    update = training and module.track_running_stats
-    return Norm(
-        module.weight,
-        module.bias,
-        mean,
-        var,
-        module.num_batches_tracked,
-        batch_stats,
-        update,
-        module.momentum,
-        module.eps,
-        group_of(module),
-    )
 
 
 def check_count(norm: Norm, size: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: put the functors into a model and take them away again."""
+"""`fuse` and `unfuse`: have the modules of a model run as units, and as they are."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import TypeVar
 from torch import nn
 
 from densenet_ext import checks
-from densenet_ext.fusing.adapters import ADAPTERS
-from densenet_ext.fusing.forwards import FusedBlock, installed
-from densenet_ext.fusing.matching import Unit, check_module, find_units
+from densenet_ext.fusing.find import Finder, Found
+from densenet_ext.fusing.libraries import LIBRARIES
 from densenet_ext.models import DenseNet
 from densenet_ext.modules import DenseBlock, DenseLayer
 from densenet_ext.state_dict import adapt_state_dict
+from densenet_ext.units.around import Run
+from densenet_ext.units.around import Sequence as FusedSequence
+from densenet_ext.units.block import Block
+from densenet_ext.units.entry import enter, leave, unit_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,12 +30,12 @@ def fuse(model: Model, save: str | None = None) -> Model:
     names of the other libraries besides (``densenet_ext.state_dict``).
 
     Args:
-        model: any module; the DenseNets of torchvision, timm, MONAI, torchxrayvision and the efficient implementation
-            are recognised.
+        model: any module. Dense blocks and transitions are found by how they are built, whatever their names are, and
+            are tried out against the usual formulation.
         save: what the blocks keep for the backward pass: "bottlenecks" (their outputs and every 1x1 convolution's) or
             "features" (their outputs; the 1x1 convolutions run again). None: "features" for a block whose own memory
-            mode (``memory_efficient``, ``efficient``, ``grad_checkpointing``) is on, else "bottlenecks". In
-            densenet_ext's own blocks, which run fused in any case, a level that is given is set.
+            mode (``memory_efficient``, ``efficient``, ``grad_checkpointing``) is on, else "bottlenecks". A level
+            that is given is also set in blocks that run fused already.
 
     Warns when there is nothing to fuse, with the model unchanged, and when no dense block runs fused, with the reasons.
     Raises TypeError when ``model`` is no module, ValueError for an unknown level.
@@ -40,55 +43,57 @@ def fuse(model: Model, save: str | None = None) -> Model:
     check_module("fuse", model)
     if save is not None:
         checks.choice("save", save, checks.LEVELS)
-    units = find_units(model)
-    blocks = [unit for unit in units if unit.kind == FusedBlock.kind]
-    for unit in blocks:
-        if save is not None and isinstance(unit.module, DenseBlock):
-            unit.module.save = save
-    if save is not None:
-        _note_level(model, save)
-    news = [unit for unit in units if unit.functor is not None and not unit.is_fused]
-    if any(unit.is_fused or unit.functor is not None for unit in blocks):
+    found = Finder(model).all()
+    blocks = [unit for unit in found if unit.kind == Block.kind]
+    fusible = [unit for unit in blocks if unit.unit is not None]
+    if fusible:
+        news = [unit for unit in found if unit.unit is not None and not unit.part and not unit.is_fused]
+        for unit in news:
+            enter(unit.module, unit.unit)
+        changed = save is not None and set_level(model, save)
         if news:
-            _install(news, save)
-            _learn_names(model, units)
-        elif not (save is not None and all(unit.native is not None for unit in blocks)):
-            _warn(
-                f"fuse: this {type(model).__name__} runs fused already, it is unchanged{_how_to_change(blocks, save)}"
-            )
+            _learn_names(model, found)
+        elif not changed:
+            _warn(f"fuse: this {type(model).__name__} runs fused already, it is unchanged")
     if all(unit.reason() is not None for unit in blocks):
         _warn(_no_block(model, blocks))
     return model
 
 
 def unfuse(model: Model) -> Model:
-    """Takes away all that `fuse` put into ``model``, in place, and returns ``model``.
+    """Has every module of ``model`` run its usual form again, in place, and returns ``model``; `fuse`'s exact inverse.
 
-    Needed before ``torch.jit.script``; ``torch.export`` and tracing run the unfused form by themselves.
+    Scripting, export and tracing run the usual form by themselves.
 
     Warns, with the model unchanged, when nothing in it was fused. Raises TypeError when ``model`` is no module.
     """
     check_module("unfuse", model)
-    functors = [functor for functor in map(installed, model.modules()) if functor is not None]
-    if not functors:
-        _warn(f"unfuse: nothing in this {type(model).__name__} was fused by densenet_ext.fuse, it is unchanged")
-    for functor in functors:
-        functor.remove()
-    if functors:
-        for module in model.modules():
-            _forget_names(module)
+    left = [module for module in model.modules() if leave(module)]
+    if not left:
+        _warn(f"unfuse: nothing in this {type(model).__name__} runs fused, it is unchanged")
+    for module in model.modules() if left else ():
+        _forget_names(module)
     return model
 
 
-def _install(units: Sequence[Unit], save: str | None) -> None:
-    for unit in units:
-        assert unit.functor is not None
-        if isinstance(unit.functor, FusedBlock) and save is not None:
-            unit.functor.save = save
-        unit.functor.install()
+def set_level(model: nn.Module, save: str) -> bool:
+    """Sets what the fused dense blocks of ``model`` keep for the backward pass; returns whether that changed any."""
+    changed = False
+    for module in model.modules():
+        unit = unit_of(module)
+        if isinstance(unit, Block):
+            changed |= unit.level(module) != save
+            enter(module, unit.with_level(module, save))
+        elif isinstance(unit, FusedSequence) and any(isinstance(segment, Run) for segment in unit.segments):
+            changed |= any(isinstance(run, Run) and run.block.save != save for run in unit.segments)
+            enter(module, unit.with_level(save))
+    for module in model.modules():
+        if isinstance(module, DenseNet):
+            module.save = save
+    return changed
 
 
-def _learn_names(model: nn.Module, units: Sequence[Unit]) -> None:
+def _learn_names(model: nn.Module, units: Sequence[Found]) -> None:
     # the whole, and each DenseNet in it: either may be what a state dict is loaded into
     for module in {id(module): module for module in (model, *_owners(units))}.values():
         _forget_names(module)
@@ -96,7 +101,7 @@ def _learn_names(model: nn.Module, units: Sequence[Unit]) -> None:
             module.register_load_state_dict_pre_hook(adapt_state_dict)
 
 
-def _owners(units: Iterable[Unit]) -> list[nn.Module]:
+def _owners(units: Iterable[Found]) -> list[nn.Module]:
     return [unit.module for unit in units if unit.kind == "head"]
 
 
@@ -111,24 +116,9 @@ def _forget_names(module: nn.Module) -> None:
             del hooks[key]
 
 
-def _note_level(model: nn.Module, save: str) -> None:
-    for module in model.modules():
-        if isinstance(module, DenseNet):
-            module.save = save
-
-
-def _how_to_change(blocks: Iterable[Unit], save: str | None) -> str:
-    levels = {
-        functor.save for functor in (installed(unit.module) for unit in blocks) if isinstance(functor, FusedBlock)
-    }
-    if save is None or levels <= {save}:
-        return ""
-    return f" (save={', '.join(map(repr, sorted(levels)))}; for save={save!r} call unfuse first)"
-
-
-def _no_block(model: nn.Module, blocks: Sequence[Unit]) -> str:
+def _no_block(model: nn.Module, blocks: Sequence[Found]) -> str:
     if not blocks:
-        known = ", ".join(adapter.library for adapter in ADAPTERS)
+        known = ", ".join(library.name for library in LIBRARIES)
         return (
             f"fuse: no dense block was recognised in this {type(model).__name__}, it is unchanged; "
             f"recognised are those of {known}"
@@ -140,3 +130,9 @@ def _no_block(model: nn.Module, blocks: Sequence[Unit]) -> str:
 
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def check_module(caller: str, model: object) -> None:
+    """Raises TypeError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model: expected a torch.nn.Module, got {type(model).__name__}")

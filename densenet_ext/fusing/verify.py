@@ -6,17 +6,18 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from densenet_ext.fusing.forwards import Fused, installed
-from densenet_ext.fusing.install import fuse
-from densenet_ext.fusing.matching import check_module, find_units
-from densenet_ext.fusing.report import table
-from densenet_ext.models import Features
+from densenet_ext.fusing.find import find_units
+from densenet_ext.fusing.install import check_module, fuse
+from densenet_ext.fusing.structure import MEMORY_MODES
+from densenet_ext.text import table
+from densenet_ext.units.block import Block
+from densenet_ext.units.entry import leave, observed
+from densenet_ext.units.single import TransitionDown
 
 Results = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 """Outputs, gradients and buffers by name."""
@@ -96,12 +97,15 @@ def verify(model: nn.Module, x: Tensor) -> Verification:
             warnings.simplefilter("ignore")
             fuse(fused)
     without_dropout = _without_dropout(fused)
-    units = [unit for unit in find_units(fused) if unit.is_fused and unit.reason() is None]
-    if not units:
+    ran: set[tuple[nn.Module, str]] = set()
+    with observed(lambda module, kind: ran.add((module, kind))):
+        got = _run(fused, x)
+    if not ran:
         notes.append("nothing runs fused in this model, so both ran the same code: densenet_ext.report says why")
     if without_dropout:
         notes.append("dropout of the dense layers was off")
-    got = _run(fused, x)
+    count = len(ran)
+    ran.clear()
     del fused
 
     plain = copy.deepcopy(model)
@@ -113,39 +117,27 @@ def verify(model: nn.Module, x: Tensor) -> Verification:
     del plain
     exact = _run_in_double(again, x)
     rounding = None if exact is None else Errors(**_compare(wanted, exact, same_dtype=False))
-    return Verification(**_compare(got, wanted), rounding=rounding, fused_units=len(units), notes=tuple(notes))
+    return Verification(**_compare(got, wanted), rounding=rounding, fused_units=count, notes=tuple(notes))
 
 
 def _without_dropout(model: nn.Module) -> bool:
-    found = False
-    for unit in find_units(model):
-        if unit.settings is not None:
-            found |= unit.settings.set_deterministic(unit.module)
-    return found
+    dropping = False
+    for found in find_units(model):
+        if isinstance(found.unit, (Block, TransitionDown)):
+            dropping |= found.unit.stop_dropping(found.module)
+    return dropping
 
 
 def make_plain(model: nn.Module) -> bool:
-    """Has ``model`` run the usual formulation for good; whether a library's own memory mode was on. It is off then."""
-    memory_mode = False
-    for functor in map(installed, list(model.modules())):
-        if isinstance(functor, Fused):
-            functor.remove()
-    # densenet_ext's own modules call their children one by one as soon as one has a hook. Every hook costs host time,
-    # which is no part of the usual formulation; and norms may still become SyncBatchNorm, which has none.
-    hooked: dict[nn.Module, None] = {}
-    for unit in find_units(model):
-        if unit.settings is not None:
-            memory_mode |= unit.settings.set_memory_mode_off(unit.module)
-        if unit.native is not None:
-            children = (child for child in unit.module.modules() if isinstance(child, (nn.ReLU, Features)))
-            hooked.update(dict.fromkeys(children))
-    for module in hooked:
-        module.register_forward_pre_hook(_nothing)
-    return memory_mode
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    return None
+    """Has ``model`` run the usual formulation for good; returns whether a library's own memory mode was on. It is off
+    then."""
+    modes = [(module, mode) for module in model.modules() for mode in MEMORY_MODES]
+    on = [(module, mode) for module, mode in modes if module.__dict__.get(mode) is True]
+    for module, mode in on:
+        setattr(module, mode, False)
+    for module in model.modules():
+        leave(module)
+    return bool(on)
 
 
 def _run_in_double(model: nn.Module, x: Tensor) -> Results | None:

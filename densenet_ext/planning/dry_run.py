@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from densenet_ext import checks
 from densenet_ext.planning.counting import Allocations, SavedBytes, storage_bytes
+from densenet_ext.units.parts import Probe
 
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 """What models and PyTorch raise on a shape that they do not take."""
@@ -79,9 +81,9 @@ class DryRun:
             handles = []
             for name in owners:
                 module = self.model.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: saved.own(name)))
+                handles.append(module.register_forward_pre_hook(Probe(partial(saved.own, name))))
             if owners:
-                handles.append(module.register_forward_hook(lambda *_: saved.own("")))
+                handles.append(module.register_forward_hook(Probe(partial(saved.own, ""))))
             try:
                 self._run(x, saved)
             finally:

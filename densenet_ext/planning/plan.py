@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from densenet_ext import checks, kernels
-from densenet_ext.fusing.forwards import FusedBlock, installed
-from densenet_ext.fusing.install import fuse
-from densenet_ext.fusing.matching import Unit, check_module, find_units
-from densenet_ext.fusing.report import readable, table
+from densenet_ext.fusing.find import Found, find_units
+from densenet_ext.fusing.install import check_module, fuse
+from densenet_ext.fusing.install import set_level as set_saving
 from densenet_ext.fusing.verify import make_plain
-from densenet_ext.modules import DenseBlock
 from densenet_ext.planning.counting import storage_bytes
 from densenet_ext.planning.dry_run import REFUSALS, DryRun, Step, checked_shape, parameter_device, refused
+from densenet_ext.text import readable, table
+from densenet_ext.units.block import Block
 
 UNFUSED = "unfused"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -114,7 +114,7 @@ def plan(
     names = checks.LEVELS if save is None else (checks.choice("save", save, checks.LEVELS),)
     checks.integer("optimizer_state", optimizer_state, 0)
     budget = None if memory is None else checks.memory("memory", memory)
-    if not any(unit.kind == FusedBlock.kind for unit in find_units(model)):
+    if not any(unit.kind == Block.kind for unit in find_units(model)):
         raise ValueError(f"plan: model: expected dense blocks, found none in this {type(model).__name__}")
 
     run = DryRun(model, dtype)
@@ -145,20 +145,14 @@ def plan(
     )
 
 
-def set_level(model: nn.Module, level: str) -> list[Unit]:
+def set_level(model: nn.Module, level: str) -> list[Found]:
     """Sets what the fused dense blocks of ``model`` keep, after fusing it if nothing is fused; returns the blocks."""
     if not any(unit.is_fused for unit in find_units(model)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fuse(model)
-    blocks = [unit for unit in find_units(model) if unit.kind == FusedBlock.kind]
-    for unit in blocks:
-        functor = installed(unit.module)
-        if isinstance(functor, FusedBlock):
-            functor.save = level
-        elif isinstance(unit.module, DenseBlock):
-            unit.module.save = level
-    return blocks
+    set_saving(model, level)
+    return [found for found in find_units(model) if found.kind == Block.kind]
 
 
 def _level(name: str, run: DryRun, shape: tuple[int, ...], budget: int | None, optimizer: int) -> Level:
@@ -195,7 +189,7 @@ def _largest_batch(one: Step, other: Step, batch: int, budget: int) -> int:
     return max(0, largest or 0)
 
 
-def _not_fused(blocks: Sequence[Unit]) -> Iterator[str]:
+def _not_fused(blocks: Sequence[Found]) -> Iterator[str]:
     count = sum(not unit.is_fused or unit.reason() is not None for unit in blocks)
     if count:
         yield f"{count} of {len(blocks)} dense blocks run unfused at every level: densenet_ext.report says why"

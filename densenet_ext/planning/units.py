@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from densenet_ext.fusing.matching import Unit
+from densenet_ext.fusing.find import Found
 from densenet_ext.fusing.verify import make_plain
 from densenet_ext.planning.dry_run import REFUSALS, DryRun, checked_shape, refused
 
@@ -19,7 +19,7 @@ class Kept(NamedTuple):
     unfused: int
 
 
-def kept_by_unit(model: nn.Module, units: Sequence[Unit], input_shape: Sequence[int]) -> tuple[dict[str, Kept], Kept]:
+def kept_by_unit(model: nn.Module, units: Sequence[Found], input_shape: Sequence[int]) -> tuple[dict[str, Kept], Kept]:
     """What each of ``units`` keeps, by the unit's name, and the whole model, on a batch of ``input_shape``.
 
     What is saved before the first block or transition is the stem's, after the last one the head's. A model that has

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from densenet_ext.fusing.report import readable
+from densenet_ext.text import readable
 from densenet_ext.training.metrics import Epoch, Sums
 
 SECONDS_BETWEEN_LINES = 60.0  # within an epoch, away from a terminal

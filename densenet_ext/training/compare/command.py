@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from densenet_ext._version import __version__
-from densenet_ext.fusing.report import table
 from densenet_ext.planning.measuring import device_name
+from densenet_ext.text import table
 from densenet_ext.training import announcing, networks, options
 from densenet_ext.training.compare import comparison
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes

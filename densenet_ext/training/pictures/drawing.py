@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from densenet_ext.fusing.report import readable
+from densenet_ext.text import readable
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.pictures.figures import BLUE, GREY, ORANGE, SMALL, TEXT, legend, picture, plain
 

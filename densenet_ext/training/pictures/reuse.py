@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from densenet_ext.fusing.report import table
+from densenet_ext.text import table
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.pictures.connections import Connections, connections, shares
 from densenet_ext.training.pictures.drawing import draw_connections

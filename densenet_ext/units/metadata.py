@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def bare(x: Any) -> Any:
-    """``x`` without its metadata, sharing its memory and its place in the graph; any other object as it is."""
+    """Returns ``x`` without its metadata, sharing its memory and its place in the graph; any other object as it is."""
     return x.as_subclass(Tensor) if _carries_metadata(x) else x
 
 
-def as_one_operation(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function`` of ``x`` without its metadata, which the result gets back."""
+def with_metadata(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Returns ``function`` of ``x`` without its metadata, which the result gets back."""
     if not _carries_metadata(x):
         return function(x)
     return type(x).__torch_function__(lambda y: function(bare(y)), (type(x),), (x,), {})

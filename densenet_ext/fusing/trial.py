@@ -2,7 +2,7 @@
 
 Two copies of a module get the same random parameters in float64. One runs its own code, the other's parameters go
 through the usual formulation (``reference``), in training, in evaluation and with flags of both kinds mixed; results,
-gradients and buffers have to agree. F.dropout is replaced by a fixed pattern of factors, so that where values are
+gradients and buffers have to agree. Dropout is replaced by a fixed pattern of factors, so that where values are
 dropped, and at which rate, shows in the numbers too. The module itself, the generators of random numbers and the hooks
 of its user are not touched.
 """
@@ -12,14 +12,18 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+
+from densenet_ext.fusing.structure import MEMORY_MODES
+from densenet_ext.units.built import plain
 
 _NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _TOLERANCE = 1e-8  # relative, in float64: rounding stays below, any other formula above
@@ -29,7 +33,7 @@ Found = TypeVar("Found")
 
 
 class Refusal(NamedTuple):
-    """In words why no fused unit computes what a module does, and how far the trial came."""
+    """Says why no unit computes what a module does, and how far the trial came."""
 
     reason: str
     stage: str  # "running": it cannot be run; "shape": it returns something else; "values": its numbers are others
@@ -43,7 +47,7 @@ class Refused(Exception):
 
 
 def attempt(trial: Callable[[], Found]) -> Found | Refusal:
-    """What ``trial`` returns, or why it ended; it may use random numbers, and runs in no surrounding mode.
+    """Returns what ``trial`` returns, or why it ended; it may use random numbers, and runs in no surrounding mode.
 
     Hooks that are registered for all modules would be called.
     """
@@ -64,27 +68,42 @@ def attempt(trial: Callable[[], Found]) -> Found | Refusal:
         random.setstate(state)
 
 
+class Dropped(NamedTuple):
+    """A call of dropout."""
+
+    rate: float
+    size: int  # channels of what it was given
+    channels: bool  # it drops whole channels
+
+
 class Pattern(TorchFunctionMode):
-    """Makes F.dropout multiply with a fixed pattern; notes the rates that it is called with."""
+    """Makes dropout multiply with a fixed pattern; notes the calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rates: list[float] = []
+        self.calls: list[Dropped] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.dropout:
+        if func not in _DROPOUTS:
             return func(*args, **(kwargs or {}))
-        call = inspect.signature(F.dropout).bind(*args, **(kwargs or {}))
-        call.apply_defaults()
-        x, p, training, inplace = call.arguments.values()
+        if func is torch.feature_dropout:
+            (x, p, training), inplace = args, False
+        else:
+            call = inspect.signature(func).bind(*args, **(kwargs or {}))
+            call.apply_defaults()
+            x, p, training, inplace = call.arguments.values()
         if not training:
             return x
-        self.rates.append(p)
-        return x.mul_(factors(x, p)) if inplace else x * factors(x, p)
+        channels = func is not F.dropout
+        self.calls.append(Dropped(p, x.shape[1], channels))
+        factors = _factors(x.new_empty(*x.shape[:2], *[1] * (x.dim() - 2)) if channels else x, p)
+        return x.mul_(factors) if inplace else x * factors
 
 
-def factors(x: Tensor, p: float) -> Tensor:
-    """What stands for a dropout of rate p on ``x``."""
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout)
+
+
+def _factors(x: Tensor, p: float) -> Tensor:
     return 1 + p * torch.arange(x.numel(), dtype=x.dtype).sin().view(x.shape)
 
 
@@ -92,13 +111,22 @@ class Trial:
     """Two copies of ``module``, which takes ``channels`` features of ``dims`` spatial dimensions.
 
     ``theirs`` runs its own code; the parameters of ``ours`` go through the formulation that ``words`` names.
+    ``widths``: how many channels norms and convolutions of the copies take and give, where that is not what they are
+    built for. What a module does with its features does not depend on their number, and few are tried out in no time.
     """
 
-    def __init__(self, module: nn.Module, channels: int, dims: int, spatial: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        channels: int,
+        dims: int,
+        spatial: tuple[int, ...],
+        widths: Mapping[nn.Module, tuple[int, int]],
+    ) -> None:
         self.recomputes = False  # whether its backward pass runs the forward pass again
         self.random = torch.Generator().manual_seed(0)
         self.size = (2, channels, *spatial)
-        values = [(t, self._value(t, owner, name)) for owner, name, t in _tensors(module)]
+        values = {id(t): self._value(t, owner, name, widths.get(owner)) for owner, name, t in _tensors(module)}
         self.theirs, self.ours = (_copy(module, values) for _ in range(2))
         for inner in (*self.theirs.modules(), *self.ours.modules()):
             if type(inner) is nn.SyncBatchNorm:  # this computes the same in one process, and runs on the CPU
@@ -107,13 +135,16 @@ class Trial:
         if len(parameters) != 2 or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
             raise Refused("it takes more than one tensor")
 
-    def _value(self, t: Tensor, module: nn.Module, name: str) -> Tensor:
+    def _value(self, t: Tensor, module: nn.Module, name: str, width: tuple[int, int] | None) -> Tensor:
         if not t.is_floating_point():
             return torch.full(t.shape, 3, dtype=t.dtype)
-        value = torch.randn(t.shape, generator=self.random, dtype=torch.float64)
+        shape: tuple[int, ...] = tuple(t.shape)
+        if width is not None and t.dim() > 0:
+            shape = (width[1],) if t.dim() == 1 else (width[1], width[0], *shape[2:])
+        value = torch.randn(shape, generator=self.random, dtype=torch.float64)
         if isinstance(module, _BatchNorm) and name in ("weight", "running_var"):
             return value.abs_().add_(0.5)
-        return value / max(1, t[0].numel()) ** 0.5 if t.dim() > 1 else value
+        return value / max(1, value[0].numel()) ** 0.5 if value.dim() > 1 else value
 
     @property
     def words(self) -> str:
@@ -125,7 +156,7 @@ class Trial:
         raise NotImplementedError
 
     def input(self) -> Tensor:
-        """Random features [2, channels, *spatial]."""
+        """Returns random features [2, channels, *spatial]."""
         return torch.randn(self.size, generator=self.random, dtype=torch.float64)
 
     def set_training(self, flag: Callable[[int], bool]) -> None:
@@ -135,7 +166,7 @@ class Trial:
                 inner.training = flag(i)
 
     def their_result(self, x: Tensor) -> Tensor:
-        """What ``theirs`` gives for ``x``; it must have no other effect than that of its norms."""
+        """Returns what ``theirs`` gives for ``x``; it must have no other effect than that of its norms."""
         torch_state, python_state = torch.get_rng_state(), random.getstate()
         attributes = [(module, dict(module.__dict__)) for module in self.theirs.modules()]
         given = x.detach().clone()
@@ -145,7 +176,7 @@ class Trial:
         except Exception as error:  # a stranger's code: whatever it raises, the answer is that it is not known
             raise Refused(f"it could not be tried out ({type(error).__name__}: {error})", "running") from None
         if not torch.equal(torch_state, torch.get_rng_state()) or python_state != random.getstate():
-            raise Refused("it draws random numbers other than by F.dropout")
+            raise Refused("it draws random numbers other than by dropout")
         for module, before in attributes:
             now = module.__dict__
             changed = [name for name in now if name not in before or now[name] is not before[name]]
@@ -158,7 +189,7 @@ class Trial:
         return out
 
     def compare(self) -> None:
-        """Results, buffers and gradients in training and in evaluation, results and buffers with mixed flags."""
+        """Compares results, buffers and gradients in training and in evaluation; with mixed flags all but gradients."""
         flags = torch.randint(2, (sum(1 for _ in self.ours.modules()),), generator=self.random).tolist()
         self.set_training(lambda i: True)
         self._compare_gradients(*self._compare_values())
@@ -195,7 +226,7 @@ class Trial:
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
-    """Whether both are the same but for rounding."""
+    """Returns whether both are the same but for rounding."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     difference = (got - expected).abs().max() if got.is_floating_point() else (got != expected).sum()
@@ -219,14 +250,46 @@ def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield owner, name, t
 
 
-def _copy(module: nn.Module, values: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    """The module with other values, in float64 on the CPU, without hooks."""
+def _copy(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """Returns the module with other values, in float64 on the CPU, without hooks and without its own memory mode.
+
+    By hand, since ``copy.deepcopy`` takes most of a trial's time; what is no module, tensor or plain value it copies.
+    """
     memo: dict[int, Any] = {}
-    for t, value in values:
-        memo[id(t)] = nn.Parameter(value.clone()) if isinstance(t, nn.Parameter) else value.clone()
-    for inner in module.modules():
-        for name in _HOOKS:
-            memo[id(inner.__dict__[name])] = type(inner.__dict__[name])()
-        if isinstance(inner, nn.SyncBatchNorm) and inner.process_group is not None:
-            memo[id(inner.process_group)] = inner.process_group  # it cannot be copied
-    return copy.deepcopy(module, memo)
+
+    def tensor(t: Tensor | None) -> Any:
+        if t is not None and id(t) not in memo:
+            value = values[id(t)].clone()
+            memo[id(t)] = nn.Parameter(value) if isinstance(t, nn.Parameter) else value
+        return None if t is None else memo[id(t)]
+
+    def twin(inner: nn.Module) -> nn.Module:
+        if id(inner) in memo:
+            return memo[id(inner)]
+        found: nn.Module = object.__new__(type(inner))
+        memo[id(inner)] = found
+        for name, value in inner.__dict__.items():
+            if name in _HOOKS:
+                value = type(value)()
+            elif name in ("_parameters", "_buffers"):
+                value = type(value)((key, tensor(t)) for key, t in value.items())
+            elif name == "_modules":
+                value = type(value)((key, None if child is None else twin(child)) for key, child in value.items())
+            elif name in MEMORY_MODES and value is True:
+                value = False
+            elif name != "process_group" and not plain(value):
+                value = copy.deepcopy(value, memo)
+            found.__dict__[name] = value
+        _set_widths(found)
+        return found
+
+    return twin(module)
+
+
+def _set_widths(module: nn.Module) -> None:
+    weight = module._parameters.get("weight")
+    if weight is not None and isinstance(module, _ConvNd):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, _BatchNorm):
+        known = [t for t in (weight, module._buffers.get("running_mean")) if t is not None]
+        module.num_features = known[0].shape[0] if known else module.num_features

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from densenet_ext import kernels
-from densenet_ext.fusing.forwards import FusedBlock, installed
-from densenet_ext.fusing.matching import Unit, check_module, find_units
-from densenet_ext.modules import DenseBlock
+from densenet_ext.fusing.find import Found, find_units
+from densenet_ext.fusing.install import check_module
+from densenet_ext.planning.units import kept_by_unit
+from densenet_ext.text import readable, table
+from densenet_ext.units.block import Block
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,6 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     rows, notes = [_row(unit) for unit in units], tuple(_backends(model))
     if input_shape is None:
         return Report(tuple(rows), notes)
-    from densenet_ext.planning.units import kept_by_unit  # it stands on this package
-
     kept, whole = kept_by_unit(model, units, input_shape)
     rows = [
         replace(row, kept=kept[row.name].now, kept_unfused=kept[row.name].unfused) if row.name in kept else row
@@ -90,17 +90,12 @@ def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report
     return Report(tuple(rows), notes, whole.now, whole.unfused)
 
 
-def _row(unit: Unit) -> Row:
-    reason = unit.reason()
-    if not unit.is_fused and reason is None:
+def _row(found: Found) -> Row:
+    reason = found.reason()
+    if not found.is_fused and reason is None:
         reason = "densenet_ext.fuse has not been called"
-    functor = installed(unit.module)
-    save = None
-    if isinstance(functor, FusedBlock):
-        save = functor.save
-    elif isinstance(unit.module, DenseBlock):
-        save = unit.module.save
-    return Row(unit.kind, unit.name, reason is None, reason, save if reason is None else None)
+    save = found.unit.level(found.module) if isinstance(found.unit, Block) and reason is None else None
+    return Row(found.kind, found.name, reason is None, reason, save)
 
 
 def _backends(model: nn.Module) -> Iterator[str]:
@@ -116,22 +111,6 @@ def _backends(model: nn.Module) -> Iterator[str]:
         else:
             why = why or "there are no compiled kernels for this dtype"
             yield f"{name} on {device}: plain PyTorch computes, with the same memory: {why}"
-
-
-def table(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as aligned columns, the first row underlined."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
-
-
-def readable(size: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        del units[0]
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def _size(size: int | None) -> str:

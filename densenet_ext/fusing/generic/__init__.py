@@ -1,1 +1,0 @@
-"""Dense blocks and transitions of somebody's own code: found by their modules, tried out, and then run fused."""

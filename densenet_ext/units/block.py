@@ -1,0 +1,264 @@
+"""The dense block as a unit: which modules it consists of, why it may not run now, and the values of its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from densenet_ext import checks
+from densenet_ext.algorithm.basic_block import basic_block
+from densenet_ext.algorithm.block import dense_block
+from densenet_ext.algorithm.layout import convolution_format
+from densenet_ext.algorithm.values import BasicLayer, Layer, Stats
+from densenet_ext.units.built import Built
+from densenet_ext.units.entry import MapUnit, Mismatch, ran
+from densenet_ext.units.flow import Flow
+from densenet_ext.units.metadata import with_metadata
+from densenet_ext.units.parts import (
+    dimensions_of,
+    hooks_on_all_modules,
+    is_plain,
+    kind_of,
+    norm_of,
+    obstacle,
+    other_conv,
+    other_dropout,
+    other_norm,
+    other_relu,
+    parameter,
+    submodule,
+)
+from densenet_ext.units.reading import Readings
+
+
+class Parts(NamedTuple):
+    """The names of a layer's parts, within the layer: "bn1", "layers.norm1"."""
+
+    norms: tuple[str, ...]  # two, or one without a bottleneck
+    convs: tuple[str, ...]
+    activations: tuple[str, ...]  # fewer than norms, or none, where ``forward`` calls F.relu
+    dropouts: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()  # modules that hold the parts
+
+
+class Drop(NamedTuple):
+    """A place where a layer drops values."""
+
+    part: str  # the module that has the rate, "" for the layer itself; its training flag counts
+    attribute: str
+    inner: bool = False  # the bottleneck's features, else the new ones
+    channels: bool = False  # whole channels of a sample
+
+
+@dataclass(frozen=True)
+class Block(MapUnit):
+    """A run of dense layers over one buffer."""
+
+    layers: tuple[str, ...]  # names from the module on, in the order in which they run
+    parts: Parts  # of every layer
+    built: Built
+    drops: tuple[Drop, ...] = ()
+    new_first: bool = False  # features are joined as [new, x]
+    returns: str | None = "all"  # or "new": the block's own input is left out; None: the module's attribute ``returns``
+    save: str | None = None  # the level of saving; None: the module has it, as its attribute ``save``
+
+    kind: ClassVar[str] = "dense block"
+
+    def level(self, module: nn.Module) -> str:
+        """Returns what is kept for the backward pass, "bottlenecks" or "features"."""
+        return str(getattr(module, "save", "bottlenecks")) if self.save is None else self.save
+
+    def with_level(self, module: nn.Module, save: str) -> Block:
+        """Returns the unit with this level of saving; one whose module has the level sets it there."""
+        if self.save is not None:
+            return dataclasses.replace(self, save=save)
+        module.save = save  # type: ignore[assignment]
+        return self
+
+    def layers_of(self, module: nn.Module) -> list[nn.Module]:
+        """Returns the layers in the order in which they run."""
+        return [layer for layer in (submodule(module, name) for name in self.layers) if layer is not None]
+
+    def stop_dropping(self, module: nn.Module) -> bool:
+        """Sets all drop rates to 0 for good; returns whether any was above."""
+        owners: list[tuple[Any, str]] = [
+            (submodule(layer, drop.part), drop.attribute) for layer in self.layers_of(module) for drop in self.drops
+        ]
+        dropping = [(owner, name) for owner, name in owners if getattr(owner, name) > 0]
+        for owner, name in dropping:
+            setattr(owner, name, 0.0)
+        return bool(dropping)
+
+    # ---- why not ---------------------------------------------------------------------------------------------------
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Returns why the block runs unfused as it stands now, or None."""
+        return hooks_on_all_modules() or self.built.changed(module) or self._other_layers(module, True)
+
+    def other_parts(self, module: nn.Module) -> str | None:
+        """Returns why no fused block computes what the parts do, whatever holds them and acts on them; or None."""
+        return self._other_layers(module, False)
+
+    def _other_layers(self, module: nn.Module, here: bool) -> str | None:
+        """``here``: also what acts through the modules' own calls, and where their parameters are."""
+        channels = dims = None
+        place: tuple[Any, ...] | None = None
+        norms: set[nn.Module] = set()
+        for name, layer in zip(self.layers, self.layers_of(module), strict=True):
+            first: Any = submodule(layer, self.parts.convs[0])
+            if dims is None or channels is None:
+                dims = None if first is None else dimensions_of(first)
+                if dims is None:
+                    other = "is missing" if first is None else (here and obstacle(first)) or f"is a {kind_of(first)}"
+                    return f"{name}.{self.parts.convs[0]} {other}"
+                channels = first.weight.shape[1]
+                place = (first.weight.device, first.weight.dtype)
+            reason = self._other_layer(layer, channels, dims, here)
+            if reason is not None:
+                return f"{name}.{reason}"
+            weights = [submodule(layer, conv).weight for conv in self.parts.convs]  # type: ignore[union-attr]
+            if here and any((weight.device, weight.dtype) != place for weight in weights):
+                assert place is not None
+                return f"{name} is not on {place[0]} in {place[1]}, as the first convolution is"
+            channels += weights[-1].shape[0]  # type: ignore[index, operator]
+            norms.update(norm for norm in (submodule(layer, norm) for norm in self.parts.norms) if norm is not None)
+        return None if len(norms) == len(self.parts.norms) * len(self.layers) else "layers share modules"
+
+    def _other_layer(self, layer: nn.Module, channels: int, dims: int, here: bool) -> str | None:
+        names = self.parts
+        sizes = (1, 3)[-len(names.convs) :]
+        others: list[tuple[str, Callable[[Any], str | None]]] = []
+        others += [(name, lambda norm: other_norm(norm, dims)) for name in names.norms]
+        others += [(name, other_relu) for name in names.activations]
+        others += [
+            (name, functools.partial(other_conv, dims=dims, kernel_size=n))
+            for name, n in zip(names.convs, sizes, strict=True)
+        ]
+        others += [(name, functools.partial(self._other_dropout, name, dims)) for name in names.dropouts]
+        for name, other in others:
+            part = submodule(layer, name)
+            reason = "is missing" if part is None else (obstacle(part) if here else None) or other(part)
+            if reason is not None:
+                return f"{name} {reason}"
+        for norm_name, conv_name in zip(names.norms, names.convs, strict=True):
+            norm: Any = submodule(layer, norm_name)
+            conv: Any = submodule(layer, conv_name)
+            widths = (norm.num_features, conv.weight.shape[1])
+            if widths != (channels, channels):
+                return f"{norm_name} and {conv_name} take {widths[0]} and {widths[1]} features, where {channels} come"
+            channels = conv.weight.shape[0]
+        return None
+
+    def _other_dropout(self, name: str, dims: int, dropout: Any) -> str | None:
+        known = any(drop.part == name for drop in self.drops)
+        reason = other_dropout(dropout, dims)
+        return reason if reason is not None or known or dropout.p == 0 else f"drops too, at rate {dropout.p}"
+
+    # ---- how -------------------------------------------------------------------------------------------------------
+
+    def step(self, module: nn.Module, flow: Flow) -> Flow | Mismatch | None:
+        """Returns all features, or the new ones, in channels_last memory."""
+        reading = self._read(module)
+        if reading is None:
+            return None
+        layers: list[Any] = [layer.values() for layer in reading.layers]
+        weights = [weight for layer in layers for weight in _weights(layer)]
+        if not reading.fits(weights):
+            return None
+        first = weights[0]
+        words = checks.mismatch(flow.x, first.shape[1], first.dim() - 2, first)
+        if words is not None:
+            return Mismatch(words)
+        ran(module, self.kind)
+        new = functools.reduce(convolution_format, _weights(layers[0]), flow.layout)
+        layout = flow.layout if new == flow.layout else torch.contiguous_format  # of their concatenation
+        stats: list[Stats | None] = []
+
+        def compute(x: Tensor) -> Tensor:
+            if isinstance(layers[0], Layer):
+                out, taken = dense_block(x, layers, self.level(module), self.new_first)
+            else:
+                out, taken = basic_block(x, layers, self.new_first)
+            stats.append(taken)
+            return out
+
+        out = with_metadata(compute, flow.x)
+        if (getattr(module, "returns", "all") if self.returns is None else self.returns) == "new":
+            return Flow(out[:, first.shape[1] :], new)
+        return Flow(out, layout, stats[0])
+
+    def values(self, module: nn.Module) -> Layer | BasicLayer | None:
+        """Returns the first layer as it stands at this call; None where the block cannot run."""
+        reading = self._read(module)
+        layer = None if reading is None else reading.layers[0].values()
+        return layer if layer is None or all(map(is_plain, _weights(layer))) else None
+
+    def _read(self, module: nn.Module) -> _Reading | None:
+        def read() -> _Reading | None:
+            return None if self.reason(module) is not None else _Reading(self, self.layers_of(module))
+
+        if torch.compiler.is_compiling():  # the compiler watches what it has seen by itself
+            return read()
+        if hooks_on_all_modules() is not None:
+            return None
+        return _READINGS.get(module, self, read, lambda: self.built.watched(module))
+
+
+class _Reading:
+    """The modules of a block's layers, and the shapes that add up."""
+
+    def __init__(self, block: Block, layers: Sequence[nn.Module]) -> None:
+        self.layers = [_LayerParts(block, layer) for layer in layers]
+        self._shapes = [weight.shape for layer in self.layers for weight in _weights(layer.values())]
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Returns whether the weights of this call are plain tensors of these shapes, alike in dtype and device."""
+        dtype, device = weights[0].dtype, weights[0].device
+        if [weight.shape for weight in weights] != self._shapes or not all(map(is_plain, weights)):
+            return False
+        return all(weight.dtype == dtype and weight.device == device for weight in weights)
+
+
+_READINGS: Readings[_Reading] = Readings()
+
+
+class _LayerParts:
+    """The modules of one layer, from which every call takes the values."""
+
+    def __init__(self, block: Block, layer: nn.Module) -> None:
+        self._norms: list[Any] = [submodule(layer, name) for name in block.parts.norms]
+        self._convs: list[Any] = [submodule(layer, name) for name in block.parts.convs]
+        # their attributes: a layer that is a unit by itself must not be kept alive by what was read of it
+        self._drops = [(vars(submodule(layer, drop.part)), drop) for drop in block.drops]
+
+    def values(self) -> Layer | BasicLayer:
+        """Returns the layer as the algorithm takes it, as it stands at this call."""
+        rate, channels, inner_rate, inner_channels = 0.0, False, 0.0, False
+        for values, drop in self._drops:
+            p = float(values[drop.attribute]) if values["training"] else 0.0
+            if p > 0 and drop.inner:
+                inner_rate, inner_channels = p, drop.channels
+            elif p > 0:
+                rate, channels = p, drop.channels
+        norms, convs = self._norms, self._convs
+        W1, bias1 = parameter(convs[0], "weight"), parameter(convs[0], "bias")
+        if len(norms) == 1:
+            return BasicLayer(norm_of(norms[0]), W1, rate, bias1, channels)
+        W2, bias2 = parameter(convs[1], "weight"), parameter(convs[1], "bias")
+        norm1, norm2 = norm_of(norms[0]), norm_of(norms[1])
+        return Layer(norm1, W1, norm2, W2, rate, bias1, bias2, channels, inner_rate, inner_channels)
+
+
+def layer_values(block: Block, layer: nn.Module) -> Layer | BasicLayer:
+    """Returns one of the block's layers as the algorithm takes it, whatever stands in its way."""
+    return _LayerParts(block, layer).values()
+
+
+def _weights(layer: Layer | BasicLayer) -> tuple[Tensor, ...]:
+    return (layer.conv1, layer.conv2) if isinstance(layer, Layer) else (layer.conv,)

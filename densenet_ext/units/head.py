@@ -1,0 +1,95 @@
+"""The head as a unit: the last norm, ReLU and global average in one pass, then what the model runs on the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import nn
+
+from densenet_ext.algorithm.head import head
+from densenet_ext.units.around import Sequence, first_mismatch
+from densenet_ext.units.built import Built
+from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
+from densenet_ext.units.flow import incoming
+from densenet_ext.units.metadata import with_metadata
+from densenet_ext.units.parts import (
+    hook_on,
+    hooks_on_all_modules,
+    norm_of,
+    obstacle,
+    other_flatten,
+    other_global_average,
+    other_norm,
+    other_relu,
+    submodule,
+)
+
+OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
+    "relu": lambda module, dims: other_relu(module),
+    "average": other_global_average,
+    "flatten": lambda module, dims: None if type(module) is nn.Identity else other_flatten(module),
+}
+"""What a module is instead of what it stands for behind the last norm, by the name of that; or None."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model: its features up to the last norm, ReLU and average over the pixels, and modules that follow."""
+
+    features: str  # a Sequential that ends in the norm
+    replaced: tuple[tuple[str, str], ...]  # modules that are not called, by name, and what they are: a key of OTHER
+    rest: tuple[str, ...]  # modules that are called one after another on [N, C]
+    dims: int  # spatial dimensions
+    built: Built
+
+    kind: ClassVar[str] = "head"
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Returns why norm, ReLU and average run one by one as they stand now, or None."""
+        reason = hooks_on_all_modules() or self.built.changed(module)
+        if reason is not None:
+            return reason
+        features: Any = submodule(module, self.features)
+        reason = hook_on(features)
+        if reason is not None:
+            return f"{self.features} {reason}"
+        reason = reason_outside(features)
+        if reason is not None or original_class(features).forward is not nn.Sequential.forward:
+            return f"{self.features} does not run its children one after another"
+        names = tuple(features._modules)
+        norm = features._modules[names[-1]] if names else None
+        reason = "is missing" if norm is None else obstacle(norm) or other_norm(norm, self.dims)
+        if reason is not None:
+            return f"{names[-1] if names else 'the last norm'} {reason}"
+        for name, what in self.replaced:
+            part = submodule(module, name)
+            assert part is not None
+            reason = OTHER[what](part, self.dims) or obstacle(part)
+            if reason is not None:
+                return f"{name} {reason}"
+        return None
+
+    def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
+        """Returns what ``usual(module, x)`` does."""
+        if self.reason(module) is not None:
+            return usual(module, x)
+        features: Any = submodule(module, self.features)
+        mismatch = first_mismatch(features, x)
+        if mismatch is not None:
+            return as_eager(mismatch, usual, module, x)
+        unit = unit_of(features)
+        sequence = unit if isinstance(unit, Sequence) else Sequence()
+        flow = sequence.run(features, incoming(x), stop=-1)
+        norm: Any = list(features.children())[-1]
+        if flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.num_features:
+            ran(module, self.kind)
+            values, stats = norm_of(norm), flow.stats
+            out = with_metadata(lambda maps: head(maps, values, stats=stats), flow.x)
+        else:  # the norm says what is wrong with it
+            out = F.relu(norm(flow.shown())).flatten(2).mean(2)
+        for name in self.rest:
+            out = submodule(module, name)(out)  # type: ignore[misc]
+        return out
