@@ -22,16 +22,21 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var, con
                                 N,
                                 rows<T>(at, x, "x", M, C),
                                 norm<A>(at, mean, var, weight, bias, eps, C),
-                                dense<A>(at, conv_weight, "conv_weight", N * C),
+                                matrix<A>(at, conv_weight, "conv_weight", N, C),
                                 dense<A>(at, out_bias, "out_bias", N),
                                 out_relu,
                                 rows_out<T>(at, out, "out", M, N),
                                 dense_out<A>(at, out_mean, "out_mean", N),
                                 dense_out<A>(at, out_var, "out_var", N),
                                 tf32};
-    check_apart(p.out, M, N, "out", p.x, M, C, "x");
-    at.bn_relu_conv1x1(p, M * (C + N));
+    at.check_apart();
+    if (C + N > 0) at.bn_relu_conv1x1(p, M * (C + N));
   });
+}
+
+inline void check_belongs_to_z(const OptionalTensor& z, const OptionalTensor& t, const char* name, bool needed) {
+  STD_TORCH_CHECK(!t || z, "densenet_ext: ", name, ": expected None, as z is, got a tensor");
+  STD_TORCH_CHECK(t || !z || !needed, "densenet_ext: ", name, ": expected a tensor with z, got None");
 }
 
 template <class D>
@@ -51,15 +56,20 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
     check_two_dims(grad_out, "grad_out");
     check_together(z_grad_weight, z_grad_bias, "z_grad_weight and z_grad_bias");
     check_together(grad_mean, grad_var, "grad_mean and grad_var");
-    STD_TORCH_CHECK(!z || (z_mean && z_var), "densenet_ext: z_mean and z_var: expected with z, got None");
+    check_belongs_to_z(z, z_mean, "z_mean", true);
+    check_belongs_to_z(z, z_var, "z_var", true);
+    check_belongs_to_z(z, z_weight, "z_weight", false);
+    check_belongs_to_z(z, z_bias, "z_bias", false);
+    check_belongs_to_z(z, z_grad_weight, "z_grad_weight", false);
     const int64_t M = x.size(0), C = x.size(1), N = grad_out.size(1);
     BnReluConv1x1Backward<T> p = {};
     p.M = M, p.C = C, p.N = N;
     p.x = rows<T>(at, x, "x", M, C);
     p.norm = norm<A>(at, mean, var, weight, bias, eps, C);
-    p.weight = dense<A>(at, conv_weight, "conv_weight", N * C);
+    p.weight = matrix<A>(at, conv_weight, "conv_weight", N, C);
     p.grad_out = rows<T>(at, grad_out, "grad_out", M, N);
     if (z) {
+      check_eps(z_eps, "z_eps");
       p.z = rows<T>(at, *z, "z", M, N);
       p.z_norm = {dense<A>(at, z_mean, "z_mean", N), dense<A>(at, z_var, "z_var", N),
                   dense<A>(at, z_weight, "z_weight", N), dense<A>(at, z_bias, "z_bias", N), z_eps};
@@ -69,15 +79,14 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
     if (grad_in) p.grad_in = rows<T>(at, *grad_in, "grad_in", M, C);
     p.accumulate = accumulate;
     p.grad_x = rows_out<T>(at, grad_x, "grad_x", M, C);
-    p.grad_conv_weight = dense_out<A>(at, grad_conv_weight, "grad_conv_weight", N * C);
+    p.grad_conv_weight = matrix_out<A>(at, grad_conv_weight, "grad_conv_weight", N, C);
     p.grad_weight = dense_out<A>(at, grad_weight, "grad_weight", C);
     p.grad_bias = dense_out<A>(at, grad_bias, "grad_bias", C);
     p.grad_mean = dense_out<A>(at, grad_mean, "grad_mean", C);
     p.grad_var = dense_out<A>(at, grad_var, "grad_var", C);
     p.tf32 = tf32;
-    check_apart(p.grad_x, M, C, "grad_x", p.x, M, C, "x");
-    check_apart(p.grad_x, M, C, "grad_x", p.grad_out, M, N, "grad_out");
-    at.bn_relu_conv1x1_backward(p, M * (C + N));
+    at.check_apart({{"grad_x", "grad_in"}});
+    if (C + N > 0) at.bn_relu_conv1x1_backward(p, M * (C + N));
   });
 }
 

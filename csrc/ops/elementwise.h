@@ -5,17 +5,18 @@
 
 namespace dx::ops {
 
+// The seed's place, or null without one. The layer is hashed in 32 bits.
 template <class D>
-void check_dropout(const D& at, double rate, const OptionalTensor& seed) {
+const int64_t* check_dropout(const D& at, double rate, const OptionalTensor& seed, int64_t layer) {
   STD_TORCH_CHECK(rate >= 0 && rate <= 1, "densenet_ext: drop_rate: expected a number in [0, 1], got ", rate);
+  STD_TORCH_CHECK(layer >= 0 && layer <= INT32_MAX, "densenet_ext: layer: expected a number in [0, ", INT32_MAX,
+                  "], got ", layer);
   STD_TORCH_CHECK(rate == 0 || seed, "densenet_ext: seed: expected an int64 tensor of one element, got None");
-  if (!seed) return;
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "densenet_ext: seed: expected an int64 tensor of one element, got shape ", shape_of(*seed));
-  at.check(*seed, "seed");
-}
-inline const int64_t* seed_of(const OptionalTensor& seed) {
-  return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+  if (!seed) return nullptr;
+  check_dtype<int64_t>(at, *seed, "seed");
+  STD_TORCH_CHECK(seed->numel() == 1, "densenet_ext: seed: expected an int64 tensor of one element, got shape ",
+                  shape_of(*seed));
+  return check_memory<int64_t>(at, *seed, "seed", 1, 1, 1, false);
 }
 
 template <class D>
@@ -27,8 +28,8 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
     const int64_t M = x.size(0), C = x.size(1);
     const ChannelStats<T> p = {M, C, rows<T>(at, x, "x", M, C), dense_out<A>(at, mean, "mean", C),
                                dense_out<A>(at, var, "var", C)};
-
-    at.channel_stats(p, M * C);
+    at.check_apart();
+    if (C > 0) at.channel_stats(p, M * C);
   });
 }
 
@@ -40,7 +41,7 @@ void append_features(const Tensor& src, const Tensor& out, const OptionalTensor&
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t M = src.size(0), C = src.size(1);
-    check_dropout(at, drop_rate, seed);
+    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer);
     check_together(mean, var, "mean and var");
     const AppendFeatures<T> p = {M,
                                  C,
@@ -49,10 +50,10 @@ void append_features(const Tensor& src, const Tensor& out, const OptionalTensor&
                                  dense_out<A>(at, mean, "mean", C),
                                  dense_out<A>(at, var, "var", C),
                                  drop_rate,
-                                 seed_of(seed),
+                                 checked_seed,
                                  layer};
-    check_apart(p.out, M, C, "out", p.src, M, C, "src");
-    at.append_features(p, M * C);
+    at.check_apart();
+    if (C > 0) at.append_features(p, M * C);
   });
 }
 
@@ -65,8 +66,8 @@ void bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const Optio
     const int64_t M = x.size(0), C = x.size(1);
     const BnRelu<T> p = {M, C, rows<T>(at, x, "x", M, C), norm<Acc<T>>(at, mean, var, weight, bias, eps, C),
                          rows_out<T>(at, out, "out", M, C)};
-    if (!same_rows(p.out, p.x)) check_apart(p.out, M, C, "out", p.x, M, C, "x");
-    at.bn_relu(p, M * C);
+    at.check_apart({{"out", "x"}});
+    if (C > 0) at.bn_relu(p, M * C);
   });
 }
 
@@ -79,7 +80,7 @@ void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t M = x.size(0), C = x.size(1);
-    check_dropout(at, drop_rate, seed);
+    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer);
     const FeatureGrad<T> p = {M,
                               C,
                               rows<T>(at, grad, "grad", M, C),
@@ -88,11 +89,11 @@ void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const
                               dense<A>(at, grad_mean, "grad_mean", C),
                               dense<A>(at, grad_var, "grad_var", C),
                               drop_rate,
-                              seed_of(seed),
+                              checked_seed,
                               layer,
                               rows_out<T>(at, out, "out", M, C)};
-    check_apart(p.out, M, C, "out", p.x, M, C, "x");
-    at.feature_grad(p, M * C);
+    at.check_apart({{"out", "grad"}});
+    if (C > 0) at.feature_grad(p, M * C);
   });
 }
 
@@ -112,8 +113,8 @@ void bn_relu_backward_reduce(const Tensor& grad, const Tensor& x, const Tensor& 
                                        norm<A>(at, mean, var, weight, bias, eps, C),
                                        dense_out<A>(at, grad_weight, "grad_weight", C),
                                        dense_out<A>(at, grad_bias, "grad_bias", C)};
-
-    at.bn_relu_backward_reduce(p, M * C);
+    at.check_apart();
+    if (C > 0) at.bn_relu_backward_reduce(p, M * C);
   });
 }
 
@@ -135,8 +136,8 @@ void bn_relu_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, c
                                  dense<A>(at, grad_weight, "grad_weight", C),
                                  dense<A>(at, grad_bias, "grad_bias", C),
                                  rows_out<T>(at, grad_x, "grad_x", M, C)};
-    check_apart(p.grad_x, M, C, "grad_x", p.x, M, C, "x");
-    at.bn_relu_backward(p, M * C);
+    at.check_apart({{"grad_x", "grad"}});
+    if (C > 0) at.bn_relu_backward(p, M * C);
   });
 }
 
@@ -150,23 +151,26 @@ void cat_bn_relu(const std::vector<Tensor>& features, const Tensor& mean, const 
     const int64_t M = out.size(0), C = out.size(1);
     const Norm<Acc<T>> whole = norm<Acc<T>>(at, mean, var, weight, bias, eps, C);
     const Rows<T> target = rows_out<T>(at, out, "out", M, C);
+    std::vector<Rows<const T>> sources;
+    sources.reserve(features.size());
     int64_t total = 0;
     for (const Tensor& feature : features) {
       check_two_dims(feature, "features");
+      sources.push_back(rows<T>(at, feature, "features", M, feature.size(1)));
       total += feature.size(1);
     }
     STD_TORCH_CHECK(total == C, "densenet_ext: features: expected ", C, " channels in all, got ", total);
+    at.check_apart();
     int64_t c = 0;
-    for (const Tensor& feature : features) {
-      const int64_t Ci = feature.size(1);
+    for (size_t i = 0; i < features.size(); ++i) {
+      const int64_t Ci = features[i].size(1);
       const BnRelu<T> p = {M,
                            Ci,
-                           rows<T>(at, feature, "features", M, Ci),
+                           sources[i],
                            {whole.mean + c, whole.var + c, whole.weight ? whole.weight + c : nullptr,
                             whole.bias ? whole.bias + c : nullptr, eps},
                            {target.data + c, target.pitch}};
-      check_apart(p.out, M, Ci, "out", p.x, M, Ci, "features");
-      at.bn_relu(p, M * Ci);
+      if (Ci > 0) at.bn_relu(p, M * Ci);
       c += Ci;
     }
   });

@@ -6,11 +6,30 @@
 namespace dx::ops {
 using Ints = std::vector<int64_t>;
 
+// Beyond all memory, with room below 64 bits for the doubled sizes of padded images.
+constexpr int64_t kMostPixels = int64_t(1) << 48;
+
 inline void check_entries(const Ints& values, size_t count, int64_t least, const char* name) {
   STD_TORCH_CHECK(values.size() == count, "densenet_ext: ", name, ": expected ", count, " numbers, got ",
                   values.size());
   for (int64_t value : values)
     STD_TORCH_CHECK(value >= least, "densenet_ext: ", name, ": expected numbers of at least ", least, ", got ", value);
+}
+
+inline std::string text_of(const Ints& values) {
+  std::string s = "[";
+  for (size_t i = 0; i < values.size(); ++i) s += (i ? ", " : "") + std::to_string(values[i]);
+  return s + "]";
+}
+
+// The product of the last three, far from 64 bits: sizes that no memory stands behind may be any.
+inline int64_t pixels(const Ints& values, const char* name, int64_t images = 1) {
+  int64_t product = images;
+  bool fits = true;
+  for (size_t i = values.size() - 3; i < values.size(); ++i)
+    fits &= !__builtin_mul_overflow(product, values[i], &product) && product <= kMostPixels;
+  STD_TORCH_CHECK(fits, "densenet_ext: ", name, ": expected at most ", kMostPixels, " pixels, got ", text_of(values));
+  return product;
 }
 
 // size [N, D, H, W]; window, stride, padding [3]; output sizes in floor mode.
@@ -19,13 +38,16 @@ inline Pooling pooling(const Ints& size, const Ints& window, const Ints& stride,
   check_entries(window, 3, 1, "window");
   check_entries(stride, 3, 1, "stride");
   check_entries(padding, 3, 0, "padding");
+  STD_TORCH_CHECK(pixels(size, "size") > 0, "densenet_ext: size: expected images of at least one pixel, got ",
+                  text_of(size));
+  pixels(size, "size", size[0]);
   Pooling g = {};
   g.batch = size[0];
   for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(size[i + 1] + 2 * padding[i] >= window[i], "densenet_ext: window: expected at most ",
-                    size[i + 1] + 2 * padding[i], " (the padded input), got ", window[i]);
-    STD_TORCH_CHECK(2 * padding[i] <= window[i], "densenet_ext: padding: expected at most half of the window ",
+    STD_TORCH_CHECK(padding[i] <= window[i] / 2, "densenet_ext: padding: expected at most half of the window ",
                     window[i], ", got ", padding[i]);
+    STD_TORCH_CHECK(window[i] - padding[i] <= size[i + 1] + padding[i], "densenet_ext: window: expected at most ",
+                    size[i + 1] + 2 * padding[i], " (the padded input), got ", window[i]);
     g.size[i] = size[i + 1];
     g.window[i] = window[i];
     g.stride[i] = stride[i];
@@ -37,7 +59,7 @@ inline Pooling pooling(const Ints& size, const Ints& window, const Ints& stride,
 inline Pooling average(const Ints& size, const Ints& window) { return pooling(size, window, window, {0, 0, 0}); }
 inline Pooling maximum(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
   const Pooling g = pooling(size, window, stride, padding);
-  STD_TORCH_CHECK(g.window[0] * g.window[1] * g.window[2] <= 256,
+  STD_TORCH_CHECK(pixels(window, "window") <= 256,
                   "densenet_ext: window: expected at most 256 pixels (positions are kept in a byte), got ",
                   g.window[0] * g.window[1] * g.window[2]);
   return g;
@@ -58,8 +80,8 @@ void forward(const Pooling& g, const K& kernel, const Tensor& x, const Tensor& m
                              norm<Acc<T>>(at, mean, var, weight, bias, eps, C),
                              rows_out<T>(at, out, "out", g.out_rows(), C),
                              index ? rows_out<uint8_t>(at, *index, "index", g.out_rows(), C) : Rows<uint8_t>{}};
-    check_apart(p.out, g.out_rows(), C, "out", p.x, g.in_rows(), C, "x");
-    kernel(at, p, g.in_rows() * C);
+    at.check_apart();
+    if (C > 0) kernel(at, p, g.in_rows() * C);
   });
 }
 
@@ -83,7 +105,8 @@ void backward_reduce(const Pooling& g, const K& kernel, const Tensor& grad_out, 
         pooled ? rows_out<T>(at, *pooled, "pooled", g.out_rows(), C) : Rows<T>{},
         dense_out<A>(at, grad_weight, "grad_weight", C),
         dense_out<A>(at, grad_bias, "grad_bias", C)};
-    kernel(at, p, g.in_rows() * C);
+    at.check_apart();
+    if (C > 0) kernel(at, p, g.in_rows() * C);
   });
 }
 
@@ -107,9 +130,8 @@ void backward(const Pooling& g, const K& kernel, const Tensor& grad_out, const O
         dense<A>(at, grad_weight, "grad_weight", C),
         dense<A>(at, grad_bias, "grad_bias", C),
         rows_out<T>(at, grad_x, "grad_x", g.in_rows(), C)};
-    check_apart(p.grad_x, g.in_rows(), C, "grad_x", p.x, g.in_rows(), C, "x");
-    check_apart(p.grad_x, g.in_rows(), C, "grad_x", p.grad_out, g.out_rows(), C, "grad_out");
-    kernel(at, p, g.in_rows() * C);
+    at.check_apart();
+    if (C > 0) kernel(at, p, g.in_rows() * C);
   });
 }
 

@@ -2,12 +2,16 @@
 // and what came. Checks read sizes, strides, dtypes and devices, never data. D is the backend's device (cpu.h, cuda.h).
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../params.h"
+#include "regions.h"
 #include "stable.h"
 
 namespace dx::ops {
@@ -38,6 +42,10 @@ template <>
 struct Storage<uint8_t> {
   static constexpr ScalarType type = ScalarType::Byte;
 };
+template <>
+struct Storage<int64_t> {
+  static constexpr ScalarType type = ScalarType::Long;
+};
 
 inline std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -45,7 +53,8 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
-// Where a call runs: on the device of the tensor that the dispatcher looked at first, as all its other tensors must.
+// Where a call runs, on the device of the tensor that the dispatcher looked at first, as all its other tensors must;
+// and the memory that it was seen to use.
 class Place {
  public:
   explicit Place(const Tensor& first) : device_(first.device()) {}
@@ -54,6 +63,9 @@ class Place {
     STD_TORCH_CHECK(t.device() == device_, "densenet_ext: ", name, ": expected a tensor on ", name_of(device_),
                     " as the other arguments, got one on ", name_of(t.device()));
   }
+  // Noted by the checks of each argument; check_apart comes behind all of them.
+  void uses(const Region& region) const { regions_.add(region); }
+  void check_apart(std::initializer_list<InPlace> in_place = {}) const { regions_.check_apart(in_place); }
 
  private:
   static std::string name_of(const torch::stable::Device& device) {
@@ -62,6 +74,7 @@ class Place {
     return "cuda:" + std::to_string(device.index());
   }
   torch::stable::Device device_;
+  mutable Regions regions_;
 };
 
 template <class T, class D>
@@ -70,71 +83,64 @@ inline void check_dtype(const D& at, const Tensor& t, const char* name) {
                   torch::headeronly::toString(Storage<T>::type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   at.check(t, name);
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(T) == 0, "densenet_ext: ", name,
-                  ": expected storage aligned to its elements of ", sizeof(T), " bytes");
+}
+
+// M rows of C elements in memory that exists (a storage can have been freed under its tensors), noted as used; null
+// when there are none.
+template <class T, class D>
+inline T* check_memory(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C, int64_t pitch,
+                       bool written) {
+  if (M == 0 || C == 0) return nullptr;
+  // asking for mutable data may move it: a lazy clone gets memory of its own
+  void* data = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  STD_TORCH_CHECK(begin % sizeof(T) == 0, "densenet_ext: ", name, ": expected storage aligned to its elements of ",
+                  sizeof(T), " bytes, got one ", begin % sizeof(T), " bytes beyond");
+  int64_t stored = 0, used = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
+  const bool fits = !__builtin_mul_overflow(M - 1, pitch, &used) &&
+                    !__builtin_add_overflow(used, C + t.storage_offset(), &used) && used <= stored / int64_t(sizeof(T));
+  STD_TORCH_CHECK(fits, "densenet_ext: ", name, ": expected storage for shape ", shape_of(t), ", got one of ", stored,
+                  " bytes");
+  const uintptr_t row = uintptr_t(C) * sizeof(T), step = uintptr_t(pitch) * sizeof(T);
+  at.uses({name, begin, begin + (M - 1) * step + row, step, row, written});
+  return static_cast<T*>(data);
 }
 
 // Rows of a feature map: [M, C], channels contiguous, any pitch of at least C.
 template <class T, class D>
-inline int64_t check_rows(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C) {
-  check_dtype<std::remove_const_t<T>>(at, t, name);
+inline Rows<T> checked_rows(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C, bool written) {
+  check_dtype<T>(at, t, name);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == M && t.size(1) == C, "densenet_ext: ", name, ": expected shape [", M,
                   ", ", C, "], got ", shape_of(t));
   STD_TORCH_CHECK((C <= 1 || t.stride(1) == 1) && (M <= 1 || t.stride(0) >= C), "densenet_ext: ", name,
                   ": expected contiguous channels and rows that do not overlap (strides [>= ", C,
                   ", 1]), got strides [", t.stride(0), ", ", t.stride(1), "]");
-  return M <= 1 ? C : t.stride(0);
+  const int64_t pitch = M <= 1 ? C : t.stride(0);
+  return {check_memory<T>(at, t, name, M, C, pitch, written), pitch};
 }
 template <class T, class D>
 inline Rows<const T> rows(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C) {
-  const int64_t pitch = check_rows<T>(at, t, name, M, C);
-  return {static_cast<const T*>(t.const_data_ptr()), pitch};
+  const Rows<T> checked = checked_rows<T>(at, t, name, M, C, false);
+  return {checked.data, checked.pitch};
 }
 template <class T, class D>
 inline Rows<T> rows_out(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C) {
-  const int64_t pitch = check_rows<T>(at, t, name, M, C);
-  return {static_cast<T*>(t.mutable_data_ptr()), pitch};
+  return checked_rows<T>(at, t, name, M, C, true);
 }
 
-// Whether two arguments are the same rows: where a kernel works in place.
-template <class T, class U>
-inline bool same_rows(Rows<T> a, Rows<U> b) {
-  return a.data == b.data && a.pitch == b.pitch;
-}
-
-// Rows that are written must lie apart from rows that other threads still read: in other memory, or in other columns
-// of one buffer.
-template <class T, class U>
-inline void check_apart(Rows<T> out, int64_t out_rows, int64_t out_columns, const char* out_name, Rows<U> in,
-                        int64_t in_rows, int64_t in_columns, const char* in_name) {
-  const auto begin = [](const auto& r) { return reinterpret_cast<uintptr_t>(r.data); };
-  const auto end = [&](const auto& r, int64_t M, int64_t C) {
-    return begin(r) + ((M - 1) * r.pitch + C) * sizeof(*r.data);
-  };
-  if (out_rows == 0 || in_rows == 0 || !out.data || !in.data) return;
-  if (end(out, out_rows, out_columns) <= begin(in) || end(in, in_rows, in_columns) <= begin(out)) return;
-  const uintptr_t pitch = uintptr_t(out.pitch) * sizeof(T);
-  bool apart = pitch == uintptr_t(in.pitch) * sizeof(U);
-  if (apart) {
-    // Columns of `in`, counted from the first of `out`, around one row.
-    const uintptr_t first = (begin(in) + pitch - begin(out) % pitch) % pitch;
-    apart = first >= out_columns * sizeof(T) && first + in_columns * sizeof(U) <= pitch;
-  }
-  STD_TORCH_CHECK(apart, "densenet_ext: ", out_name, ": expected storage apart from that of ", in_name,
-                  ", got an overlap");
-}
-
-// Per-channel vectors and small matrices: contiguous, in the acc dtype.
+// Per-channel vectors: [C], contiguous, in the acc dtype.
 template <class A, class D>
-inline void check_dense(const D& at, const Tensor& t, const char* name, int64_t count) {
+inline A* checked_vector(const D& at, const Tensor& t, const char* name, int64_t count, bool written) {
   check_dtype<A>(at, t, name);
-  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous(), "densenet_ext: ", name, ": expected ", count,
-                  " contiguous elements, got shape ", shape_of(t), t.is_contiguous() ? "" : ", not contiguous");
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && (count <= 1 || t.stride(0) == 1), "densenet_ext: ", name,
+                  ": expected ", count, " contiguous elements, got shape ", shape_of(t),
+                  t.is_contiguous() ? "" : ", not contiguous");
+  return check_memory<A>(at, t, name, 1, count, count, written);
 }
 template <class A, class D>
 inline const A* dense(const D& at, const Tensor& t, const char* name, int64_t count) {
-  check_dense<A>(at, t, name, count);
-  return static_cast<const A*>(t.const_data_ptr());
+  return checked_vector<A>(at, t, name, count, false);
 }
 template <class A, class D>
 inline const A* dense(const D& at, const OptionalTensor& t, const char* name, int64_t count) {
@@ -142,22 +148,48 @@ inline const A* dense(const D& at, const OptionalTensor& t, const char* name, in
 }
 template <class A, class D>
 inline A* dense_out(const D& at, const Tensor& t, const char* name, int64_t count) {
-  check_dense<A>(at, t, name, count);
-  return static_cast<A*>(t.mutable_data_ptr());
+  return checked_vector<A>(at, t, name, count, true);
 }
 template <class A, class D>
 inline A* dense_out(const D& at, const OptionalTensor& t, const char* name, int64_t count) {
   return t ? dense_out<A>(at, *t, name, count) : nullptr;
 }
 
+// A 1x1 convolution's weight or its gradient: [N, C] or, as the convolution has it, [N, C, 1, ...]; contiguous, in the
+// acc dtype.
+template <class A, class D>
+inline A* checked_matrix(const D& at, const Tensor& t, const char* name, int64_t N, int64_t C, bool written) {
+  check_dtype<A>(at, t, name);
+  bool fits = t.dim() >= 2 && t.size(0) == N && t.size(1) == C && t.is_contiguous();
+  for (int64_t i = 2; fits && i < t.dim(); ++i) fits = t.size(i) == 1;
+  STD_TORCH_CHECK(fits, "densenet_ext: ", name, ": expected contiguous shape [", N, ", ", C, "] or [", N, ", ", C,
+                  ", 1, ...], got shape ", shape_of(t), t.is_contiguous() ? "" : ", not contiguous");
+  return check_memory<A>(at, t, name, 1, N * C, N * C, written);
+}
+template <class A, class D>
+inline const A* matrix(const D& at, const Tensor& t, const char* name, int64_t N, int64_t C) {
+  return checked_matrix<A>(at, t, name, N, C, false);
+}
+template <class A, class D>
+inline A* matrix_out(const D& at, const OptionalTensor& t, const char* name, int64_t N, int64_t C) {
+  return t ? checked_matrix<A>(at, *t, name, N, C, true) : nullptr;
+}
+
 inline void check_together(const OptionalTensor& a, const OptionalTensor& b, const char* names) {
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "densenet_ext: ", names, ": expected both or neither");
+  STD_TORCH_CHECK(a.has_value() == b.has_value(), "densenet_ext: ", names, ": expected both or neither, got ",
+                  a ? "the first" : "the second", " alone");
+}
+
+inline void check_eps(double eps, const char* name) {
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "densenet_ext: ", name,
+                  ": expected a finite number of at least 0, got ", eps);
 }
 
 // The five arguments of a BatchNorm.
 template <class A, class D>
 inline Norm<A> norm(const D& at, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                     const OptionalTensor& bias, double eps, int64_t C) {
+  check_eps(eps, "eps");
   return {dense<A>(at, mean, "mean", C), dense<A>(at, var, "var", C), dense<A>(at, weight, "weight", C),
           dense<A>(at, bias, "bias", C), eps};
 }
