@@ -27,12 +27,28 @@ from emulation import library
 
 from densenet_ext import kernels
 
+try:
+    import hypothesis
+except ImportError:  # the tests that need it skip themselves
+    hypothesis = None  # type: ignore[assignment]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests run: cpu, cuda or cuda:N")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hypothesis is not None:
+        examples = os.environ.get("FUZZ_EXAMPLES")
+        hypothesis.settings.register_profile(
+            "densenet_ext",
+            max_examples=int(examples or 50),
+            derandomize=not examples,  # the suite makes the same calls in each run; `make fuzz` new ones
+            database=None,
+            deadline=None,
+            print_blob=True,
+        )
+        hypothesis.settings.load_profile("densenet_ext")
     name = config.getoption("--device")
     try:
         device = torch.device(name)

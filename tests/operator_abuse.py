@@ -129,7 +129,7 @@ for _name in LISTS:
         LISTS[_name].append(lambda v: [*v[:-1], 0] if len(v) == 3 else [*v[:-1], 0])
 
 
-def changes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def changes(name: str, value: Any, optional: set[str]) -> Iterator[tuple[str, Any]]:
     """What argument ``name`` is given instead of ``value``, in words and as a value."""
     if name in NUMBERS:
         yield from ((repr(x), x) for x in NUMBERS[name])
@@ -145,6 +145,8 @@ def changes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for text, change in table.items():
             if not (text == "misaligned" and value.element_size() == 1):
                 yield text, change(value)
+        if name not in optional:
+            yield "missing", None
 
 
 # What a kernel may read where it writes: the same rows exactly.
@@ -201,7 +203,7 @@ def refusals(op: str) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     call = full_call(op, torch.float32)
     optional = {argument.name for argument in everything if "Optional" in str(argument.type)}
     for name, value in call.args.items():
-        for text, changed in changes(name, value):
+        for text, changed in changes(name, value, optional):
             if (op, name, text) in RIGHT:
                 continue
             blamed = names if name in DEFINING or name == names[0] else [name]

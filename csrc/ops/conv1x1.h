@@ -10,7 +10,7 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var, con
                      const OptionalTensor& bias, double eps, const Tensor& conv_weight, const OptionalTensor& out_bias,
                      bool out_relu, const Tensor& out, const OptionalTensor& out_mean, const OptionalTensor& out_var,
                      bool tf32) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -49,7 +49,7 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
                               const OptionalTensor& grad_conv_weight, const Tensor& grad_weight,
                               const Tensor& grad_bias, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
                               bool tf32) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;

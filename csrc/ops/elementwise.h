@@ -14,14 +14,14 @@ const int64_t* check_dropout(const D& at, double rate, const OptionalTensor& see
   STD_TORCH_CHECK(rate == 0 || seed, "densenet_ext: seed: expected an int64 tensor of one element, got None");
   if (!seed) return nullptr;
   check_dtype<int64_t>(at, *seed, "seed");
-  STD_TORCH_CHECK(seed->numel() == 1, "densenet_ext: seed: expected an int64 tensor of one element, got shape ",
-                  shape_of(*seed));
+  STD_TORCH_CHECK(seed->dim() <= 1 && seed->numel() == 1,
+                  "densenet_ext: seed: expected an int64 tensor of one element, got shape ", shape_of(*seed));
   return check_memory<int64_t>(at, *seed, "seed", 1, 1, 1, false);
 }
 
 template <class D>
 void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -36,7 +36,7 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
 template <class D>
 void append_features(const Tensor& src, const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var,
                      double drop_rate, const OptionalTensor& seed, int64_t layer) {
-  const D at(src);
+  const D at(defined(src, "src"));
   for_storage_type(src, "src", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -60,7 +60,7 @@ void append_features(const Tensor& src, const Tensor& out, const OptionalTensor&
 template <class D>
 void bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
              const OptionalTensor& bias, double eps, const Tensor& out) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const int64_t M = x.size(0), C = x.size(1);
@@ -75,7 +75,7 @@ template <class D>
 void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& grad_mean,
                   const Tensor& grad_var, double drop_rate, const OptionalTensor& seed, int64_t layer,
                   const Tensor& out) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -101,7 +101,7 @@ template <class D>
 void bn_relu_backward_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
                              const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                              const Tensor& grad_weight, const Tensor& grad_bias) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -122,7 +122,7 @@ template <class D>
 void bn_relu_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                       const OptionalTensor& grad_weight, const OptionalTensor& grad_bias, const Tensor& grad_x) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -145,7 +145,7 @@ void bn_relu_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, c
 template <class D>
 void cat_bn_relu(const std::vector<Tensor>& features, const Tensor& mean, const Tensor& var,
                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out) {
-  const D at(out);
+  const D at(defined(out, "out"));
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     const int64_t M = out.size(0), C = out.size(1);

@@ -70,7 +70,7 @@ template <class D, class K>
 void forward(const Pooling& g, const K& kernel, const Tensor& x, const Tensor& mean, const Tensor& var,
              const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& out,
              const OptionalTensor& index) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const int64_t C = x.size(1);
@@ -90,7 +90,7 @@ void backward_reduce(const Pooling& g, const K& kernel, const Tensor& grad_out, 
                      const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                      const OptionalTensor& bias, double eps, const OptionalTensor& pooled, const Tensor& grad_weight,
                      const Tensor& grad_bias) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -114,7 +114,7 @@ template <class D, class K>
 void backward(const Pooling& g, const K& kernel, const Tensor& grad_out, const OptionalTensor& index, const Tensor& x,
               const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
               double eps, const OptionalTensor& grad_weight, const OptionalTensor& grad_bias, const Tensor& grad_x) {
-  const D at(x);
+  const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;

@@ -53,6 +53,12 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// The schemas' tensors are all there, but torch.ops takes None for one of them.
+inline const Tensor& defined(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.defined(), "densenet_ext: ", name, ": expected a tensor, got None");
+  return t;
+}
+
 // Where a call runs, on the device of the tensor that the dispatcher looked at first, as all its other tensors must;
 // and the memory that it was seen to use.
 class Place {
@@ -60,8 +66,8 @@ class Place {
   explicit Place(const Tensor& first) : device_(first.device()) {}
   const torch::stable::Device& device() const { return device_; }
   void check(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.device() == device_, "densenet_ext: ", name, ": expected a tensor on ", name_of(device_),
-                    " as the other arguments, got one on ", name_of(t.device()));
+    STD_TORCH_CHECK(defined(t, name).device() == device_, "densenet_ext: ", name, ": expected a tensor on ",
+                    name_of(device_), " as the other arguments, got one on ", name_of(t.device()));
   }
   // Noted by the checks of each argument; check_apart comes behind all of them.
   void uses(const Region& region) const { regions_.add(region); }
@@ -79,10 +85,10 @@ class Place {
 
 template <class T, class D>
 inline void check_dtype(const D& at, const Tensor& t, const char* name) {
+  at.check(t, name);
   STD_TORCH_CHECK(t.scalar_type() == Storage<T>::type, "densenet_ext: ", name, ": expected dtype ",
                   torch::headeronly::toString(Storage<T>::type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
-  at.check(t, name);
 }
 
 // M rows of C elements in memory that exists (a storage can have been freed under its tensors), noted as used; null
@@ -195,7 +201,8 @@ inline Norm<A> norm(const D& at, const Tensor& mean, const Tensor& var, const Op
 }
 
 inline void check_two_dims(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2, "densenet_ext: ", name, ": expected rows [M, C], got shape ", shape_of(x));
+  STD_TORCH_CHECK(defined(x, name).dim() == 2, "densenet_ext: ", name, ": expected rows [M, C], got shape ",
+                  shape_of(x));
 }
 
 // Runs f(T{}) for the storage type of x.
