@@ -1,6 +1,8 @@
 # Each target makes its own environment on a machine that has Python >= 3.10, a C++ compiler and make.
 #   make train   train on the handwritten digits        make test    lint, types and tests
 #   make bench   the benchmarks                         make lint    lint and types only
+#   make fuzz FUZZ_EXAMPLES=5000    random calls, as many for each test as asked for
+#   make sanitize                   the operators' tests under ASan and UBSan, at each SIMD level of this processor
 # On a machine with an NVIDIA GPU and a CUDA torch, offline, in ten minutes:
 #   make gpu OUT=folder   build, tests, compute-sanitizer and benchmarks; GPU_STAGES="build tests" runs some of them
 PYTHON ?= python3
@@ -8,6 +10,7 @@ VENV ?= .venv
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_EXAMPLES ?= 1000
 OUT ?= runs/gpu
 GPU_STAGES ?= build tests sanitizer kernels networks
 GPU_ARGS ?=
@@ -20,7 +23,7 @@ cxx_files := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test lint pytest bench gpu clean
+.PHONY: train test lint pytest fuzz sanitize bench gpu clean
 
 train: $(VENV)/.train
 	$(python) -m densenet_ext train $(TRAIN_ARGS)
@@ -36,6 +39,12 @@ lint: $(VENV)/.dev
 # Two files at a time; threads that wait for others leave the processor to them.
 pytest: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+fuzz: $(VENV)/.dev
+	OMP_WAIT_POLICY=passive FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(python) -m pytest -n 2 -m fuzz $(TEST_ARGS)
+
+sanitize: $(VENV)/.dev
+	$(python) tools/sanitize.py $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(python) -m benchmarks $(BENCH_ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,21 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, _explain(error, Path(__file__).resolve().parent)
 
 
+def _choose_simd_level(module: ModuleType, wanted: str | None) -> None:
+    """Sets the SIMD level of the CPU kernels to that of DENSENET_EXT_SIMD, if it is set; RuntimeError without it."""
+    levels = module.simd_levels()
+    if wanted and wanted not in levels:
+        raise RuntimeError(
+            f"DENSENET_EXT_SIMD: expected one of the levels of this build on this processor ({', '.join(levels)}), "
+            f"got {wanted!r}"
+        )
+    if wanted:
+        module.set_simd_level(wanted)
+
+
 module, why_missing = _load()
+if module is not None:
+    _choose_simd_level(module, os.environ.get("DENSENET_EXT_SIMD"))
 _facts: dict[str, Any] = module.build_facts() if module is not None else {}
 has_cpu: bool = module is not None
 has_cuda: bool = bool(_facts.get("cuda"))
