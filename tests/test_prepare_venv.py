@@ -7,7 +7,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "torch, torchvision", [("2.13.0+cpu", "0.28.0"), ("2.11.0+cu130", "0.26.0"), ("2.14.1", "0.29.1")]
+    "torch, torchvision",
+    [("2.13.0+cpu", "0.28.0"), ("2.11.0+cu130", "0.26.0"), ("2.14.1", "0.29.1"), ("2.15.0", "0.29.2")],
 )
 def test_each_torch_has_its_torchvision(torch, torchvision):
     assert prepare_venv.torchvision_release(torch) == torchvision

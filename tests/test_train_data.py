@@ -319,10 +319,11 @@ def test_fractions_that_leave_nothing_on_one_side(tmp_path, name, fraction):
 # torchvision
 
 
-def test_without_torchvision_the_release_for_this_torch_is_named(monkeypatch):
+@pytest.mark.parametrize(("version", "release"), [("2.13.1+cu130", "28"), ("2.14.1", "29"), ("2.15.0", "29")])
+def test_without_torchvision_the_release_for_this_torch_is_named(monkeypatch, version, release):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    monkeypatch.setattr(torch, "__version__", "2.13.1+cu130")
-    with pytest.raises(UserError, match=r"not installed.*--no-deps 'torchvision==0\.28\.\*'"):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UserError, match=rf"not installed.*--no-deps 'torchvision==0\.{release}\.\*'"):
         vision.import_torchvision.__wrapped__()
 
 

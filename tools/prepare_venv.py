@@ -125,9 +125,12 @@ def install_peers(libraries: Iterable[str]) -> None:
 
 
 def torchvision_release(torch: str) -> str:
-    """The torchvision that belongs to a release of torch: 0.28.0 to 2.13.0, and so on in step."""
-    minor, patch = re.findall(r"\d+", torch)[1:3]
-    return f"0.{int(minor) + 15}.{patch}"
+    """The torchvision that belongs to a release of torch: 0.28.0 to 2.13.0, and so on in step up to 2.14.
+
+    From 0.29.1 on torchvision is built for every later torch (its metadata say torch >= 2.14.0).
+    """
+    minor, patch = (int(part) for part in re.findall(r"\d+", torch)[1:3])
+    return f"0.{minor + 15}.{patch}" if minor <= 14 else "0.29.2"
 
 
 def link_command(name: str) -> None:

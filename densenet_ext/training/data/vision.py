@@ -62,7 +62,10 @@ def _import() -> ModuleType:
 
 
 def _install() -> str:
-    """How to install the release of torchvision that belongs to this torch: 2.N goes with 0.(N + 15)."""
+    """How to install the release of torchvision that belongs to this torch: 2.N goes with 0.(N + 15) up to 2.14.
+
+    From 0.29.1 on a release of torchvision is for every later torch.
+    """
     major, minor = torch.__version__.split(".")[:2]
-    release = f"==0.{int(minor) + 15}.*" if major == "2" else ""
+    release = f"==0.{min(int(minor), 14) + 15}.*" if major == "2" else ""
     return f"pip install numpy pillow, and pip install --no-deps 'torchvision{release}' (so that no second torch comes)"
