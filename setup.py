@@ -36,6 +36,9 @@ def options() -> dict[str, Any]:
                 super().build_extensions()
             except RuntimeError as error:
                 raise environment.BuildError(f"{error}; the compiler's own message stands above.") from error
+            except ValueError as error:
+                # torch knows which architectures there are; it raises this for all others.
+                raise environment.BuildError(f"TORCH_CUDA_ARCH_LIST: {error}.") from error
 
     module, cuda = extension(ROOT)
     print(f"densenet_ext: torch {torch.__version__}, C++ compiler {environment.cxx_compiler()}")
@@ -47,5 +50,10 @@ def options() -> dict[str, Any]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
+def compiles(arguments: list[str]) -> bool:
+    """Whether setuptools is to build anything: a source archive and the metadata need neither torch nor a compiler."""
+    return not {"sdist", "egg_info", "dist_info"}.intersection(arguments)
+
+
 with environment.one_sentence():
-    setup(**options())
+    setup(**(options() if compiles(sys.argv[1:]) else {}))

@@ -99,15 +99,28 @@ def put_ninja_on_path() -> None:
         os.environ["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])
 
 
-def missing_requirements() -> list[str]:
-    """What has to be fetched before building, of setuptools and ninja."""
+def is_clang(compiler: str) -> bool:
+    """Whether a C++ compiler is a clang, whatever it is called."""
+    return "clang" in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def missing_requirements(compiles: bool = True) -> list[str]:
+    """What has to be fetched before building, of setuptools and, where something is compiled, ninja."""
     requirements = []
     installed = setuptools_versions()
     if not installed or installed[0][0] < MINIMUM_SETUPTOOLS:
         requirements.append(f"setuptools>={MINIMUM_SETUPTOOLS}")
-    if find_ninja() is None:
+    if compiles and find_ninja() is None:
         requirements.append("ninja")
     return requirements
+
+
+def check_setuptools() -> None:
+    """Raises `BuildError` without a setuptools, which front ends fetch only for an environment of the build's own."""
+    if not setuptools_versions():
+        raise BuildError(
+            f"setuptools is not installed for {sys.executable}; install it first (pip install setuptools)."
+        )
 
 
 def check() -> None:
@@ -116,8 +129,9 @@ def check() -> None:
     version = torch_version()
     if version is None:
         raise BuildError(
-            f"torch is not installed for {sys.executable}; install torch >= {minimum} first (pip install torch), "
-            "or, if it is installed elsewhere, build there with --no-build-isolation."
+            f"torch is not installed for {sys.executable}; install torch >= {minimum} first (pip install torch), or, "
+            "if that is the interpreter of an environment made for this build, build in your own: pip install "
+            "--no-build-isolation ., uv pip install --no-build-isolation ., python -m build --no-isolation."
         )
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
         raise BuildError(f"torch >= {minimum} is needed, and {sys.executable} has torch {version}.")

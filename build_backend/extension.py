@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build_backend.environment import BuildError
+from build_backend.environment import BuildError, cxx_compiler, is_clang
 
 # The GPU kernels and what registers them as operators.
 CUDA_SOURCES = ("csrc/ops/cuda.cpp", "csrc/cuda/*.cu")
+
+
+# densenet_ext/_extension.py says more when the torch that runs has CUDA.
+WITHOUT_CUDA = "built with a torch without CUDA"
 
 
 class Cuda(NamedTuple):
@@ -65,7 +70,7 @@ def decide_cuda(forced: str | None, torch_cuda: str | None, toolkit: Path | None
         loads = "" if torch_cuda else "; this torch has no CUDA, so that the result compiles and does not load here"
         return Cuda(True, f"DENSENET_EXT_CUDA=1, toolkit in {toolkit}{loads}", toolkit)
     if torch_cuda is None:
-        return Cuda(False, "the installed torch has no CUDA")
+        return Cuda(False, WITHOUT_CUDA)
     if toolkit is None:
         return Cuda(False, f"torch has CUDA {torch_cuda}, but no CUDA toolkit was found (CUDA_HOME, nvcc on PATH)")
     if other_major:
@@ -99,25 +104,36 @@ def toolkit_version(toolkit: Path) -> tuple[int, int]:
 
 
 def choose_architectures(toolkit: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST if it is set, else the visible GPUs', else the default, in the form of that variable."""
+    """TORCH_CUDA_ARCH_LIST if it is set, else the visible GPUs', else the default, in the form of that variable.
+
+    Raises `BuildError` for what is neither a number nor a name, such as nvcc's sm_90.
+    """
     import torch
 
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    for name in given.split(";") if given else ():
+        if not re.fullmatch(r"(\d+\.\d+[af]?|[A-Z][A-Za-z+]*)(\+PTX)?", name):
+            number = re.fullmatch(r"(?:sm|compute)_?(\d+)(\d[af]?)", name)
+            meant = f" (write {number[1]}.{number[2]})" if number else ""
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as 9.0 or 8.0;9.0+PTX, got {name!r}{meant}."
+            )
     if given:
-        return given.strip().replace(" ", ";")
+        return given
     visible = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     if visible:
         return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
     return default_architectures(toolkit_version(toolkit))
 
 
-def optimisation_flags(environ: dict[str, str]) -> list[str]:
+def optimisation_flags(environ: dict[str, str], clang: bool = False) -> list[str]:
     """-O3 without debug information, unless the standard variables say otherwise; CXXFLAGS come last and win."""
     user = shlex.split(environ.get("CFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
     flags = [] if any(flag.startswith("-O") for flag in user) else ["-O3"]
     flags += [] if any(flag.startswith("-g") for flag in user) else ["-g0"]
-    # GCC 12 warns about its own AVX-512 header once per use (its bug 105593).
-    return [*flags, "-fvisibility=hidden", "-Wno-maybe-uninitialized", *shlex.split(environ.get("CXXFLAGS", ""))]
+    # GCC 12 warns about its own AVX-512 header once per use (its bug 105593); clang does not know the warning.
+    flags += [] if clang else ["-Wno-maybe-uninitialized"]
+    return [*flags, "-fvisibility=hidden", *shlex.split(environ.get("CXXFLAGS", ""))]
 
 
 def extension(root: Path) -> tuple[Any, Cuda]:
@@ -150,6 +166,10 @@ def extension(root: Path) -> tuple[Any, Cuda]:
         "DX_BUILD_NO_CUDA": "" if cuda.build else cuda.why,
     }
     macros += [(name, f'"{value}"') for name, value in facts.items()]
+    compiler = cxx_compiler()
+    flags = optimisation_flags(dict(os.environ), compiler is not None and is_clang(compiler))
+    # Messages name the source file: by its place in the project, wherever that was built.
+    flags.append(f"-fmacro-prefix-map={root}{os.sep}=")
     files = sources(root, cuda.build)
     if "csrc/module.cpp" not in files:
         raise BuildError(f"the source csrc/module.cpp is missing from {root}.")
@@ -160,6 +180,6 @@ def extension(root: Path) -> tuple[Any, Cuda]:
         library_dirs=library_dirs,
         libraries=libraries,
         define_macros=macros,
-        extra_compile_args={"cxx": optimisation_flags(dict(os.environ)), "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
     )
     return module, cuda

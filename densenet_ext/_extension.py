@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sysconfig
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +22,19 @@ from densenet_ext._version import __version__
 _NAME = "densenet_ext._C"
 
 
+def _path_in(folder: Path) -> Path:
+    """The file that this Python would load as the compiled part."""
+    return folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def _explain(error: ImportError, folder: Path) -> str:
     """One sentence for a compiled part that `folder` lacks, or that did not load."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if (folder / f"_C{suffix}").exists():
+    if _path_in(folder).exists():
         return f"the compiled part does not load with torch {torch.__version__}: {error}; build densenet_ext again"
     others = sorted(path.name for path in folder.glob("_C.*.so"))
     if others:
-        return f"the compiled part was built for another Python ({', '.join(others)}; this one needs _C{suffix})"
+        needed = _path_in(folder).name
+        return f"the compiled part was built for another Python ({', '.join(others)}; this one needs {needed})"
     if (folder.parent / "csrc").is_dir():
         return (
             f"the package was imported from its source folder {folder.parent}, where it has not been compiled; "
@@ -39,10 +45,15 @@ def _explain(error: ImportError, folder: Path) -> str:
 
 def _load() -> tuple[ModuleType | None, str | None]:
     # torch comes first (imported above): its libraries have to be in the process when the compiled part is linked in.
+    folder = Path(__file__).resolve().parent
     try:
         return importlib.import_module(_NAME), None
     except ImportError as error:
-        return None, _explain(error, Path(__file__).resolve().parent)
+        reason = _explain(error, folder)
+        if _path_in(folder).exists():
+            # It was built for this Python and is expected to run: a CUDA build under a torch without CUDA, say.
+            warnings.warn(f"densenet_ext runs in plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
 
 
 def _choose_simd_level(module: ModuleType, wanted: str | None) -> None:
@@ -63,7 +74,17 @@ if module is not None:
 _facts: dict[str, Any] = module.build_facts() if module is not None else {}
 has_cpu: bool = module is not None
 has_cuda: bool = bool(_facts.get("cuda"))
-why_no_cuda: str | None = None if has_cuda else str(_facts.get("why_no_cuda") or why_missing)
+
+
+def _explain_no_cuda(facts: dict[str, Any], torch_cuda: str | None) -> str:
+    """Why the compiled part has no GPU kernels; that it was built with another torch, if this one has CUDA."""
+    reason = str(facts.get("why_no_cuda") or why_missing)
+    if torch_cuda is not None and "torch without CUDA" in reason:
+        return f"{reason}, and torch {torch.__version__} has CUDA {torch_cuda}; build densenet_ext again"
+    return reason
+
+
+why_no_cuda: str | None = None if has_cuda else _explain_no_cuda(_facts, torch.version.cuda)
 
 
 def build_info() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -84,13 +85,20 @@ def test_reasons_for_a_missing_compiled_part(tmp_path: Path) -> None:
     assert "does not load with torch" in _extension._explain(error, package)
 
 
-@pytest.fixture
-def hook_error(capsys: pytest.CaptureFixture[str]):
-    """Calls the backend's first hook and returns the one line with which it ends."""
+@pytest.fixture(params=["pip", "another front end"])
+def hook_error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Calls the first hook that needs what is compiled with, and returns the one line with which it ends."""
 
     def call() -> str:
-        with pytest.raises(SystemExit) as end:
+        if request.param == "pip":
+            monkeypatch.setenv("PIP_BUILD_TRACKER", "somewhere")
+        else:
+            monkeypatch.delenv("PIP_BUILD_TRACKER", raising=False)
             build_backend.get_requires_for_build_wheel()
+        with pytest.raises(SystemExit) as end:
+            if request.param == "pip":
+                build_backend.get_requires_for_build_wheel()
+            build_backend.build_wheel("nowhere")
         message = str(end.value)
         assert message.startswith("densenet_ext: ") and message.endswith(".") and "\n" not in message
         return message
@@ -102,6 +110,7 @@ def test_no_torch_is_one_sentence(monkeypatch: pytest.MonkeyPatch, hook_error) -
     monkeypatch.setattr(environment, "torch_version", lambda: None)
     message = hook_error()
     assert "torch is not installed" in message and "2.11" in message and sys.executable in message
+    assert "uv pip install --no-build-isolation ." in message and "python -m build --no-isolation" in message
 
 
 def test_an_old_torch_is_one_sentence(monkeypatch: pytest.MonkeyPatch, hook_error) -> None:
@@ -176,6 +185,7 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(environment, "setuptools_versions", list)
     monkeypatch.setattr(environment, "find_ninja", lambda: None)
     assert environment.missing_requirements() == ["setuptools>=77", "ninja"]
+    assert environment.missing_requirements(compiles=False) == ["setuptools>=77"]
 
 
 def test_a_good_setuptools_wins_over_the_old_one_of_a_new_venv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,8 +209,8 @@ TOOLKIT = Path("/toolkit")
     [
         (None, "13.0", TOOLKIT, True, "torch has CUDA 13.0"),
         (None, "13.0", None, False, "no CUDA toolkit was found"),
-        (None, None, TOOLKIT, False, "torch has no CUDA"),
-        ("", None, TOOLKIT, False, "torch has no CUDA"),
+        (None, None, TOOLKIT, False, "torch without CUDA"),
+        ("", None, TOOLKIT, False, "torch without CUDA"),
         ("0", "13.0", TOOLKIT, False, "DENSENET_EXT_CUDA=0"),
         ("1", None, TOOLKIT, True, "does not load here"),
         ("1", "13.0", TOOLKIT, True, "DENSENET_EXT_CUDA=1"),
@@ -255,6 +265,45 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(extension, "toolkit_version", lambda toolkit: (12, 4))
     assert extension.choose_architectures(TOOLKIT) == "8.0;9.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("sm_90", "got 'sm_90' (write 9.0)"),
+        ("8.0 sm_100a", "got 'sm_100a' (write 10.0a)"),
+        ("compute_80", "(write 8.0)"),
+        ("90", "got '90'."),
+        ("9.0+ptx", "got '9.0+ptx'."),
+    ],
+)
+def test_other_spellings_of_architectures_are_one_sentence(monkeypatch, given: str, message: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    with pytest.raises(environment.BuildError, match="expected compute capabilities such as 9.0") as error:
+        extension.choose_architectures(TOOLKIT)
+    assert message in str(error.value)
+    for known in ("9.0a", "Hopper", "Volta;8.0+PTX", "12.0f"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", known)
+        assert extension.choose_architectures(TOOLKIT) == known
+
+
+def test_clang_is_known_by_what_it_says(tmp_path: Path) -> None:
+    for text, expected in (("Debian clang version 14.0.6", True), ("c++ (Debian 12.2.0) 12.2.0", False)):
+        compiler = tmp_path / "c++"
+        compiler.write_text(f"#!/bin/sh\necho '{text}'\n")
+        compiler.chmod(0o755)
+        assert environment.is_clang(str(compiler)) == expected
+    assert "-Wno-maybe-uninitialized" in extension.optimisation_flags({})
+    assert "-Wno-maybe-uninitialized" not in extension.optimisation_flags({}, clang=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.name)
+def test_clang_compiles_the_kernels_without_a_warning(source: Path) -> None:
+    command = ["clang++", "-std=c++20", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", "-S", "-o", "/dev/null"]
+    run = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:2000]
 
 
 def test_the_standard_variables_win() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import prepare_venv
 import pytest
 
@@ -24,3 +27,34 @@ def test_every_library_has_a_version_that_was_tried():
     pins = {**prepare_venv.pinned(), "torchvision": "with torch"}
     needed = {name for library, others in prepare_venv.PEERS.items() for name in (library, *others)}
     assert needed <= pins.keys()
+
+
+def test_an_environment_that_was_cut_short_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "deeper" / "venv"
+    python, made = folder / "bin" / "python", []
+
+    def make(path: Path, **options: bool) -> None:
+        made.append(options["clear"])
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.touch()
+        if len(made) == 1:
+            raise KeyboardInterrupt  # while it installs pip, say
+
+    class Run(Exception):
+        pass
+
+    def execv(program: Path, arguments: list[str]) -> None:
+        assert program == python
+        raise Run
+
+    monkeypatch.setattr(prepare_venv.venv, "create", make)
+    monkeypatch.setattr(prepare_venv.os, "execv", execv)
+    monkeypatch.setattr(prepare_venv, "usable_torch", lambda python: False)
+    monkeypatch.setattr(sys, "argv", ["prepare_venv.py", str(folder), "train"])
+    with pytest.raises(KeyboardInterrupt):
+        prepare_venv.main()
+    for _ in range(2):  # made again once, then used as it is
+        with pytest.raises(Run):
+            prepare_venv.main()
+    assert made == [True, True]
+    assert [path.name for path in folder.parent.iterdir()] == ["venv"]

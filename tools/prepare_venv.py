@@ -48,8 +48,15 @@ def usable_torch(python: str) -> bool:
     return tuple(map(int, version)) >= environment.MINIMUM_TORCH
 
 
+def unfinished(folder: Path) -> Path:
+    """The file that stands beside an environment while it is being made, so that one cut short is made again."""
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
 def create(folder: Path) -> None:
     """A new environment at `folder`, which sees this Python's packages if a usable torch is among them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished(folder).touch()
     shared = usable_torch(sys.executable)
     print(f"new environment {folder}" + (f", with the torch of {sys.executable}" if shared else ""), flush=True)
     # a shared pip will do, and some Pythons have no ensurepip to make another
@@ -59,6 +66,7 @@ def create(folder: Path) -> None:
         # This Python is in a virtual environment itself, and "system" means the one below it.
         packages = next((folder / "lib").glob("python*")) / "site-packages"
         (packages / "shared_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    unfinished(folder).unlink()
 
 
 def pip(*arguments: str) -> bool:
@@ -149,7 +157,7 @@ def main() -> None:
     if Path(sys.prefix).resolve() == folder.resolve():
         install(extra)
         return
-    if not python.exists():
+    if not python.exists() or unfinished(folder).exists():
         create(folder)
     os.execv(python, [str(python), __file__, str(folder), extra])
 
