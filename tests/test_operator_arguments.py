@@ -143,3 +143,22 @@ def test_tensors_without_data_do_nothing_together_only() -> None:
         ops.channel_stats(torch.randn(9, 8), mean=vector, var=torch.empty(8))
     with pytest.raises(RuntimeError, match="features: expected a tensor on meta"):
         ops.cat_bn_relu([meta, torch.empty(9, 8)], *(torch.empty(16, device="meta"),) * 2, None, None, 1e-5, meta)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, on kinds of tensors that are in beta
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (Tensor.to_sparse, "sparse_coo"),
+        (Tensor.to_sparse_csr, "sparse_csr"),
+        (Tensor.to_mkldnn, "_mkldnn"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "quantized"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_by_name(change, kind: str) -> None:
+    x, vector = torch.rand(9, 8), torch.rand(8)
+    message = f": expected a strided tensor on .*, got a {kind} one on cpu"
+    with pytest.raises(RuntimeError, match=f"densenet_ext: x{message}"):
+        ops.channel_stats(change(x), vector, vector.clone())
+    with pytest.raises(RuntimeError, match=f"densenet_ext: features{message}"):
+        ops.cat_bn_relu([x, change(x)], torch.rand(16), torch.rand(16), None, None, 1e-5, torch.empty(9, 16))

@@ -50,7 +50,7 @@ if _extension.module is not None:
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
-    fakes.register(OPS)
+    fakes.register(OPS, ("cpu", "cuda") if _extension.has_cuda else ("cpu",))
 _forced = 0
 
 
