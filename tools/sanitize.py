@@ -32,6 +32,8 @@ COPIED = (
     "LICENSE",
 )
 TESTS = ("tests/test_kernels.py", "tests/test_operator_arguments.py", "tests/test_fuzz_operators.py")
+# A file, followed by the process's number: pytest captures what is printed, and ends with the process.
+REPORT = COPY / "report"
 # No -fsanitize=vptr: it asks for type information that torch's libraries hide.
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 # GCC 12 warns about its own AVX-512 header under sanitizers.
@@ -67,6 +69,11 @@ def runtime(name: str) -> str:
     return found
 
 
+def reports(report: Path = REPORT) -> list[Path]:
+    """What the sanitizers wrote, of one process each."""
+    return sorted(report.parent.glob(f"{report.name}.*"))
+
+
 def main() -> int:
     libraries = [runtime("libasan.so"), runtime("libubsan.so")]
     copy()
@@ -77,8 +84,8 @@ def main() -> int:
         **os.environ,
         "LD_PRELOAD": ":".join(libraries),
         # Python itself keeps what it allocates, and torch's libraries define some symbols twice.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1:log_path={REPORT}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={REPORT}",
         "OMP_WAIT_POLICY": "passive",
         "PYTHONPATH": str(COPY),
     }
@@ -94,9 +101,13 @@ def main() -> int:
     failed = []
     for level in [chosen] if chosen else levels:
         print(f"sanitize: {level}", flush=True)
+        for old in reports():
+            old.unlink()
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *sys.argv[1:]]
         if subprocess.run(command, cwd=COPY, env={**environ, "DENSENET_EXT_SIMD": level}).returncode != 0:
             failed.append(level)
+            for report in reports():
+                print(report.read_text(errors="replace"), flush=True)
     print(f"sanitize: {', '.join(failed)} failed" if failed else "sanitize: nothing found")
     return 1 if failed else 0
 
