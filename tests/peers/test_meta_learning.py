@@ -49,7 +49,7 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 
 
 def maml_step(model: nn.Module, steps: int = 1, first_order: bool = False) -> Any:
-    """The loss on other images after ``steps`` of adaptation of a clone; its gradient goes to the model's parameters."""
+    """The output after ``steps`` of a clone's adaptation; the gradient goes to the model's parameters."""
     learner = clone_module(model)
     for i in range(steps):
         loss = learner(images() + i).square().mean()

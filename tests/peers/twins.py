@@ -10,7 +10,7 @@ import copy
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -97,7 +97,7 @@ def assert_alike(got: Any, wanted: Any, tolerance: float = 1e-9, layout: bool = 
     """The same structure; tensors of the same shape, dtype and values (and strides, for ``layout``)."""
     theirs, spec = pytree.tree_flatten(wanted)
     ours, our_spec = pytree.tree_flatten(got)
-    assert our_spec == spec, f"{what}: {our_spec} against {spec}"
+    assert our_spec == spec, f"{what}: {str(our_spec)[:500]} against {str(spec)[:500]}"
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if not isinstance(b, Tensor):
             assert a == b, f"{what}[{i}]: {a} against {b}"
@@ -110,6 +110,11 @@ def assert_alike(got: Any, wanted: Any, tolerance: float = 1e-9, layout: bool = 
         torch.testing.assert_close(
             a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def counts(counter: Mapping[str, int]) -> str:
+    """What a counter holds, as one text: the message of a failed comparison then shows both."""
+    return ", ".join(f"{name}: {n}" for name, n in sorted(counter.items()))
 
 
 def state(model: nn.Module) -> dict[str, Any]:
