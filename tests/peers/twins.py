@@ -136,6 +136,14 @@ def same(
     return results[0], results[1]
 
 
+def outcome(run: Callable[[Any], Any], model: Any) -> Any:
+    """What ``run`` returns, or the name of the exception that it raises."""
+    try:
+        return run(model)
+    except Exception as error:
+        return type(error).__name__
+
+
 def train_step(model: Any, x: Tensor | None = None) -> Any:
     """The output and the gradient of the input; gradients of the parameters stay with them."""
     x = (images() if x is None else x).clone().requires_grad_()
