@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import NETS, assert_all_fused, images, library, outcome, pair, same, torchvision_net
+from twins import NETS, HeadedByModules, assert_all_fused, images, library, outcome, pair, same, torchvision_net
 
 EACH = pytest.mark.parametrize("name", NETS)
 LAST_NORM = {"torchvision": "features.norm5", "timm": "features.norm5", "monai": "features.norm5"}
@@ -72,28 +72,9 @@ def test_attributions_of_the_input(name: str, how: str) -> None:
     assert_all_fused(models[1])  # Captum took its hooks away again
 
 
-def own_relus(model: Any) -> Any:
-    """DeepLift wants each ReLU used once and not in place: so the network is prepared for it."""
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    return model
-
-
-class Headed(nn.Module):
-    """DenseNet's features with a head of modules, as DeepLift wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        net = own_relus(torchvision_net())
-        self.features, self.relu, self.classifier = net.features, nn.ReLU(), net.classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.relu(self.features(x)).mean((2, 3)))
-
-
 def test_deep_lift() -> None:
-    models = pair(Headed().double().eval())
+    """DeepLift wants each ReLU to be a module of its own that does not work in place."""
+    models = pair(HeadedByModules().double().eval())
 
     def run(model: nn.Module) -> Any:
         return captum().DeepLift(model).attribute(images().requires_grad_(), images().flip(0), target=1)

@@ -64,6 +64,26 @@ def monai_net(**kwargs: Any) -> Any:
 NETS: dict[str, Callable[..., Any]] = {"torchvision": torchvision_net, "timm": timm_net, "monai": monai_net}
 
 
+def without_inplace(model: Any) -> Any:
+    """The model with ReLUs that do not work in place, as tools that set backward hooks on modules need them."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return model
+
+
+class HeadedByModules(nn.Module):
+    """torchvision's features behind which everything is a module, and no ReLU works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = without_inplace(torchvision_net())
+        self.features, self.relu, self.classifier = net.features, nn.ReLU(), net.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.relu(self.features(x)).mean((2, 3)))
+
+
 def images(n: int = 2, size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
