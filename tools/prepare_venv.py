@@ -37,6 +37,16 @@ PEERS = {
     "pytorch-lightning": ("lightning-utilities", "torchmetrics", "fsspec", "pyyaml"),
     "safetensors": (),
     "onnxscript": ("onnx", "onnx-ir", "ml-dtypes", "protobuf"),
+    # what people run on their networks (tests/peers)
+    "accelerate": ("psutil", "pyyaml", "huggingface-hub"),
+    "captum": (),
+    "grad-cam": ("ttach",),  # OpenCV, 150 MB for scaling a picture, the tests replace
+    "higher": (),
+    "opacus": ("opt-einsum",),
+    "ptflops": (),
+    "pytorchcv": (),
+    "segmentation-models-pytorch": ("huggingface-hub", "fsspec", "pyyaml", "requests"),
+    "torchinfo": (),
 }
 
 

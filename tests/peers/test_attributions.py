@@ -130,6 +130,7 @@ def grad_cam(monkeypatch: pytest.MonkeyPatch) -> Any:
         import cv2  # noqa: F401
     except ImportError:
         stand_in: Any = ModuleType("cv2")
+        stand_in.COLORMAP_JET = 2  # a default of an argument
         stand_in.resize = lambda image, size: nn.functional.interpolate(
             torch.from_numpy(image)[None, None], size[::-1], mode="bilinear"
         )[0, 0].numpy()
