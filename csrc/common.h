@@ -33,7 +33,7 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// ---- BatchNorm as y = x * scale + shift (Ioffe & Szegedy 2015, section 3.1) ----------------------------------------
+// ---- BatchNorm (Ioffe & Szegedy 2015, section 3.1) ----------------------------------------
 template <class A>
 DX_HOST_DEVICE A bn_rstd(A var, double eps) {
   return A(1) / std::sqrt(var + A(eps));
@@ -52,7 +52,12 @@ DX_HOST_DEVICE BnStatisticsGrad<A> bn_statistics_grad(A scale, A rstd, A sum_dy,
 }
 
 // ---- Merging means and squared deviations (Chan, Golub & LeVeque 1983, eq. 2.1) -------------------------------------
-// E[x^2] - E[x]^2 cancels when |mean| >> deviation; this does not.
+// E[x^2] - E[x]^2 cancels when |mean| >> deviation; this does not. Where a mean is infinite the merged one is, as a sum
+// of all rows would be, and there is no variance: the formula alone subtracts one infinity from another.
+template <class A>
+DX_HOST_DEVICE bool is_finite(A a) {
+  return a - a == A(0);
+}
 template <class A>
 struct Moments {
   A count, mean, m2;
@@ -62,6 +67,7 @@ DX_HOST_DEVICE Moments<A> merge(Moments<A> a, Moments<A> b) {
   const A n = a.count + b.count;
   if (n == A(0)) return a;
   const A delta = b.mean - a.mean;
+  if (!is_finite(delta)) return {n, a.mean + b.mean, delta - delta};
   const A share = b.count / n;
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }

@@ -84,6 +84,34 @@ def test_many_rows(dtype: torch.dtype, level: str) -> None:
             check(name, call, dtype)
 
 
+def _infinities(M: int) -> Tensor:
+    """Rows [M, 6]: infinity first, last, negative, of both signs, NaN; and none."""
+    x = torch.randn(M, 6)
+    inf = float("inf")
+    x[0, 0], x[-1, 1], x[M // 2, 2], x[0, 3], x[-1, 3], x[M // 3, 4] = inf, inf, -inf, inf, -inf, float("nan")
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [2, 67, 9001])
+def test_statistics_of_infinity(M: int, dtype: torch.dtype, level: str) -> None:
+    """As BatchNorm takes them: the mean is infinite, or NaN where both signs or NaN are there; the variance is NaN."""
+    x = _infinities(M).to(dtype)
+    usual = torch.nn.BatchNorm1d(6, momentum=1.0, dtype=kernels.acc_dtype(dtype))
+    usual(x.to(kernels.acc_dtype(dtype)))
+    mean, var = torch.empty_like(usual.running_mean), torch.empty_like(usual.running_var)
+    out = torch.empty_like(x)
+    ops = torch.ops.densenet_ext
+    for take in (
+        lambda: ops.channel_stats(x, mean, var),
+        lambda: plain.channel_stats(x, mean, var),
+        lambda: ops.append_features(x, out, mean, var, 0.0, None, 0),
+    ):
+        take()
+        torch.testing.assert_close(mean, usual.running_mean, equal_nan=True, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(var * M / (M - 1), usual.running_var, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", kernels.OPS)
 def test_no_rows(name: str, backend: str) -> None:
     """What an empty local batch asks for, beside other processes that have one. It has no statistics."""

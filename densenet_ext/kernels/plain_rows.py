@@ -49,12 +49,16 @@ def _masked(dy: Tensor, u: Tensor) -> Tensor:
 
 
 def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Mean and biased variance of x [M, C] into mean, var [C]; without rows they mean nothing."""
+    """Takes the mean and the biased variance of x [M, C] into mean, var [C]; without rows they mean nothing.
+
+    A channel that holds infinity has that mean (NaN where it holds both), as in BatchNorm, and NaN as its variance.
+    """
     if x.shape[0] == 0:
         return
     x = acc(x)
     v, m = torch.var_mean(x, dim=0, correction=0)
-    mean.copy_(torch.where(m.isnan(), x.mean(0), m))  # var_mean's, more exact, is NaN where a value is infinite
+    # merging parts subtracts their means, which gives NaN where both are infinite; a plain sum does not
+    mean.copy_(torch.where(v.isnan(), x.mean(0), m))
     var.copy_(v)
 
 

@@ -39,7 +39,8 @@ struct MomentsSum {
   }
 
  private:
-  // The panel's mean is center + rest / rows, its squared deviations square - rest^2 / rows.
+  // The panel's mean is center + rest / rows, its squared deviations square - rest^2 / rows. This is merge() of
+  // common.h with what all channels have in common taken once.
   template <class A>
   DX_INLINE void merge_channels(int64_t c, int n, Vec<A> center, Vec<A> rest, Vec<A> square, double per_row,
                                 double share, double weight) {
@@ -48,9 +49,9 @@ struct MomentsSum {
     store_vec(rests, rest);
     store_vec(squares, square);
     for (int i = 0; i < n; ++i) {
-      const double missed = double(rests[i]) * per_row;
-      const double delta = double(centers[i]) + missed - mean[c + i];
-      mean[c + i] += delta * share;
+      const double missed = is_finite(centers[i]) ? double(rests[i]) * per_row : 0.0;
+      const double panel_mean = double(centers[i]) + missed, delta = panel_mean - mean[c + i];
+      mean[c + i] = is_finite(delta) ? mean[c + i] + delta * share : mean[c + i] + panel_mean;
       m2[c + i] += double(squares[i]) - double(rests[i]) * missed + delta * delta * weight;
     }
   }
