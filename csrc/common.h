@@ -33,7 +33,7 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// ---- BatchNorm (Ioffe & Szegedy 2015, section 3.1) ----------------------------------------
+// ---- BatchNorm (Ioffe & Szegedy 2015, section 3.1) -----------------------------------------------------------------
 template <class A>
 DX_HOST_DEVICE A bn_rstd(A var, double eps) {
   return A(1) / std::sqrt(var + A(eps));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,9 +110,13 @@ def bn_relu_backward(M: int, C: int, pitched: bool) -> list[Call]:
     return [Call(args, ("grad_x",)), Call({**args, "grad_weight": None, "grad_bias": None}, ("grad_x",))]
 
 
-def bn_relu_conv1x1(M: int, C: int, pitched: bool) -> list[Call]:
+OUTPUTS = (1, 12, 48, 33)  # of the 1x1 convolution
+
+
+def bn_relu_conv1x1(M: int, C: int, pitched: bool, outputs: Sequence[int] = OUTPUTS) -> list[Call]:
     calls = []
-    for b, affine in ((1, True), (12, False), (48, True), (33, True)):
+    for b in outputs:
+        affine = b != 12
         args = {"x": rows(M, C, pitched), **norm(C, affine), "conv_weight": torch.randn(b, C, dtype=F64) / C**0.5}
         args |= {"out_bias": None, "out_relu": False, "out": rows(M, b, pitched), "out_mean": None, "out_var": None}
         with_stats = {**args, "out_mean": vector(b), "out_var": vector(b)}
@@ -121,9 +125,9 @@ def bn_relu_conv1x1(M: int, C: int, pitched: bool) -> list[Call]:
     return calls
 
 
-def bn_relu_conv1x1_backward(M: int, C: int, pitched: bool) -> list[Call]:
+def bn_relu_conv1x1_backward(M: int, C: int, pitched: bool, outputs: Sequence[int] = OUTPUTS) -> list[Call]:
     calls = []
-    for b in (1, 12, 33, 48):
+    for b in outputs:
         args = {"x": rows(M, C, pitched), **norm(C), "conv_weight": torch.randn(b, C, dtype=F64) / b**0.5}
         args |= {"grad_out": rows(M, b, False), "z": rows(M, b, False), **norm(b, prefix="z_")}
         args |= {"z_grad_weight": vector(b), "z_grad_bias": vector(b), "grad_in": None, "accumulate": False}

@@ -3,12 +3,13 @@ slices of wider buffers; and against the dispatcher's rules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import kernel_calls
 import pytest
 import torch
-from helpers import DEVICE, F64, assert_as_good
+from helpers import DEVICE, F64, assert_as_good, error
 from kernel_calls import DTYPES, MAKERS, ROWS, SHAPES, Call, converted
 from torch import Tensor
 
@@ -51,6 +52,10 @@ def check(name: str, call: Call, dtype: torch.dtype) -> None:
     compiled(*got.values())
     getattr(plain, name)(*eager.values())
     getattr(plain, name)(*exact.values())
+    if name == "bn_relu_conv1x1" and got["out_mean"] is not None:
+        # of the values as stored: where they nearly cancel, those of another rounding are of another mean
+        for args in (eager, exact):
+            plain.channel_stats(got["out"].to(args["out"].dtype), args["out_mean"], args["out_var"])
     results = [[args[k] for k in call.outputs if args[k] is not None] for args in (got, eager, exact)]
     if name == "bn_relu_max_pool" and "index" in call.outputs:
         same = results[0][1] == results[2][1]
@@ -60,9 +65,10 @@ def check(name: str, call: Call, dtype: torch.dtype) -> None:
         for a, e in zip(results[0], results[2], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
     else:
-        # tensor cores multiply what was rounded to dtype; the processor and plain PyTorch multiply in float32
-        rounded_factors = DEVICE.type == "cuda" and "conv1x1" in name
-        least = 2 * torch.finfo(dtype).eps if rounded_factors else 0.0
+        # a GPU's tensor cores and the processor's dot products multiply what was rounded to dtype, as eager does; plain
+        # PyTorch multiplies in float32
+        rounded_factors = "conv1x1" in name and (DEVICE.type == "cuda" or dtype == torch.bfloat16)
+        least = 4 * torch.finfo(dtype).eps if rounded_factors else 0.0
         assert_as_good(*results, factor=3.0, floor=64.0, least=least)
     assert all(outside_is_untouched(args) for args in got.values() if isinstance(args, Tensor))
 
@@ -82,6 +88,112 @@ def test_many_rows(dtype: torch.dtype, level: str) -> None:
     for name in ("channel_stats", "append_features", "bn_relu_conv1x1", "bn_relu_conv1x1_backward", "feature_grad"):
         for call in MAKERS[name](4999, 37, True):
             check(name, call, dtype)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of PyTorch's threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Every shape of tile with whole and partial blocks of columns: 16 columns are a vector of AVX-512, 48 three of them.
+@pytest.mark.parametrize("outputs", [(7, 16), (17, 31, 32), (48, 50), (64, 77), (95, 96), (128, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_of_every_tile(
+    dtype: torch.dtype, outputs: tuple[int, ...], level: str, threads: Callable[[int], None]
+) -> None:
+    threads(1)
+    for M, C, pitched in ((1, 1, False), (9, 13, True), (49, 47, True), (97, 65, False)):
+        for name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
+            for call in getattr(kernel_calls, name)(M, C, pitched, outputs):
+                check(name, call, dtype)
+
+
+@pytest.mark.parametrize(("count", "M"), [(2, 1), (2, 49), (6, 49), (3, 500)])
+@pytest.mark.parametrize("name", ["bn_relu_conv1x1", "bn_relu_conv1x1_backward"])
+def test_products_are_split_over_channels_too(
+    name: str, count: int, M: int, level: str, threads: Callable[[int], None]
+) -> None:
+    """Few rows are shared by columns: results of one thread but for the order of sums, always the same bits."""
+    compiled = getattr(torch.ops.densenet_ext, name).default
+    for dtype in (torch.float32, torch.bfloat16):
+        for call in getattr(kernel_calls, name)(M, 270, True, (130,)):
+            runs = [converted(call, dtype) for _ in range(3)]
+            for number, args in zip((1, count, count), runs, strict=True):
+                threads(number)
+                compiled(*args.values())
+            for k in call.outputs:
+                if runs[0][k] is not None:
+                    assert torch.equal(runs[1][k], runs[2][k]), k
+                    assert error(runs[1][k], runs[0][k]) <= 64 * torch.finfo(runs[0][k].dtype).eps, k
+            assert all(outside_is_untouched(args) for args in runs[1].values() if isinstance(args, Tensor))
+
+
+@pytest.mark.parametrize("N", [48, 128])
+def test_bf16_products_are_as_good_as_eager(N: int, level: str) -> None:
+    """Judged against PyTorch's own BatchNorm, ReLU and convolution under autocast, gradients included."""
+    M, C = 777, 250
+    x, weight = torch.randn(M, C).bfloat16(), torch.randn(N, C) / C**0.5
+    gamma, beta, grad = torch.rand(C) + 0.5, torch.randn(C), torch.randn(M, N).bfloat16()
+
+    def usual(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype if dtype == F64 else t.dtype).requires_grad_() for t in (x, weight, gamma, beta)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != F64):
+            y = torch.nn.functional.batch_norm(leaves[0], None, None, leaves[2], leaves[3], True).relu()
+            z = torch.nn.functional.linear(y, leaves[1])
+        return [z.detach(), *torch.autograd.grad(z, leaves[1:], grad.to(z.dtype))]
+
+    eager, exact = usual(torch.bfloat16), usual(F64)
+    mean, var = x.float().mean(0), x.float().var(0, correction=0)
+    out, dx, dw, dgamma, dbeta = (
+        torch.empty_like(grad),
+        torch.empty_like(x),
+        *map(torch.empty_like, (weight, gamma, beta)),
+    )
+    values = (x, mean, var, gamma, beta, 1e-5, weight)
+    torch.ops.densenet_ext.bn_relu_conv1x1(*values, None, False, out, None, None)
+    torch.ops.densenet_ext.bn_relu_conv1x1_backward(
+        *values, grad, *(None,) * 5, 0.0, *(None,) * 3, False, dx, dw, dgamma, dbeta, None, None
+    )
+    assert_as_good([out, dw, dgamma, dbeta], eager, exact, factor=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_constant_channels_are_exact(dtype: torch.dtype, level: str) -> None:
+    """x - mean is zero there and the norm's bias all that is left: at a mean of 1e4, too, and in the ReLU's mask."""
+    M, C = 100, 37
+    x = (torch.linspace(-1e4, 1e4, C) / 3).to(dtype).expand(M, C).contiguous()
+    bias = torch.randn(C)
+    bias[::3] = 0
+    norm = (x[0].float(), torch.zeros(C), torch.randn(C), bias, 1e-5)
+    ops, expected = torch.ops.densenet_ext, bias.relu().to(dtype).expand(M, C)
+    out, z = torch.empty_like(x), torch.empty_like(x)
+    ops.bn_relu(x, *norm, out)
+    assert torch.equal(out, expected)
+    ops.bn_relu_conv1x1(x, *norm, torch.eye(C), None, False, z, None, None)
+    assert torch.equal(z, expected)
+    plain.bn_relu(x, *norm, out)
+    assert torch.equal(out, expected)
+    grad_weight, grad_bias, passed = torch.empty(C), torch.empty(C), M * (bias > 0).float()
+    for reduce in (ops.bn_relu_backward_reduce, plain.bn_relu_backward_reduce):
+        reduce(torch.ones_like(x), x, *norm, grad_weight, grad_bias)
+        assert torch.equal(grad_bias, passed) and not grad_weight.any()
+    ops.bn_relu_conv1x1_backward(
+        x, *norm, torch.eye(C), torch.ones_like(x), *(None,) * 5, 0.0, *(None,) * 3, False, out, None,
+        grad_weight, grad_bias, None, None,
+    )  # fmt: skip
+    assert torch.equal(grad_bias, passed) and not grad_weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_features_are_appended_bit_by_bit(dtype: torch.dtype, level: str) -> None:
+    """Numbers below the normal ones too, which instructions may take for zero."""
+    src = (torch.randn(9, 37) * torch.finfo(dtype).tiny).to(dtype)
+    out = torch.empty_like(src)
+    torch.ops.densenet_ext.append_features(src, out, None, None, 0.0, None, 0)
+    assert torch.equal(out.view(torch.uint8), src.view(torch.uint8))
 
 
 def _infinities(M: int) -> Tensor:

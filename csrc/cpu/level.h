@@ -1,6 +1,6 @@
-// The kernels of one SIMD level, compiled three times: level_*.cpp sets DX_LEVEL (a namespace), DX_VECTOR_BYTES and the
-// target pragma, then includes this once. Everything below lives in the level's own namespace, so no symbol compiled
-// for a wider instruction set can be picked by the linker for a narrower one.
+// The kernels of one SIMD level, compiled once for each: level_*.cpp sets DX_LEVEL (a namespace), DX_VECTOR_BYTES and
+// the target pragma, then includes this once. Everything below lives in the level's own namespace, so no symbol
+// compiled for a wider instruction set can be picked by the linker for a narrower one.
 #if !defined(DX_LEVEL) || !defined(DX_VECTOR_BYTES)
 #error "level.h is included by level_*.cpp, which set DX_LEVEL and DX_VECTOR_BYTES"
 #endif
@@ -12,7 +12,9 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/scratch.h"
 #include "kernels/moments.h"
 #include "kernels/elementwise.h"
+#include "kernels/operands.h"
 #include "kernels/gemm.h"
+#include "kernels/panels.h"
 #include "kernels/conv1x1.h"
 #include "kernels/conv1x1_backward.h"
 #include "kernels/avg_pool.h"

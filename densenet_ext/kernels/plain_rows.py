@@ -4,7 +4,8 @@ are.
 Every function writes into the arguments that come last and returns nothing. Words: *rows* are the pixels of the whole
 batch, [M, C], channels contiguous and any row pitch; *acc* is float64 for float64 rows, else float32, and is the dtype
 of everything per channel and of 1x1 weights. The five arguments ``mean, var, weight, bias, eps`` are one BatchNorm as
-values: with r = (var + eps)^-1/2, s = weight * r, t = bias - mean * s it computes x * s + t.
+values: with r = (var + eps)^-1/2 and s = weight * r it computes (x - mean) * s + bias, which is bias itself where a
+channel is constant.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _rstd_scale(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor,
 
 
 def affine(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """x * s + t in acc; written (x - mean) * s + bias, which does not cancel at a large mean."""
+    """Computes (x - mean) * s + bias in acc: unlike x * s + t, with t rounded, it does not cancel at a large mean."""
     _, s = _rstd_scale(var, weight, eps)
     u = (acc(x) - mean).mul_(s)
     return u if bias is None else u.add_(bias)

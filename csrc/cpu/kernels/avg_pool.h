@@ -35,8 +35,9 @@ void bn_relu_avg_pool(const BnReluPool<T>& p, const Pool& pool) {
     for (int64_t line = lines.begin; line < lines.end; ++line)
       windows(line, [&](int64_t out_row, int64_t first) {
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
+          const auto norm = affine.at(c);
           Vec<A> sum = {};
-          windows.window(first, [&](int64_t row) { sum += relu<A>(affine(columns.load(p.x.row(row) + c), c)); });
+          windows.window(first, [&](int64_t row) { sum += relu<A>(norm(columns.load(p.x.row(row) + c))); });
           columns.store(p.out.row(out_row) + c, sum * share);
         });
       });
@@ -46,9 +47,8 @@ void bn_relu_avg_pool(const BnReluPool<T>& p, const Pool& pool) {
 template <class T>
 void bn_relu_avg_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& p, const Pool& pool) {
   using A = Acc<T>;
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(padded<A>(p.C)) + TaskSums::bytes(pool.tasks, p.C));
+  Scratch scratch(Affine<A>::bytes(p.C) + TaskSums::bytes(pool.tasks, p.C));
   const Affine<A> affine(scratch, p.norm, p.C);
-  const A* mean = padded_copy(scratch, p.norm.mean, p.C);
   const TaskSums sums(scratch, pool.tasks, p.C);
   const LinesOfWindows windows{p.pooling};
   const A share = A(1 / windows.pixels());
@@ -56,15 +56,16 @@ void bn_relu_avg_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& p, cons
     const Range lines = part(windows.lines(), 1, pool.tasks, task);
     for (int64_t line = lines.begin; line < lines.end; ++line)
       for_columns<A>(p.C, [&](int64_t c, auto columns) {
+        const auto norm = affine.at(c);
         Vec<A> sum = {}, sum_xc = {};
-        const Vec<A> center = load_vec(mean + c);
         windows(line, [&](int64_t out_row, int64_t first) {
           const Vec<A> grad = columns.load(p.grad_out.row(out_row) + c) * share;
           Vec<A> pooled = {};
           windows.window(first, [&](int64_t row) {
-            const Vec<A> x = columns.load(p.x.row(row) + c), u = affine(x, c), dy = relu_mask<A>(u, grad);
+            const Vec<A> xc = columns.load(p.x.row(row) + c) - norm.mean, u = norm.of_centered(xc);
+            const Vec<A> dy = relu_mask<A>(u, grad);
             sum += dy;
-            sum_xc += dy * (x - center);
+            sum_xc += dy * xc;
             pooled += relu<A>(u);
           });
           if (p.pooled) columns.store(p.pooled.row(out_row) + c, pooled * share);
@@ -94,7 +95,7 @@ void bn_relu_avg_pool_backward(const BnReluPoolBackward<T>& p, const Pool& pool)
         const T* grad = covered ? p.grad_out.row(((n * g.out[0] + od) * g.out[1] + oh) * g.out[2] + ow) : nullptr;
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
           const Vec<A> dy = grad ? Vec<A>(columns.load(grad + c) * share) : Vec<A>{};
-          columns.store(p.grad_x.row(row) + c, backward(columns.load(p.x.row(row) + c), dy, c));
+          columns.store(p.grad_x.row(row) + c, backward.at(c)(columns.load(p.x.row(row) + c), dy));
         });
       }
     }

@@ -1,37 +1,44 @@
-// z = relu(x * s + t) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution. A panel of rows is normalised
-// into cache-sized scratch and multiplied from there; the normalised tensor never exists in memory. The output's
-// statistics are taken from the panel just written, as stored.
+// z = relu(bn(x)) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution. A panel of rows is normalised into
+// cache-sized scratch and multiplied from there; the normalised tensor never exists in memory. The output's statistics
+// are taken from the panel just written, as stored.
 #pragma once
 
 template <class T>
 void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool) {
+  using P = Product<T>;
   using A = Acc<T>;
+  using Operand = typename P::Operand;
   constexpr int L = kLanes<A>;
-  const int64_t pitch = panel_pitch<A>(p.C), panel = panel_rows<A>(pitch), Np = padded<A>(p.N);
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(packed_size<A>(p.C, p.N)) + Scratch::bytes<A>(Np) +
-                  Scratch::bytes<A>(pool.tasks * panel * pitch) + TaskMoments::bytes(pool.tasks, p.N));
+  const Grid grid = make_grid<A>(pool.tasks, p.M, p.N, 0.5 * P::kDepth);
+  const int64_t steps = depth_steps<P>(p.C), pitch = panel_pitch<A>(steps), Np = padded<A>(p.N);
+  const int64_t panel = panel_rows<P>(pitch * int64_t(sizeof(Operand))), panel_size = panel * pitch;
+  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<Operand>(packed_size<P>(p.C, p.N)) + Scratch::bytes<A>(Np) +
+                  Scratch::bytes<Operand>(pool.tasks * panel_size) + TaskMoments::bytes(pool.tasks, p.N));
   const Affine<A> affine(scratch, p.norm, p.C);
-  A* packed = scratch.take<A>(packed_size<A>(p.C, p.N));
+  Operand* packed = scratch.take<Operand>(packed_size<P>(p.C, p.N));
   A* bias = scratch.take<A>(Np);
   std::fill_n(bias, Np, A(0));
   if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
-  A* panels = scratch.take<A>(pool.tasks * panel * pitch);
+  Operand* panels = scratch.take<Operand>(pool.tasks * panel_size);
   const TaskMoments moments(scratch, pool.tasks, p.N);
-  pack_right(p.weight, p.C, p.N, 1, p.C, packed, pool);
+  pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, packed, pool);
 
   pool.run([&](int task) {
-    A* y = panels + task * panel * pitch;
-    MomentsSum sum = moments[task];
-    for_panels(part(p.M, kTileRows, pool.tasks, task), panel, [&](int64_t m0, int64_t rows) {
-      normalise_panel<T>(affine, p.x, m0, rows, p.C, y, pitch);
-      for_column_blocks<A>(p.N, [&](int64_t n, auto vectors) {
-        constexpr int NV = decltype(vectors)::value;
-        const A* right = packed + n * p.C;  // block n / kTileColumns, each C * kTileColumns long
-        for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
-          Vec<A> acc[kTileRows][NV];
-          tile_product<NV, 0, 1>(p.C, y + r0 * pitch, pitch, 1, right, kTileColumns<A>, acc);
+    const AlongColumns<P> y = {panels + task * panel_size, pitch};
+    const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.N);
+    MomentsSum sum = moments[task].from(range.begin);
+    for_panels(all, panel, [&](int64_t m0, int64_t rows) {
+      fill_panel<A>(rows, p.C, NormalisedRows<T>{{p.x.row(m0), p.x.pitch}, affine}, y);
+      const int64_t tiles = rows / kTileRows<kMostVectors> * ((range.end - range.begin) / (kMostVectors * L));
+      ReadAhead next(p.x, m0 + rows, std::min(panel, all.end - m0 - rows), p.C, tiles);
+      for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
+        constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
+        for (int64_t r0 = 0; r0 < rows; r0 += R) {
+          next.step();
+          Vec<A> acc[R][NV];
+          tile_product<P, NV, 0, 1>(steps, y.data + r0 * pitch, pitch, 1, packed + n * steps, NV * L, acc);
 #pragma GCC unroll 16
-          for (int r = 0; r < kTileRows; ++r) {
+          for (int r = 0; r < R; ++r) {
             if (r0 + r >= rows) break;
             T* out = p.out.row(m0 + r0 + r) + n;
 #pragma GCC unroll 4
@@ -47,8 +54,10 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool) {
           }
         }
       });
-      if (p.out_mean) sum.add_panel(p.out.row(m0), p.out.pitch, rows, p.N);
+      if (p.out_mean) sum.add_panel(p.out.row(m0) + range.begin, p.out.pitch, rows, range.end - range.begin);
     });
   });
-  if (p.out_mean) moments.finish(p.N, p.out_mean, p.out_var);
+  if (p.out_mean)
+    for (int i = 0; i < grid.columns; ++i)
+      moments.finish(grid.template column_range<A>(i, p.N), i, grid.columns, p.out_mean, p.out_var);
 }

@@ -1,55 +1,85 @@
-// The backward pass of z = relu(x * s + t) @ W^T in one pass over x and G: for each panel of rows
+// The backward pass of z = relu(bn(x)) @ W^T in one pass over x and G: for each panel of rows
 //   dz    (through norm2 and its ReLU, when grad_out is the gradient behind them)
-//   y   = relu(x * s + t)                       recomputed
+//   y   = relu(bn(x))                           recomputed
 //   dW += dz^T @ y                              one sum per task
-//   dy  = (dz @ W) masked by y > 0              never stored
+//   dy  = (dz @ W) masked by bn(x) > 0          never stored
 //   G   = s * dy + (G | grad_in | 0),  sum(dy),  sum(dy (x - m))
 #pragma once
 
-template <class A>
-struct DenseBackwardShape {
-  int64_t y_pitch, dz_pitch, panel, wgrad_rows;
-  DenseBackwardShape(int64_t C, int64_t N)
+// What one task works on: panels of rows of its columns. dz is an operand twice: of dgrad along its columns (the inner
+// dimension is N), of wgrad along its rows (the inner dimension is M). Where an operand is a single number the two are
+// the same.
+template <class T>
+struct BackwardPanels {
+  using P = Product<T>;
+  using A = Acc<T>;
+  using Operand = typename P::Operand;
+  static constexpr bool kSame = P::kDepth == 1;
+
+  int64_t y_pitch, dz_pitch, dz_rows_pitch, rows, wgrad_rows;
+  int64_t y_size, dz_size, dz_rows_size, wgrad_size;
+
+  // C: the columns of the task that has most.
+  BackwardPanels(int64_t C, int64_t N, bool want_wgrad)
       : y_pitch(panel_pitch<A>(C)),
-        dz_pitch(std::max(panel_pitch<A>(N), whole_tiles(N))),
-        panel(panel_rows<A>(std::max(y_pitch, dz_pitch))),
-        wgrad_rows(whole_tiles(N)) {}
-  static int64_t whole_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
+        dz_pitch(panel_pitch<A>(kSame ? N : depth_steps<P>(N))),
+        dz_rows_pitch(panel_pitch<A>(N)),
+        rows(panel_rows<P>(std::max(y_pitch, dz_rows_pitch) / P::kDepth * int64_t(sizeof(Operand)))),
+        wgrad_rows(round_up(N, kRowUnit)),
+        y_size(want_wgrad ? rows / P::kDepth * y_pitch : 0),
+        dz_size(rows * dz_pitch),
+        dz_rows_size(want_wgrad && !kSame ? rows / P::kDepth * dz_rows_pitch : 0),
+        wgrad_size(want_wgrad ? wgrad_rows * y_pitch : 0) {}
+  int64_t operands() const { return y_size + dz_size + dz_rows_size; }
 };
 
-// dz for the rows of a panel, zero up to the next whole tile in both directions.
-template <class T, class A = Acc<T>>
-DX_INLINE void fill_dz(const BnReluConv1x1Backward<T>& p, const NormBackward<A>* norm2, int64_t m0, int64_t rows, A* dz,
-                       int64_t pitch) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* grad = p.grad_out.row(m0 + r);
-    const T* z = norm2 ? p.z.row(m0 + r) : nullptr;
-    A* out = dz + r * pitch;
-    for_columns<A>(p.N, [&](int64_t c, auto columns) {
-      Vec<A> g = columns.load(grad + c);
-      if (norm2) g = (*norm2)(columns.load(z + c), g, c);
-      store_vec(out + c, g);
-    });
-    for (int64_t c = p.N; c < pitch; ++c) out[c] = A(0);
+// dz behind norm2 and its ReLU; and as it is given.
+template <class T>
+struct DzRows {
+  using A = Acc<T>;
+  Rows<const T> grad, z;
+  NormBackward<A> norm;
+  DX_INLINE auto at(int64_t c) const { return norm.at(c); }
+  template <class Columns>
+  DX_INLINE Vec<A> value(const typename NormBackward<A>::Columns& at, int64_t row, int64_t c, Columns columns) const {
+    return at(columns.load(z.row(row) + c), columns.load(grad.row(row) + c));
   }
-  const int64_t whole = DenseBackwardShape<A>::whole_tiles(rows);
-  for (int64_t r = rows; r < whole; ++r) std::fill_n(dz + r * pitch, pitch, A(0));
-}
+};
+template <class T>
+struct GivenRows {
+  Rows<const T> grad;
+  DX_INLINE int at(int64_t) const { return 0; }
+  template <class Columns>
+  DX_INLINE Vec<Acc<T>> value(int, int64_t row, int64_t c, Columns columns) const {
+    return columns.load(grad.row(row) + c);
+  }
+};
+template <class P>
+struct DzPanel {
+  AlongColumns<P> of_dgrad;
+  AlongRows<P> of_wgrad;
+  bool both;
+  DX_INLINE void put(int64_t row, int64_t c, const Vec<typename P::A> (&v)[kRowGroup]) const {
+    of_dgrad.put(row, c, v);
+    if (both) of_wgrad.put(row, c, v);
+  }
+};
 
-// dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c]; a tile's rows are output channels here.
-template <class A>
-DX_INLINE void add_wgrad(const DenseBackwardShape<A>& shape, int64_t C, int64_t rows, const A* dz, const A* y,
-                         A* wgrad) {
-  for_column_blocks<A>(C, [&](int64_t c, auto vectors) {
-    constexpr int NV = decltype(vectors)::value;
-    for (int64_t i = 0; i < shape.wgrad_rows; i += kTileRows) {
-      Vec<A> acc[kTileRows][NV];
-      tile_product<NV, 1, 0>(rows, dz + i, 1, shape.dz_pitch, y + c, shape.y_pitch, acc);
+// dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for the task's columns; a tile's rows are output
+// channels here.
+template <class P>
+DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad) {
+  using A = typename P::A;
+  for_column_blocks<A>(0, C, [&](int64_t c, auto vectors) {
+    constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
+    for (int64_t i = 0; i < N; i += R) {
+      Vec<A> acc[R][NV];
+      tile_product<P, NV, 1, 0>(steps, dz.data + i, 1, dz.pitch, y.data + c, y.pitch, acc);
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-          A* w = wgrad + (i + r) * shape.y_pitch + c + j * kLanes<A>;
+          A* w = wgrad + (i + r) * y.pitch + c + j * kLanes<A>;
           store_vec(w, load_vec(w) + acc[r][j]);
         }
     }
@@ -64,27 +94,23 @@ struct DgradColumns {
   using A = Acc<T>;
   const T *x, *in;  // in: what grad_x is added to, or null
   T* out;
-  const A* y;
-  int64_t x_pitch, in_pitch, out_pitch, y_pitch;
+  int64_t x_pitch, in_pitch, out_pitch;
   int width;  // columns of this vector that exist
-  Vec<A> center, scale, sum, sum_xc;
+  typename Affine<A>::Columns norm;
+  Vec<A> sum, sum_xc;
 
   DgradColumns() = default;
-  DgradColumns(const BnReluConv1x1Backward<T>& p, const Affine<A>& affine, const A* mean, int64_t m0, int64_t c,
-               const A* y_panel, int64_t y_pitch_)
+  DgradColumns(const BnReluConv1x1Backward<T>& p, const Affine<A>& affine, int64_t m0, int64_t c)
       : x(p.x.row(m0) + c),
         in(p.grad_in      ? p.grad_in.row(m0) + c
            : p.accumulate ? p.grad_x.row(m0) + c
                           : nullptr),
         out(p.grad_x.row(m0) + c),
-        y(y_panel + c),
         x_pitch(p.x.pitch),
         in_pitch(p.grad_in ? p.grad_in.pitch : p.grad_x.pitch),
         out_pitch(p.grad_x.pitch),
-        y_pitch(y_pitch_),
         width(int(std::min<int64_t>(kLanes<A>, p.C - c))),
-        center(load_vec(mean + c)),
-        scale(load_vec(affine.scale + c)),
+        norm(affine.at(c)),
         sum{},
         sum_xc{} {}
 
@@ -93,23 +119,25 @@ struct DgradColumns {
     if (!in) return;
     for (int64_t r = r0; r < r0 + rows; ++r) __builtin_prefetch(in + r * in_pitch);
   }
-  DX_INLINE void add_tile(const A (&tile)[kTileRows][kLanes<A>], int64_t r0, int64_t rows) {
+  DX_INLINE void add_tile(const A (*tile)[kLanes<A>], int64_t r0, int64_t rows) {
     if (width == kLanes<A>)
       add_tile(tile, r0, rows, Whole{});
     else
       add_tile(tile, r0, rows, Part{width});
   }
   template <class Columns>
-  DX_INLINE void add_tile(const A (&tile)[kTileRows][kLanes<A>], int64_t r0, int64_t rows, Columns columns) {
+  DX_INLINE void add_tile(const A (*tile)[kLanes<A>], int64_t r0, int64_t rows, Columns columns) {
     Vec<A> s = sum, s_xc = sum_xc;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = r0 + r;
-      const Vec<A> dy = relu_mask<A>(load_vec(y + row * y_pitch), load_vec(tile[r]));
+    const T *x_row = x + r0 * x_pitch, *in_row = in ? in + r0 * in_pitch : nullptr;
+    T* out_row = out + r0 * out_pitch;
+    for (int64_t r = 0; r < rows; ++r, x_row += x_pitch, in_row += in ? in_pitch : 0, out_row += out_pitch) {
+      const Vec<A> xc = columns.load(x_row) - norm.mean;
+      const Vec<A> dy = relu_mask<A>(norm.of_centered(xc), load_vec(tile[r]));
       s += dy;
-      s_xc += dy * (columns.load(x + row * x_pitch) - center);
-      Vec<A> g = dy * scale;
-      if (in) g += columns.load(in + row * in_pitch);
-      columns.store(out + row * out_pitch, g);
+      s_xc += dy * xc;
+      Vec<A> g = dy * norm.scale;
+      if (in) g += columns.load(in_row);
+      columns.store(out_row, g);
     }
     sum = s;
     sum_xc = s_xc;
@@ -118,53 +146,79 @@ struct DgradColumns {
 
 template <class T>
 void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& pool) {
+  using P = Product<T>;
   using A = Acc<T>;
+  using Operand = typename P::Operand;
+  using Panels = BackwardPanels<T>;
   constexpr int L = kLanes<A>;
-  const DenseBackwardShape<A> shape(p.C, p.N);
   const bool want_wgrad = p.grad_conv_weight != nullptr;
-  const int64_t wgrad_size = want_wgrad ? shape.wgrad_rows * shape.y_pitch : 0;
-  const int64_t y_size = shape.panel * shape.y_pitch, dz_size = shape.panel * shape.dz_pitch;
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(padded<A>(p.C)) + NormBackward<A>::bytes(p.N) +
-                  Scratch::bytes<A>(packed_size<A>(p.N, p.C)) +
-                  Scratch::bytes<A>(pool.tasks * (y_size + dz_size + wgrad_size)) + TaskSums::bytes(pool.tasks, p.C));
+  const Grid grid = make_grid<A>(pool.tasks, p.M, p.C, 0.5);
+  const Range widest = grid.template column_range<A>(grid.columns - 1, p.C);
+  const Panels panels(round_up(widest.end - widest.begin, L), p.N, want_wgrad);
+  const int64_t steps = depth_steps<P>(p.N);
+  Scratch scratch(Affine<A>::bytes(p.C) + NormBackward<A>::bytes(p.N) +
+                  Scratch::bytes<Operand>(packed_size<P>(p.N, p.C)) +
+                  Scratch::bytes<Operand>(pool.tasks * panels.operands()) +
+                  Scratch::bytes<A>(pool.tasks * panels.wgrad_size) + TaskSums::bytes(grid.rows, p.C));
   const Affine<A> affine(scratch, p.norm, p.C);
-  const A* mean = padded_copy(scratch, p.norm.mean, p.C);
   // Without z there is no norm2 to go through; an all-zero stand-in keeps one code path.
   const NormBackward<A> norm2(scratch, p.z ? p.z_norm : Norm<A>{p.norm.mean, p.norm.var, nullptr, nullptr, 1.0},
                               p.z_grad_weight, p.z_grad_bias, p.M, p.z ? p.N : 0);
-  A* packed = scratch.take<A>(packed_size<A>(p.N, p.C));
-  A* of_tasks = scratch.take<A>(pool.tasks * (y_size + dz_size + wgrad_size));
-  const TaskSums sums(scratch, pool.tasks, p.C);
-  pack_right(p.weight, p.N, p.C, p.C, 1, packed, pool);
+  Operand* packed = scratch.take<Operand>(packed_size<P>(p.N, p.C));
+  Operand* operands = scratch.take<Operand>(pool.tasks * panels.operands());
+  A* wgrads = scratch.take<A>(pool.tasks * panels.wgrad_size);
+  const TaskSums sums(scratch, grid.rows, p.C);
+  pack_right<P>(p.weight, p.N, p.C, p.C, 1, grid.columns, packed, pool);
 
   pool.run([&](int task) {
-    A *y = of_tasks + task * (y_size + dz_size + wgrad_size), *dz = y + y_size, *wgrad = dz + dz_size;
-    std::fill_n(wgrad, wgrad_size, A(0));
-    for_panels(part(p.M, kTileRows, pool.tasks, task), shape.panel, [&](int64_t m0, int64_t rows) {
-      fill_dz<T>(p, p.z ? &norm2 : nullptr, m0, rows, dz, shape.dz_pitch);
-      normalise_panel<T>(affine, p.x, m0, rows, p.C, y, shape.y_pitch);
-      if (want_wgrad) add_wgrad<A>(shape, p.C, rows, dz, y, wgrad);
+    const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.C);
+    const int64_t C = range.end - range.begin;
+    Operand* own = operands + task * panels.operands();
+    const AlongRows<P> y = {own, panels.y_pitch};
+    const AlongColumns<P> dz = {own + panels.y_size, panels.dz_pitch};
+    const AlongRows<P> dz_rows = {Panels::kSame ? dz.data : dz.data + panels.dz_size, panels.dz_rows_pitch};
+    A* wgrad = wgrads + task * panels.wgrad_size;
+    std::fill_n(own, panels.operands(), Operand{});  // columns beyond the last one stay zero
+    std::fill_n(wgrad, panels.wgrad_size, A(0));
+    for_panels(all, panels.rows, [&](int64_t m0, int64_t rows) {
+      const Rows<const T> grad = {p.grad_out.row(m0), p.grad_out.pitch};
+      const DzPanel<P> put_dz = {dz, dz_rows, want_wgrad && !Panels::kSame};
+      if (p.z)
+        fill_panel<A>(rows, p.N, DzRows<T>{grad, {p.z.row(m0), p.z.pitch}, norm2}, put_dz);
+      else
+        fill_panel<A>(rows, p.N, GivenRows<T>{grad}, put_dz);
+      const Rows<const T> x = {p.x.data + range.begin, p.x.pitch};
+      if (want_wgrad) {
+        fill_panel<A>(rows, C, NormalisedRows<T>{{x.row(m0), x.pitch}, affine.from(range.begin)}, y);
+        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad);
+      }
 
-      for_column_blocks<A>(p.C, [&](int64_t n, auto vectors) {
-        constexpr int NV = decltype(vectors)::value;
+      const int64_t tiles = rows / kTileRows<kMostVectors> * (C / (kMostVectors * L));
+      const int64_t next_rows = std::min(panels.rows, all.end - m0 - rows);
+      ReadAhead next_x(x, m0 + rows, next_rows, C, tiles), next_grad(p.grad_out, m0 + rows, next_rows, p.N, tiles);
+      ReadAhead next_z(p.z ? p.z : p.grad_out, m0 + rows, p.z ? next_rows : 0, p.N, tiles);
+      for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
+        constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
         DgradColumns<T> columns[NV];
-        for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, affine, mean, m0, n + j * L, y, shape.y_pitch);
-        for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
-          alignas(64) A tile[NV][kTileRows][L];
-          const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - r0);
+        for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, affine, m0, n + j * L);
+        for (int64_t r0 = 0; r0 < rows; r0 += R) {
+          alignas(64) A tile[NV][R][L];
+          const int64_t tile_rows = std::min<int64_t>(R, rows - r0);
           for (int j = 0; j < NV; ++j) columns[j].prefetch_tile(r0, tile_rows);
+          next_x.step();
+          next_grad.step();
+          next_z.step();
           {
-            Vec<A> acc[kTileRows][NV];
-            tile_product<NV, 0, 1>(p.N, dz + r0 * shape.dz_pitch, shape.dz_pitch, 1, packed + n * p.N, kTileColumns<A>,
-                                   acc);
+            Vec<A> acc[R][NV];
+            tile_product<P, NV, 0, 1>(steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc);
 #pragma GCC unroll 16
-            for (int r = 0; r < kTileRows; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
               for (int j = 0; j < NV; ++j) store_vec(tile[j][r], acc[r][j]);
           }
           for (int j = 0; j < NV; ++j) columns[j].add_tile(tile[j], r0, tile_rows);
         }
-        for (int j = 0; j < NV; ++j) sums.add<A>(task, n + j * L, columns[j].sum, columns[j].sum_xc);
+        for (int j = 0; j < NV; ++j) sums.add<A>(task / grid.columns, n + j * L, columns[j].sum, columns[j].sum_xc);
       });
     });
   });
@@ -176,12 +230,18 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
       p.grad_mean[c] += d.mean;
       p.grad_var[c] += d.var;
     }
-  if (want_wgrad)
-    for (int64_t i = 0; i < p.N; ++i)
-      for (int64_t c = 0; c < p.C; ++c) {
-        A total = 0;
-        for (int task = 0; task < pool.tasks; ++task)
-          total += of_tasks[task * (y_size + dz_size + wgrad_size) + y_size + dz_size + i * shape.y_pitch + c];
-        p.grad_conv_weight[i * p.C + c] = total;
+  if (!want_wgrad) return;
+  pool.run([&](int task) {
+    const Range channels = part(p.N, 1, pool.tasks, task);
+    for (int64_t i = channels.begin; i < channels.end; ++i)
+      for (int column = 0; column < grid.columns; ++column) {
+        const Range range = grid.template column_range<A>(column, p.C);
+        for (int64_t c = range.begin; c < range.end; ++c) {
+          const A* own = wgrads + column * panels.wgrad_size + i * panels.y_pitch + c - range.begin;
+          A total = 0;
+          for (int row = 0; row < grid.rows; ++row) total += own[row * grid.columns * panels.wgrad_size];
+          p.grad_conv_weight[i * p.C + c] = total;
+        }
       }
+  });
 }

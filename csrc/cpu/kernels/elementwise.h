@@ -39,8 +39,10 @@ void append_features(const AppendFeatures<T>& p, const Pool& pool) {
         const T* src = p.src.row(m);
         T* out = p.out.row(m);
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
-          const Vec<A> v = columns.load(src + c);
-          columns.store(out + c, drop ? v * load_vec(factors + c) : v);
+          if (drop)
+            columns.store(out + c, columns.load(src + c) * load_vec(factors + c));
+          else
+            columns.copy(src + c, out + c);
         });
       }
       if (p.mean) sum.add_panel(p.out.row(m0), p.out.pitch, rows, p.C);
@@ -56,11 +58,12 @@ void bn_relu(const BnRelu<T>& p, const Pool& pool) {
   const Affine<A> affine(scratch, p.norm, p.C);
   pool.run([&](int task) {
     const Range range = part(p.M, kPanelRows, pool.tasks, task);
+    // One row after the other: several at a time, which would load the norm once for all, take twice the time.
     for (int64_t m = range.begin; m < range.end; ++m) {
       const T* x = p.x.row(m);
       T* out = p.out.row(m);
-      for_columns<A>(p.C,
-                     [&](int64_t c, auto columns) { columns.store(out + c, relu<A>(affine(columns.load(x + c), c))); });
+      for_columns<A>(
+          p.C, [&](int64_t c, auto columns) { columns.store(out + c, relu<A>(affine.at(c)(columns.load(x + c)))); });
     }
   });
 }
@@ -108,22 +111,23 @@ void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
 template <class T>
 void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool) {
   using A = Acc<T>;
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(padded<A>(p.C)) + TaskSums::bytes(pool.tasks, p.C));
+  Scratch scratch(Affine<A>::bytes(p.C) + TaskSums::bytes(pool.tasks, p.C));
   const Affine<A> affine(scratch, p.norm, p.C);
-  const A* mean = padded_copy(scratch, p.norm.mean, p.C);
   const TaskSums sums(scratch, pool.tasks, p.C);
   pool.run([&](int task) {
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
       for_column_stretches<A>(p.C, [&](int64_t c, auto columns, auto vectors) {
         constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
         Vec<A> sum[NV] = {}, sum_xc[NV] = {};
+        typename Affine<A>::Columns norm[NV];
+        for (int j = 0; j < NV; ++j) norm[j] = affine.at(c + j * L);
         for (int64_t m = m0; m < m0 + rows; ++m)
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) {
-            const Vec<A> x = columns.load(p.x.row(m) + c + j * L);
-            const Vec<A> dy = relu_mask<A>(affine(x, c + j * L), columns.load(p.grad.row(m) + c + j * L));
+            const Vec<A> xc = columns.load(p.x.row(m) + c + j * L) - norm[j].mean;
+            const Vec<A> dy = relu_mask<A>(norm[j].of_centered(xc), columns.load(p.grad.row(m) + c + j * L));
             sum[j] += dy;
-            sum_xc[j] += dy * (x - load_vec(mean + c + j * L));
+            sum_xc[j] += dy * xc;
           }
         for (int j = 0; j < NV; ++j) sums.add<A>(task, c + j * L, sum[j], sum_xc[j]);
       });
@@ -138,14 +142,11 @@ void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool)
 template <class A>
 struct NormBackward {
   Affine<A> affine;
-  A *mean, *center, *slope;  // [padded C]
+  A *center, *slope;  // [padded C]
 
-  static size_t bytes(int64_t C) { return Affine<A>::bytes(C) + 3 * Scratch::bytes<A>(padded<A>(C)); }
+  static size_t bytes(int64_t C) { return Affine<A>::bytes(C) + 2 * Scratch::bytes<A>(padded<A>(C)); }
   NormBackward(Scratch& scratch, const Norm<A>& norm, const A* grad_weight, const A* grad_bias, int64_t M, int64_t C)
-      : affine(scratch, norm, C),
-        mean(padded_copy(scratch, norm.mean, C)),
-        center(scratch.take<A>(padded<A>(C))),
-        slope(scratch.take<A>(padded<A>(C))) {
+      : affine(scratch, norm, C), center(scratch.take<A>(padded<A>(C))), slope(scratch.take<A>(padded<A>(C))) {
     std::fill_n(center, padded<A>(C), A(0));
     std::fill_n(slope, padded<A>(C), A(0));
     if (!grad_bias) return;
@@ -154,15 +155,17 @@ struct NormBackward {
       slope[c] = affine.rstd[c] * grad_weight[c] / A(M);
     }
   }
-  // dy is the gradient before the ReLU's mask.
-  DX_INLINE Vec<A> operator()(Vec<A> x, Vec<A> dy, int64_t c) const {
-    return correct(x, relu_mask<A>(affine(x, c), dy), c);
-  }
-  DX_INLINE Vec<A> correct(Vec<A> x, Vec<A> masked_dy, int64_t c) const {
-    const Vec<A> xc = x - load_vec(mean + c);
-    const Vec<A> share = load_vec(center + c) + times_or_zero<A>(load_vec(slope + c), xc);
-    return load_vec(affine.scale + c) * (masked_dy - share);
-  }
+  struct Columns {
+    typename Affine<A>::Columns norm;
+    Vec<A> center, slope;
+    // dy is the gradient before the ReLU's mask.
+    DX_INLINE Vec<A> operator()(Vec<A> x, Vec<A> dy) const {
+      const Vec<A> xc = x - norm.mean;
+      const Vec<A> share = center + times_or_zero<A>(slope, xc);
+      return norm.scale * (relu_mask<A>(norm.of_centered(xc), dy) - share);
+    }
+  };
+  DX_INLINE Columns at(int64_t c) const { return {affine.at(c), load_vec(center + c), load_vec(slope + c)}; }
 };
 
 template <class T>
@@ -176,7 +179,7 @@ void bn_relu_backward(const BnReluBackward<T>& p, const Pool& pool) {
       const T *x = p.x.row(m), *grad = p.grad.row(m);
       T* out = p.grad_x.row(m);
       for_columns<A>(p.C, [&](int64_t c, auto columns) {
-        columns.store(out + c, backward(columns.load(x + c), columns.load(grad + c), c));
+        columns.store(out + c, backward.at(c)(columns.load(x + c), columns.load(grad + c)));
       });
     }
   });

@@ -1,120 +1,126 @@
-// The one microkernel behind every product here: a tile of kTileRows x (NV vectors) outputs, kept in registers over the
-// whole inner dimension.
+// The products behind the 1x1 convolutions: a tile of R rows x NV vectors of outputs stays in registers over the whole
+// inner dimension. The left operand is broadcast number by number, the right one is packed in vectors. Both lie in
+// panels that fit the caches.
 //
-// Registers decide the tile. AVX-512 has 32: 12 rows x 2 vectors = 24 accumulators, 2 for the right operand, 1 for the
-// broadcast left element, 5 to spare. With 16 registers (AVX2, SSE2, NEON's 32 included): 4 x 2 = 8 + 2 + 1.
+// Registers decide the tile: R * NV accumulators, NV vectors of the right operand, one broadcast number of the left.
+// Each step of the inner dimension loads R + NV times for R * NV multiply-adds; three vectors are 48 outputs.
+//   AVX-512, 32 registers:  8 x 3 (24 + 3 + 1; 11 loads for 24), 12 x 2 (24 + 2 + 1; 14 for 24)
+//   AVX2, 16 registers:     6 x 2 (12 + 2 + 1)
+//   SSE2, 16 registers:     4 x 2 (8 + 2 + 1, and one for products before they are added)
 #pragma once
 
 #if DX_VECTOR_BYTES == 64
-constexpr int kTileRows = 12;
-constexpr int kRegisters = 32;
+constexpr int kRegisters = 32, kMostVectors = 3, kRowUnit = 24;
 #elif DX_VECTOR_BYTES == 32
-constexpr int kTileRows = 6;
-constexpr int kRegisters = 16;
+constexpr int kRegisters = 16, kMostVectors = 2, kRowUnit = 6;
 #else
-constexpr int kTileRows = 4;
-constexpr int kRegisters = 16;
+constexpr int kRegisters = 16, kMostVectors = 2, kRowUnit = 4;
 #endif
-constexpr int kTileVectors = 2;
-static_assert(kTileRows * kTileVectors + kTileVectors + 1 <= kRegisters, "the accumulators must stay in registers");
-static_assert(kTileRows % 2 == 0, "rows are addressed in groups");
+// Rows of a tile of NV vectors.
+template <int NV>
+constexpr int kTileRows = kMostVectors == 3 ? (NV == 3 ? 8 : 12) : kRowUnit;
+template <int NV>
+constexpr bool kTileFits = kTileRows<NV> * NV + NV + 1 <= kRegisters && kRowUnit % kTileRows<NV> == 0;
+static_assert(kTileFits<1> && kTileFits<2> && (kMostVectors < 3 || kTileFits<3>),
+              "accumulators stay in registers, and panels are whole tiles of every shape");
 
-// Columns of a tile.
-template <class A>
-constexpr int kTileColumns = kTileVectors * kLanes<A>;
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Calls f(first column, NV as a constant) for the column blocks of [begin, end): blocks of the most vectors, but never
+// a single vector at the end where two blocks of two will do.
+template <class A, class F>
+DX_INLINE void for_column_blocks(int64_t begin, int64_t end, const F& f) {
+  constexpr int L = kLanes<A>;
+  for (int64_t n = begin; n < end;) {
+    const int64_t vectors = (end - n + L - 1) / L;
+    if (kMostVectors == 3 && vectors != 4 && vectors >= 3)
+      f(n, Constant<kMostVectors>{}), n += kMostVectors * L;
+    else if (vectors >= 2)
+      f(n, Constant<2>{}), n += 2 * L;
+    else
+      f(n, Constant<1>{}), n += L;
+  }
+}
 
 // acc[r][j] = sum_k a(r, k) * b(k, j). The left operand is addressed as a[r * row_stride + k * k_stride]; a stride
 // given as template argument (not 0) is known to the compiler. The right operand's rows are `b_stride` apart.
-template <int NV, int ROW_STRIDE, int K_STRIDE, class A>
-DX_INLINE void tile_product(int64_t K, const A* a, int64_t row_stride_, int64_t k_stride_, const A* b, int64_t b_stride,
-                            Vec<A> (&acc)[kTileRows][NV]) {
+template <class P, int NV, int ROW_STRIDE, int K_STRIDE>
+DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
+                            const typename P::Operand* b, int64_t b_stride,
+                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV]) {
+  using A = typename P::A;
+  constexpr int R = kTileRows<NV>;
   const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
-  // Two rows per pointer: x86 then addresses them as [p] and [p + row_stride], without a pointer for each row.
-  constexpr int GROUP = ROW_STRIDE ? kTileRows : (kTileRows % 3 == 0 ? 3 : 2);
-  const A* rows[kTileRows / GROUP];
+  // Two or three rows per pointer: x86 then addresses them as [p + i * row_stride], without a pointer for each row.
+  constexpr int GROUP = ROW_STRIDE ? R : (R % 3 == 0 ? 3 : 2);
+  const typename P::Operand* rows[R / GROUP];
 #pragma GCC unroll 16
-  for (int g = 0; g < kTileRows / GROUP; ++g) rows[g] = a + g * GROUP * row_stride;
+  for (int g = 0; g < R / GROUP; ++g) rows[g] = a + g * GROUP * row_stride;
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
   for (int64_t k = 0; k < K; ++k) {
-    Vec<A> right[NV];
+    typename P::Right right[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) right[j] = load_vec(b + j * kLanes<A>);
+    for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<A>);
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      const A left = rows[r / GROUP][(r % GROUP) * row_stride];
+    for (int r = 0; r < R; ++r) {
+      const typename P::Operand left = rows[r / GROUP][(r % GROUP) * row_stride];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] += left * right[j];
+      for (int j = 0; j < NV; ++j) P::multiply_add(acc[r][j], left, right[j]);
     }
 #pragma GCC unroll 16
-    for (int g = 0; g < kTileRows / GROUP; ++g) rows[g] += k_stride;
+    for (int g = 0; g < R / GROUP; ++g) rows[g] += k_stride;
     b += b_stride;
   }
 }
 
-// Packs a right operand [K, N] into column blocks of kTileColumns, each [K, kTileColumns] and contiguous, zeros at the
-// right edge: element (k, n) of the operand is w[k * k_stride + n * n_stride].
-template <class A>
+// ---- the packed right operand ---------------------------------------------------------------------------------------
+// Operands along an inner dimension of K.
+template <class P>
+inline int64_t depth_steps(int64_t K) {
+  return (K + P::kDepth - 1) / P::kDepth;
+}
+
+// A right operand [K, N] in column blocks, each contiguous: the block that starts at column n starts at
+// n * depth_steps(K). Columns beyond N are zero. `parts`: the column blocks are those of so many tasks side by side.
+template <class P>
 inline int64_t packed_size(int64_t K, int64_t N) {
-  return (N + kTileColumns<A> - 1) / kTileColumns<A> * kTileColumns<A> * K;
+  return padded<typename P::A>(N) * depth_steps<P>(K);
 }
-template <class A>
-inline void pack_right(const A* w, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, A* packed,
-                       const Pool& pool) {
-  constexpr int NB = kTileColumns<A>;
-  const int64_t blocks = (N + NB - 1) / NB;
-  pool.run([&](int task) {
-    const Range range = part(blocks, 1, pool.tasks, task);
-    for (int64_t block = range.begin; block < range.end; ++block) {
-      A* out = packed + block * NB * K;
-      const int64_t n0 = block * NB, columns = std::min<int64_t>(NB, N - n0);
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t n = 0; n < NB; ++n) out[k * NB + n] = n < columns ? w[k * k_stride + (n0 + n) * n_stride] : A(0);
+// Packs it from w, whose element (k, n) is w[k * k_stride + n * n_stride]. The tasks share the inner dimension.
+template <class P>
+inline void pack_right(const typename P::A* w, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, int parts,
+                       typename P::Operand* packed, const Pool& pool) {
+  using A = typename P::A;
+  constexpr int kChunk = 16;  // steps: a cache line of each row where the inner dimension is contiguous
+  const int64_t steps = depth_steps<P>(K);
+  const auto pack_block = [&](int64_t n0, int64_t NB, int64_t k0, int64_t k1) {
+    typename P::Operand* out = packed + n0 * steps;
+    const auto pack = [&](int64_t k, int64_t n) {
+      const int64_t first = k * P::kDepth;
+      out[k * NB + n] = P::pack(w + first * k_stride + (n0 + n) * n_stride, k_stride, first + 1 < K);
+    };
+    const int64_t columns = std::min(NB, N - n0);
+    if (n_stride == 1) {
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t n = 0; n < columns; ++n) pack(k, n);
+    } else {
+      for (int64_t n = 0; n < columns; ++n)
+        for (int64_t k = k0; k < k1; ++k) pack(k, n);
     }
+    for (int64_t k = k0; k < k1; ++k)
+      for (int64_t n = columns; n < NB; ++n) out[k * NB + n] = typename P::Operand{};
+  };
+  pool.run([&](int task) {
+    const Range range = part(steps, kChunk, pool.tasks, task);
+    for (int64_t k = range.begin; k < range.end; k += kChunk)
+      for (int i = 0; i < parts; ++i) {
+        const Range columns = part(N, kLanes<A>, parts, i);
+        for_column_blocks<A>(columns.begin, columns.end, [&](int64_t n, auto vectors) {
+          pack_block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kChunk, range.end));
+        });
+      }
   });
-}
-
-// Calls f(first column, NV as a constant) for the column blocks of [0, N): a last block of one vector is computed as
-// one.
-template <class A, class F>
-DX_INLINE void for_column_blocks(int64_t N, const F& f) {
-  for (int64_t n = 0; n < N; n += kTileColumns<A>) {
-    if (N - n > kLanes<A>)
-      f(n, Constant<kTileVectors>{});
-    else
-      f(n, Constant<1>{});
-  }
-}
-
-// A panel of activations in the arithmetic type, one row per pixel. Its pitch is an odd number of vectors: rows of a
-// power-of-two pitch would all fall into the same cache sets.
-template <class A>
-inline int64_t panel_pitch(int64_t C) {
-  const int64_t vectors = (C + kTileColumns<A> - 1) / kTileColumns<A> * kTileVectors;
-  return (vectors | 1) * kLanes<A>;
-}
-
-// Rows of a panel: a multiple of the tile's, at most 96, and a quarter of an L2 cache of 1 MiB.
-template <class A>
-inline int64_t panel_rows(int64_t pitch) {
-  constexpr int64_t kPanelBytes = 256 * 1024, kMostRows = 96;
-  static_assert(kMostRows % kTileRows == 0, "panels are made of whole tiles");
-  const int64_t fit = kPanelBytes / (pitch * int64_t(sizeof(A))) / kTileRows * kTileRows;
-  return std::max<int64_t>(kTileRows, std::min(kMostRows, fit));
-}
-
-// y = relu(x * s + t) for the rows of a panel; rows up to the next whole tile are zero, so that tiles need no edge.
-template <class T, class A = Acc<T>>
-DX_INLINE void normalise_panel(const Affine<A>& affine, Rows<const T> x, int64_t m0, int64_t rows, int64_t C, A* panel,
-                               int64_t pitch) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* in = x.row(m0 + r);
-    A* out = panel + r * pitch;
-    for_columns<A>(C, [&](int64_t c, auto columns) { store_vec(out + c, relu<A>(affine(columns.load(in + c), c))); });
-    for (int64_t c = padded<A>(C); c < pitch; ++c) out[c] = A(0);
-  }
-  const int64_t whole = (rows + kTileRows - 1) / kTileRows * kTileRows;
-  for (int64_t r = rows; r < whole; ++r) std::fill_n(panel + r * pitch, pitch, A(0));
 }

@@ -27,6 +27,7 @@ void bn_relu_max_pool(const BnReluPool<T>& p, const Pool& pool) {
         const int64_t out_row = line * g.out[2] + ow;
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
           // PyTorch's rule: the first maximum in scan order, and NaN always wins.
+          const auto norm = affine.at(c);
           Vec<A> best = broadcast(-A(INFINITY)), where = {};
           bool first = true;
           for (int64_t i = 0; i < g.window[0]; ++i)
@@ -36,7 +37,7 @@ void bn_relu_max_pool(const BnReluPool<T>& p, const Pool& pool) {
                               w = ow * g.stride[2] - g.padding[2] + k;
                 if (d < 0 || d >= g.size[0] || h < 0 || h >= g.size[1] || w < 0 || w >= g.size[2]) continue;
                 const int64_t row = ((n * g.size[0] + d) * g.size[1] + h) * g.size[2] + w;
-                const Vec<A> y = as_stored<T>(relu<A>(affine(columns.load(p.x.row(row) + c), c)));
+                const Vec<A> y = as_stored<T>(relu<A>(norm(columns.load(p.x.row(row) + c))));
                 const Vec<A> position = broadcast(A((i * g.window[1] + j) * g.window[2] + k));
                 if (first) where = position;
                 first = false;
@@ -82,23 +83,23 @@ template <class T>
 void bn_relu_max_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& p, const Pool& pool) {
   using A = Acc<T>;
   const Pooling& g = p.pooling;
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(padded<A>(p.C)) + TaskSums::bytes(pool.tasks, p.C));
+  Scratch scratch(Affine<A>::bytes(p.C) + TaskSums::bytes(pool.tasks, p.C));
   const Affine<A> affine(scratch, p.norm, p.C);
-  const A* mean = padded_copy(scratch, p.norm.mean, p.C);
   const TaskSums sums(scratch, pool.tasks, p.C);
   pool.run([&](int task) {
     const Range lines = part(g.batch * g.size[0] * g.size[1], 1, pool.tasks, task);
     for (int64_t line = lines.begin; line < lines.end; ++line) {
       const int64_t h = line % g.size[1], d = line / g.size[1] % g.size[0], n = line / (g.size[1] * g.size[0]);
       for_columns<A>(p.C, [&](int64_t c, auto columns) {
+        const auto norm = affine.at(c);
         Vec<A> sum = {}, sum_xc = {};
         const int lanes = lanes_at<A>(c, p.C);
         for (int64_t w = 0; w < g.size[2]; ++w) {
-          const Vec<A> x = columns.load(p.x.row(line * g.size[2] + w) + c);
+          const Vec<A> xc = columns.load(p.x.row(line * g.size[2] + w) + c) - norm.mean;
           const Vec<A> grad = gather_max_pool_grad<T>(g, p.grad_out, p.index, n, d, h, w, c, lanes, columns);
-          const Vec<A> dy = relu_mask<A>(affine(x, c), grad);
+          const Vec<A> dy = relu_mask<A>(norm.of_centered(xc), grad);
           sum += dy;
-          sum_xc += dy * (x - load_vec(mean + c));
+          sum_xc += dy * xc;
         }
         sums.add<A>(task, c, sum, sum_xc);
       });
@@ -122,7 +123,7 @@ void bn_relu_max_pool_backward(const BnReluPoolBackward<T>& p, const Pool& pool)
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
           const Vec<A> grad =
               gather_max_pool_grad<T>(g, p.grad_out, p.index, n, d, h, w, c, lanes_at<A>(c, p.C), columns);
-          columns.store(p.grad_x.row(row) + c, backward(columns.load(p.x.row(row) + c), grad, c));
+          columns.store(p.grad_x.row(row) + c, backward.at(c)(columns.load(p.x.row(row) + c), grad));
         });
       }
     }

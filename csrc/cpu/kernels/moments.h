@@ -10,6 +10,8 @@ struct MomentsSum {
   int64_t* count;
   double *mean, *m2;  // [C]
 
+  MomentsSum from(int64_t c) const { return {count, mean + c, m2 + c}; }
+
   // Adds a panel of at most a few hundred rows, which the caller has just written or which fits the cache.
   template <class T>
   void add_panel(const T* x, int64_t pitch, int64_t rows, int64_t C) {
@@ -74,9 +76,14 @@ class TaskMoments {
 
   template <class A>
   void finish(int64_t C, A* mean, A* var) const {
-    for (int64_t c = 0; c < C; ++c) {
+    finish({0, C}, 0, 1, mean, var);
+  }
+  // Merges what the tasks first, first + step, ... have of a range of channels.
+  template <class A>
+  void finish(Range channels, int first, int step, A* mean, A* var) const {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       Moments<double> all = {0, 0, 0};
-      for (int i = 0; i < tasks_; ++i)
+      for (int i = first; i < tasks_; i += step)
         all = merge(all, Moments<double>{double(counts_[i]), (*this)[i].mean[c], (*this)[i].m2[c]});
       mean[c] = A(all.mean);
       var[c] = A(all.m2 / all.count);

@@ -32,24 +32,40 @@ inline int64_t padded(int64_t C) {
   return (C + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// BatchNorm as every kernel computes it, (x - mean) * scale + bias: exact where a channel is constant, at any mean, and
+// the same bits in all kernels, so that the backward pass masks what the forward pass has cut. (x * scale + shift, with
+// shift = bias - mean * scale, saves a subtraction and leaves the rounding of a large shift.)
 template <class A>
 struct Affine {
-  A *scale, *shift, *rstd;  // [padded C]; zero beyond C
+  A *mean, *scale, *bias, *rstd;  // [padded C]; zero beyond C
 
-  static size_t bytes(int64_t C) { return 3 * Scratch::bytes<A>(padded<A>(C)); }
+  static size_t bytes(int64_t C) { return 4 * Scratch::bytes<A>(padded<A>(C)); }
   Affine(Scratch& scratch, const Norm<A>& norm, int64_t C) {
     const int64_t Cp = padded<A>(C);
+    mean = scratch.take<A>(Cp);
     scale = scratch.take<A>(Cp);
-    shift = scratch.take<A>(Cp);
+    bias = scratch.take<A>(Cp);
     rstd = scratch.take<A>(Cp);
     for (int64_t c = 0; c < C; ++c) {
       rstd[c] = bn_rstd(norm.var[c], norm.eps);
       scale[c] = (norm.weight ? norm.weight[c] : A(1)) * rstd[c];
-      shift[c] = (norm.bias ? norm.bias[c] : A(0)) - norm.mean[c] * scale[c];
+      bias[c] = norm.bias ? norm.bias[c] : A(0);
+      mean[c] = norm.mean[c];
     }
-    for (int64_t c = C; c < Cp; ++c) scale[c] = shift[c] = rstd[c] = A(0);
+    for (int64_t c = C; c < Cp; ++c) mean[c] = scale[c] = bias[c] = rstd[c] = A(0);
   }
-  DX_INLINE Vec<A> operator()(Vec<A> x, int64_t c) const { return x * load_vec(scale + c) + load_vec(shift + c); }
+  Affine from(int64_t c) const {
+    Affine rest = *this;
+    rest.mean += c, rest.scale += c, rest.bias += c, rest.rstd += c;
+    return rest;
+  }
+  // Of a vector of columns, in registers for the rows that follow.
+  struct Columns {
+    Vec<A> mean, scale, bias;
+    DX_INLINE Vec<A> of_centered(Vec<A> xc) const { return xc * scale + bias; }
+    DX_INLINE Vec<A> operator()(Vec<A> x) const { return of_centered(x - mean); }
+  };
+  DX_INLINE Columns at(int64_t c) const { return {load_vec(mean + c), load_vec(scale + c), load_vec(bias + c)}; }
 };
 
 // A per-channel input that may be shorter than its last vector, copied with zeros behind it.

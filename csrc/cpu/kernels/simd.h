@@ -41,6 +41,10 @@ DX_INLINE void store_vec(A* p, Vec<A> v) {
 template <class A>
 DX_INLINE Vec<A> relu(Vec<A> u) {
   const Vec<A> zero = {};
+#if DX_VECTOR_BYTES == 64
+  // The instruction is this comparison and selection, which compilers do not see in the vectors' form.
+  if constexpr (std::is_same<A, float>::value) return (Vec<A>)_mm512_max_ps((__m512)zero, (__m512)u);
+#endif
   return zero > u ? zero : u;
 }
 template <class A>
@@ -50,15 +54,20 @@ DX_INLINE Vec<A> relu_mask(Vec<A> u, Vec<A> grad) {
 }
 
 // ---- bf16: the upper half of a float, rounded to nearest even -------------------------------------------------------
-DX_INLINE Vec<float> widen(const U16Half& h) {
-  const U32 bits = __builtin_convertvector(h, U32) << 16;
-  return (Vec<float>)bits;
-}
+// Between 16 and 32 bits by the instruction itself: GCC 12 converts whole AVX-512 vectors in halves.
+#if DX_VECTOR_BYTES == 64
+DX_INLINE U32 from_16_bits(const U16Half& h) { return (U32)_mm512_cvtepu16_epi32((__m256i)h); }
+DX_INLINE U16Half to_16_bits(U32 v) { return (U16Half)_mm512_cvtepi32_epi16((__m512i)v); }
+#else
+DX_INLINE U32 from_16_bits(const U16Half& h) { return __builtin_convertvector(h, U32); }
+DX_INLINE U16Half to_16_bits(U32 v) { return __builtin_convertvector(v, U16Half); }
+#endif
+DX_INLINE Vec<float> widen(const U16Half& h) { return (Vec<float>)(from_16_bits(h) << 16); }
 DX_INLINE U16Half narrow_bf16(Vec<float> v) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 quiet_nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, U16Half);
+  return to_16_bits(v == v ? rounded : quiet_nan);
 }
 
 // ---- fp16 -----------------------------------------------------------------------------------------------------------
@@ -186,6 +195,18 @@ DX_INLINE void store_part(T* p, Vec<Acc<T>> v, int n) {
 #endif
 }
 
+// Copies without a conversion, which may round what is below the normal numbers.
+template <class T>
+DX_INLINE void copy_part(const T* from, T* to, int n) {
+#if defined(DX_MASKED)
+  if constexpr (sizeof(T) == 2) {
+    const __mmask16 mask = __mmask16((1u << n) - 1);
+    return _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
+  }
+#endif
+  for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // A vector's worth of columns: all lanes, or the first n at the right edge.
 struct Whole {
   template <class T>
@@ -195,6 +216,10 @@ struct Whole {
   template <class T>
   DX_INLINE void store(T* p, Vec<Acc<T>> v) const {
     DX_LEVEL::store(p, v);
+  }
+  template <class T>
+  DX_INLINE void copy(const T* from, T* to) const {
+    __builtin_memmove(to, from, kLanes<Acc<T>> * sizeof(T));
   }
 };
 struct Part {
@@ -206,6 +231,10 @@ struct Part {
   template <class T>
   DX_INLINE void store(T* p, Vec<Acc<T>> v) const {
     store_part(p, v, n);
+  }
+  template <class T>
+  DX_INLINE void copy(const T* from, T* to) const {
+    copy_part(from, to, n);
   }
 };
 // Calls f(c, columns) for every vector of columns in [0, C).
