@@ -36,5 +36,6 @@ struct Level {
 const Level* level_portable();
 const Level* level_avx2();
 const Level* level_avx512();
+const Level* level_avx512_bf16();
 
 }  // namespace dx::cpu

@@ -15,6 +15,7 @@ std::vector<const Level*> find_levels() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && level_avx2()) found.push_back(level_avx2());
   if (avx512 && level_avx512()) found.push_back(level_avx512());
+  if (avx512 && level_avx512_bf16() && __builtin_cpu_supports("avx512bf16")) found.push_back(level_avx512_bf16());
 #endif
   return found;
 }

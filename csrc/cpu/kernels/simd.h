@@ -63,12 +63,17 @@ DX_INLINE U32 from_16_bits(const U16Half& h) { return __builtin_convertvector(h,
 DX_INLINE U16Half to_16_bits(U32 v) { return __builtin_convertvector(v, U16Half); }
 #endif
 DX_INLINE Vec<float> widen(const U16Half& h) { return (Vec<float>)(from_16_bits(h) << 16); }
+#if defined(DX_BF16_DOT)
+// The instruction's numbers below 2^-126 are zero.
+DX_INLINE U16Half narrow_bf16(Vec<float> v) { return (U16Half)_mm512_cvtneps_pbh((__m512)v); }
+#else
 DX_INLINE U16Half narrow_bf16(Vec<float> v) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 quiet_nan = (bits >> 16) | 0x40u;
   return to_16_bits(v == v ? rounded : quiet_nan);
 }
+#endif
 
 // ---- fp16 -----------------------------------------------------------------------------------------------------------
 #if defined(DX_F16C_512)
