@@ -54,6 +54,7 @@ FAULTS = {
     "no barrier": "race|nobody wrote",
     "beyond the end": "outside|beyond",
     "write to input": "read-only",
+    "shared for global": "an address of shared memory",
     "misaligned": "misaligned",
     "two writers": "race: two writes",
     "two blocks": "another block",
@@ -95,12 +96,10 @@ def test_tensor_cores_multiply(gpu: emulation.Library, name: str) -> None:
 
 
 def test_exchanges_between_lanes(gpu: emulation.Library) -> None:
-    a, d = torch.randn(32), torch.zeros(4, 32)
+    a, d = torch.randn(32), torch.zeros(2, 32)
     gpu.warp("exchanges", a, a, d)
     assert_close(d[0], a.double().sum().float().expand(32), 32, "shuffle_xor")
     assert torch.equal(d[1], torch.cat([a[3:], a[29:]]))
-    assert torch.equal(d[2], (a > 0).float())
-    assert torch.equal(d[3], a.flip(0))
 
 
 def test_every_rounding(gpu: emulation.Library) -> None:

@@ -46,13 +46,14 @@ __device__ __forceinline__ Bits<T, V> load_bits(const T* p) {
   }
   return bits;
 }
+// To global memory.
 template <int V, class T>
 __device__ __forceinline__ void store_bits(T* p, const Bits<T, V>& bits) {
   constexpr int kBytes = V * int(sizeof(T));
   if constexpr (kBytes == 16)
-    store16(p, make_uint4(bits.word[0], bits.word[1], bits.word[2], bits.word[3]));
+    store_global16(p, make_uint4(bits.word[0], bits.word[1], bits.word[2], bits.word[3]));
   else if constexpr (kBytes == 8)
-    store8(p, make_uint2(bits.word[0], bits.word[1]));
+    store_global8(p, make_uint2(bits.word[0], bits.word[1]));
   else if constexpr (kBytes == 4)
     store4(p, bits.word[0]);
   else if constexpr (kBytes == 2)

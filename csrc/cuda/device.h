@@ -3,6 +3,7 @@
 // tests/emulation/emulated_device.h, which checks each access. Kernels reach memory only through these functions:
 //   load_one / store_one            one element of any type
 //   load16/8/4/2, store16/8/4/2     as many bytes, aligned to their number
+//   store_global16/8                the same, of global memory only
 //   Shared<T>                       a pointer into shared memory, used like T* (shared_as<T>(bytes) makes one)
 //   DX_SHARED_BYTES(name)           the dynamic shared memory, unsigned char*, aligned to 128
 #pragma once
@@ -24,11 +25,9 @@ __device__ __forceinline__ int block_dim() { return int(blockDim.x); }
 __device__ __forceinline__ unsigned block_x() { return blockIdx.x; }
 __device__ __forceinline__ unsigned block_y() { return blockIdx.y; }
 __device__ __forceinline__ unsigned block_z() { return blockIdx.z; }
-__device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
 __device__ __forceinline__ unsigned grid_y() { return gridDim.y; }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
-__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // Of whole warps, all 32 lanes.
 template <class V>
@@ -39,11 +38,6 @@ template <class V>
 __device__ __forceinline__ V shuffle_down(V v, int by) {
   return __shfl_down_sync(0xffffffffu, v, unsigned(by));
 }
-template <class V>
-__device__ __forceinline__ V shuffle(V v, int lane) {
-  return __shfl_sync(0xffffffffu, v, lane);
-}
-__device__ __forceinline__ uint32_t ballot(bool b) { return __ballot_sync(0xffffffffu, b); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 template <class T>
@@ -69,21 +63,23 @@ __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>
 __device__ __forceinline__ void store8(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 __device__ __forceinline__ void store4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 __device__ __forceinline__ void store2(void* p, uint16_t v) { *static_cast<uint16_t*>(p) = v; }
+// The compiler takes vectors that it has put together from converted numbers apart again and stores four bytes at a
+// time, a quarter of a sector each; it leaves these alone.
+__device__ __forceinline__ void store_global16(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_global8(void* p, uint2 v) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// Copies 16 (8, 4) bytes to shared memory while the thread goes on: the first `valid` from global memory, zeros behind.
+// Copies 16 bytes to shared memory while the thread goes on: the first `valid` from global memory, zeros behind.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
-               : "memory");
-}
-__device__ __forceinline__ void cp_async8(void* shared, const void* global, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
-               : "memory");
-}
-__device__ __forceinline__ void cp_async4(void* shared, const void* global, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -105,7 +105,8 @@ inline int alignment_of(const T* data, int64_t pitch) {
   return static_cast<int>(bits & (~bits + 1));
 }
 
-// The first `valid` elements of a piece, zeros behind them, by the widest accesses that the alignment allows.
+// The first `valid` elements of a piece, zeros behind them, by the widest accesses that the alignment allows: for rows
+// in global memory.
 template <int E, class T>
 __device__ __forceinline__ Piece<T, E> load_piece(const T* p, int valid, int alignment) {
   using P = Piece<T, E>;
@@ -131,12 +132,17 @@ __device__ __forceinline__ Piece<T, E> load_piece(const T* p, int valid, int ali
 template <class T, int E>
 __device__ __forceinline__ void store_piece(T* p, const Piece<T, E>& piece, int valid, int alignment) {
   using P = Piece<T, E>;
-  if (valid >= E && alignment >= (P::kBytes < 16 ? P::kBytes : 16)) return store_piece(p, piece);
-  if (valid >= E && alignment == 8) {
-    uint2 bits[(P::kBytes + 7) / 8];
+  static_assert(P::kBytes % 8 == 0, "vector accesses");
+  if (P::kBytes % 16 == 0 && valid >= E && alignment == 16) {
+    uint4 bits[(P::kBytes + 15) / 16];
     memcpy(bits, &piece, sizeof piece);
 #pragma unroll
-    for (int i = 0; i < P::kBytes / 8; ++i) store8(p + i * (8 / int(sizeof(T))), bits[i]);
+    for (int i = 0; i < P::kBytes / 16; ++i) store_global16(p + i * (16 / int(sizeof(T))), bits[i]);
+  } else if (valid >= E && alignment >= 8) {
+    uint2 bits[P::kBytes / 8];
+    memcpy(bits, &piece, sizeof piece);
+#pragma unroll
+    for (int i = 0; i < P::kBytes / 8; ++i) store_global8(p + i * (8 / int(sizeof(T))), bits[i]);
   } else if (sizeof(T) < 4 && valid >= E && alignment == 4) {
     uint32_t bits[(P::kBytes + 3) / 4];
     memcpy(bits, &piece, sizeof piece);

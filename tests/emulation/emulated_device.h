@@ -1,4 +1,5 @@
-// The functions of csrc/cuda/device.h on the emulator, with the same names and meanings.
+// The functions of csrc/cuda/device.h on the emulator, with the same names and meanings; and sync_warp, which no kernel
+// needs but the emulator's own tests.
 #pragma once
 
 #include <cmath>
@@ -18,7 +19,6 @@ inline int block_dim() { return emulated::here().threads; }
 inline unsigned block_x() { return emulated::here().block[0]; }
 inline unsigned block_y() { return emulated::here().block[1]; }
 inline unsigned block_z() { return emulated::here().block[2]; }
-inline unsigned grid_x() { return emulated::here().grid[0]; }
 inline unsigned grid_y() { return emulated::here().grid[1]; }
 
 inline void sync_block() { emulated::sync_block(); }
@@ -42,16 +42,6 @@ V shuffle_down(V v, int by) {
   const unsigned char* slots = emulated::exchange("shuffle_down", &v, sizeof v);
   const int from = emulated::lane() + by;
   return from < emulated::kWarp ? emulated::of_lane<V>(slots, from) : v;
-}
-template <class V>
-V shuffle(V v, int lane) {
-  return emulated::of_lane<V>(emulated::exchange("shuffle", &v, sizeof v), lane % emulated::kWarp);
-}
-inline uint32_t ballot(bool b) {
-  const unsigned char* slots = emulated::exchange("ballot", &b, sizeof b);
-  uint32_t votes = 0;
-  for (int i = 0; i < emulated::kWarp; ++i) votes |= uint32_t(emulated::of_lane<bool>(slots, i)) << i;
-  return votes;
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
@@ -118,6 +108,12 @@ void store_vector(void* p, const V& v) {
   check_write(p, sizeof(V), sizeof(V));
   std::memcpy(p, &v, sizeof v);
 }
+template <class V>
+void store_global(void* p, const V& v) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (at >= shared_bytes() && at < shared_bytes() + kMostShared) fail("store_global: an address of shared memory");
+  store_vector(p, v);
+}
 }  // namespace emulated
 inline uint4 load16(const void* p) { return emulated::load_vector<uint4>(p); }
 inline uint2 load8(const void* p) { return emulated::load_vector<uint2>(p); }
@@ -127,15 +123,11 @@ inline void store16(void* p, uint4 v) { emulated::store_vector(p, v); }
 inline void store8(void* p, uint2 v) { emulated::store_vector(p, v); }
 inline void store4(void* p, uint32_t v) { emulated::store_vector(p, v); }
 inline void store2(void* p, uint16_t v) { emulated::store_vector(p, v); }
+inline void store_global16(void* p, uint4 v) { emulated::store_global(p, v); }
+inline void store_global8(void* p, uint2 v) { emulated::store_global(p, v); }
 
 inline void cp_async16(void* shared, const void* global, int valid) {
   emulated::copy_async(shared, global, 16, size_t(valid));
-}
-inline void cp_async8(void* shared, const void* global, int valid) {
-  emulated::copy_async(shared, global, 8, size_t(valid));
-}
-inline void cp_async4(void* shared, const void* global, int valid) {
-  emulated::copy_async(shared, global, 4, size_t(valid));
 }
 inline void cp_async_commit() { emulated::commit_async(); }
 template <int N>

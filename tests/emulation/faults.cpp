@@ -30,6 +30,10 @@ void reverse_in_warp(const Args args) {
   store_one(args.out + i, float(tile[i ^ 31]));
 }
 void beyond(const Args args) { store_one(args.out + thread_x(), load_one(args.in + thread_x() + 1)); }
+void global_store_to_shared(const Args) {
+  DX_SHARED_BYTES(bytes);
+  store_global8(bytes + 8 * thread_x(), make_uint2(0, 0));
+}
 void into_input(const Args args) { store_one(const_cast<float*>(args.in) + thread_x(), 1.0f); }
 void misaligned(const Args args) { store4(args.out + thread_x(), uint32_t(load8(args.in + 1).x)); }
 void same_word(const Args args) { store_one(args.out, float(thread_x())); }
@@ -73,6 +77,7 @@ extern "C" int dx_fault(const char* name, const float* in, float* out) {
                 {"no barrier", reverse<false>, 1},
                 {"beyond the end", beyond, 1},
                 {"write to input", into_input, 1},
+                {"shared for global", global_store_to_shared, 1},
                 {"misaligned", misaligned, 1},
                 {"two writers", same_word, 1},
                 {"two blocks", blocks_overlap, 2},

@@ -53,7 +53,7 @@ __global__ void product_tf32(const Product p) {
   }
 }
 
-// d[lane] = the sum of a over the lanes; d[32 + lane] = a of the lane 3 further; d[64 + lane] = whether a > 0 in it.
+// d[lane] = the sum of a over the lanes; d[32 + lane] = a of the lane 3 further.
 __global__ void exchanges(const Product p) {
   const int lane = thread_x();
   const float mine = load_one(static_cast<const float*>(p.a) + lane);
@@ -61,8 +61,6 @@ __global__ void exchanges(const Product p) {
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   store_one(p.d + lane, sum);
   store_one(p.d + 32 + lane, shuffle_down(mine, 3));
-  store_one(p.d + 64 + lane, float(ballot(mine > 0) >> lane & 1));
-  store_one(p.d + 96 + lane, shuffle(mine, 31 - lane));
 }
 
 }  // namespace
