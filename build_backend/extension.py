@@ -88,12 +88,20 @@ def _other_major(torch_cuda: str | None, toolkit: Path | None) -> str | None:
     return f"torch has CUDA {torch_cuda}, but the toolkit in {toolkit} is {major}.{minor}, of another major version"
 
 
-def default_architectures(toolkit_version: tuple[int, int]) -> str:
+# Earlier GPUs have no bf16 arithmetic and no asynchronous copies; they run the package in plain PyTorch.
+LEAST_CAPABILITY = (8, 0)
+# What TORCH_CUDA_ARCH_LIST may call those, besides their numbers.
+EARLIER_GENERATIONS = ("Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Turing")
+
+
+def default_architectures(toolkit_version: tuple[int, int]) -> list[str]:
     """One architecture per generation that the toolkit knows, with PTX of the newest for what comes after."""
     names = ["8.0", "9.0"]
     if toolkit_version >= (12, 8):
         names += ["10.0", "12.0"]
-    return ";".join(names) + "+PTX"
+    if toolkit_version >= (13, 0):
+        names.insert(-1, "11.0")
+    return [*names[:-1], names[-1] + "+PTX"]
 
 
 def toolkit_version(toolkit: Path) -> tuple[int, int]:
@@ -103,15 +111,15 @@ def toolkit_version(toolkit: Path) -> tuple[int, int]:
     return int(release[0]), int(release[1])
 
 
-def choose_architectures(toolkit: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST if it is set, else the visible GPUs', else the default, in the form of that variable.
+def choose_architectures(toolkit: Path) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST if it is set, else the visible GPUs', else the default, in the words of that variable.
 
     Raises `BuildError` for what is neither a number nor a name, such as nvcc's sm_90.
     """
     import torch
 
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
-    for name in given.split(";") if given else ():
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for name in given:
         if not re.fullmatch(r"(\d+\.\d+[af]?|[A-Z][A-Za-z+]*)(\+PTX)?", name):
             number = re.fullmatch(r"(?:sm|compute)_?(\d+)(\d[af]?)", name)
             meant = f" (write {number[1]}.{number[2]})" if number else ""
@@ -122,8 +130,35 @@ def choose_architectures(toolkit: Path) -> str:
         return given
     visible = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     if visible:
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
+        names = [f"{major}.{minor}" for major, minor in sorted(visible)]
+        return [*names[:-1], names[-1] + "+PTX"]
     return default_architectures(toolkit_version(toolkit))
+
+
+def without_early_architectures(cuda: Cuda, architectures: list[str], forced: bool) -> Cuda:
+    """The decision with those of `architectures` that the kernels can be built for, or against the GPU part when they
+    can be built for none. Raises `BuildError` when the GPU part is forced then.
+    """
+    early = [name for name in architectures if _is_early(name)]
+    if not early:
+        return cuda._replace(architectures=";".join(architectures))
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    reason = f"not for {', '.join(early)}: the kernels need compute capability {least} or later"
+    if len(early) < len(architectures):
+        kept = [name for name in architectures if name not in early]
+        return cuda._replace(why=f"{cuda.why}; {reason}", architectures=";".join(kept))
+    if forced:
+        raise BuildError(f"DENSENET_EXT_CUDA=1, and TORCH_CUDA_ARCH_LIST or the visible GPUs are {reason}.")
+    return Cuda(False, reason)
+
+
+def _is_early(architecture: str) -> bool:
+    """Whether a word of TORCH_CUDA_ARCH_LIST means GPUs below LEAST_CAPABILITY."""
+    name = architecture.removesuffix("+PTX")
+    number = name.rstrip("af").split(".")
+    if len(number) == 2 and all(part.isdigit() for part in number):
+        return (int(number[0]), int(number[1])) < LEAST_CAPABILITY
+    return name in EARLIER_GENERATIONS
 
 
 def optimisation_flags(environ: dict[str, str], clang: bool = False) -> list[str]:
@@ -150,9 +185,10 @@ def extension(root: Path) -> tuple[Any, Cuda]:
     macros: list[tuple[str, str | None]] = []
     include_dirs, library_dirs, libraries = [str(root / "csrc")], [], []
     if cuda.build and toolkit is not None:
+        cuda = without_early_architectures(cuda, choose_architectures(toolkit), forced == "1")
+    if cuda.build and toolkit is not None:
         # torch guesses the toolkit from nvcc's path, and does not look for one when it is built without CUDA.
         cpp_extension.CUDA_HOME = str(toolkit)
-        cuda = cuda._replace(architectures=choose_architectures(toolkit))
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
         # The stable ABI hands out the current stream under this macro.
         macros.append(("USE_CUDA", "1"))

@@ -254,17 +254,38 @@ def test_a_launcher_on_path_does_not_pass_for_a_toolkit(monkeypatch: pytest.Monk
 
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert extension.default_architectures((12, 4)) == "8.0;9.0+PTX"
-    assert extension.default_architectures((13, 0)) == "8.0;9.0;10.0;12.0+PTX"
+    assert extension.default_architectures((12, 4)) == ["8.0", "9.0+PTX"]
+    assert extension.default_architectures((12, 8)) == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    assert extension.default_architectures((13, 0)) == ["8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 10.0+PTX")
-    assert extension.choose_architectures(TOOLKIT) == "9.0;10.0+PTX"
+    assert extension.choose_architectures(TOOLKIT) == ["9.0", "10.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;9.0a")
+    assert extension.choose_architectures(TOOLKIT) == ["Ampere", "9.0a"]
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(10, 0), (9, 0)][index])
-    assert extension.choose_architectures(TOOLKIT) == "9.0;10.0+PTX"
+    assert extension.choose_architectures(TOOLKIT) == ["9.0", "10.0+PTX"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(extension, "toolkit_version", lambda toolkit: (12, 4))
-    assert extension.choose_architectures(TOOLKIT) == "8.0;9.0+PTX"
+    assert extension.choose_architectures(TOOLKIT) == ["8.0", "9.0+PTX"]
+
+
+@pytest.mark.parametrize("early", ["7.5", "7.5+PTX", "Turing", "Volta+PTX", "6.1"])
+def test_an_early_gpu_is_one_sentence_and_the_pure_form(early: str) -> None:
+    yes = extension.Cuda(True, "torch has CUDA 13.0", TOOLKIT)
+    mixed = extension.without_early_architectures(yes, [early, "8.6", "9.0a+PTX"], forced=True)
+    assert mixed.build and mixed.architectures == "8.6;9.0a+PTX"
+    assert mixed.why == f"torch has CUDA 13.0; not for {early}: the kernels need compute capability 8.0 or later"
+    alone = extension.without_early_architectures(yes, [early], forced=False)
+    assert alone == (False, f"not for {early}: the kernels need compute capability 8.0 or later", None, "")
+    with pytest.raises(environment.BuildError, match=r"DENSENET_EXT_CUDA=1, and .*capability 8.0 or later"):
+        extension.without_early_architectures(yes, [early], forced=True)
+
+
+def test_later_gpus_are_no_early_ones() -> None:
+    yes = extension.Cuda(True, "torch has CUDA 13.0", TOOLKIT)
+    names = ["8.0", "9.0a", "10.0f", "12.0+PTX", "Ampere", "Hopper"]
+    assert extension.without_early_architectures(yes, names, False) == yes._replace(architectures=";".join(names))
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,9 @@ ops = torch.ops.densenet_ext
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # A product's relative error by the type of its operands; TF32 has 10 bits of fraction.
 TOLERANCE = {F64: 1e-13, F32: 1e-6, BF16: 4e-3, F16: 5e-4, "tf32": 5e-4}
-# name: storage type, TF32 allowed, tensor cores present
-ARITHMETIC = {
-    "double": (F64, False, True),
-    "float": (F32, False, True),
-    "tf32": (F32, True, True),
-    "bf16": (BF16, False, True),
-    "fp16": (F16, False, True),
-    "bf16_plain": (BF16, False, False),
-    "fp16_plain": (F16, False, False),
-}
+# name: storage type, TF32 allowed
+ARITHMETIC = {"double": (F64, False), "float": (F32, False), "tf32": (F32, True), "bf16": (BF16, False)}
+ARITHMETIC |= {"fp16": (F16, False)}
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +78,8 @@ def assert_same_in_any_order(kernels: Library, results: dict, run: Callable[[], 
             assert torch.equal(value, results[name]), f"{name} depends on the order of the threads"
 
 
-def use(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, bool, float]:
-    dtype, tf32, tensor_cores = ARITHMETIC[arithmetic]
-    if not tensor_cores:
-        monkeypatch.setenv("DX_EMULATE_NO_TENSOR_CORES", "1")
+def use(arithmetic: str) -> tuple[torch.dtype, bool, float]:
+    dtype, tf32 = ARITHMETIC[arithmetic]
     return dtype, tf32, TOLERANCE["tf32" if tf32 else dtype]
 
 
@@ -132,22 +123,22 @@ SHAPES = [(1, 1, 1), (37, 12, 48), (130, 33, 17), (129, 64, 128), (65, 70, 129)]
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize(("M", "C", "N"), SHAPES)
-def test_forward(kernels, monkeypatch, arithmetic, M, C, N) -> None:
+def test_forward(kernels, arithmetic, M, C, N) -> None:
     torch.manual_seed(M * C + N)
-    run_forward(kernels, *use(arithmetic, monkeypatch), M, C, N)
+    run_forward(kernels, *use(arithmetic), M, C, N)
 
 
 @pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
 @pytest.mark.parametrize(("pitch", "offset"), [(48, 0), (45, 1), (44, 2), (44, 4), (48, 8)])
-def test_forward_reads_any_alignment(kernels, monkeypatch, arithmetic, pitch, offset) -> None:
+def test_forward_reads_any_alignment(kernels, arithmetic, pitch, offset) -> None:
     torch.manual_seed(pitch + offset)
-    run_forward(kernels, *use(arithmetic, monkeypatch), 35, 36, 24, pitch, offset)
+    run_forward(kernels, *use(arithmetic), 35, 36, 24, pitch, offset)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_forward_with_bias_and_relu(kernels, monkeypatch, arithmetic) -> None:
+def test_forward_with_bias_and_relu(kernels, arithmetic) -> None:
     torch.manual_seed(3)
-    run_forward(kernels, *use(arithmetic, monkeypatch), 40, 20, 30, bias=True, stats=False)
+    run_forward(kernels, *use(arithmetic), 40, 20, 30, bias=True, stats=False)
 
 
 def run_backward(
@@ -193,16 +184,16 @@ def run_backward(
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize(("M", "C", "N"), SHAPES)
-def test_backward(kernels, monkeypatch, arithmetic, M, C, N) -> None:
+def test_backward(kernels, arithmetic, M, C, N) -> None:
     torch.manual_seed(M + C * N)
-    run_backward(kernels, *use(arithmetic, monkeypatch), M, C, N)
+    run_backward(kernels, *use(arithmetic), M, C, N)
 
 
 @pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
 @pytest.mark.parametrize(("pitch", "offset"), [(48, 0), (45, 1), (44, 2), (44, 4), (48, 8)])
-def test_backward_reads_any_alignment(kernels, monkeypatch, arithmetic, pitch, offset) -> None:
+def test_backward_reads_any_alignment(kernels, arithmetic, pitch, offset) -> None:
     torch.manual_seed(pitch + offset)
-    run_backward(kernels, *use(arithmetic, monkeypatch), 35, 36, 24, pitch, offset)
+    run_backward(kernels, *use(arithmetic), 35, 36, 24, pitch, offset)
 
 
 @pytest.mark.parametrize("arithmetic", ["float", "bf16"])
@@ -218,9 +209,9 @@ def test_backward_reads_any_alignment(kernels, monkeypatch, arithmetic, pitch, o
     ],
     ids=str,
 )
-def test_backward_cases(kernels, monkeypatch, arithmetic, case) -> None:
+def test_backward_cases(kernels, arithmetic, case) -> None:
     torch.manual_seed(9)
-    run_backward(kernels, *use(arithmetic, monkeypatch), 70, 20, 30, **case)
+    run_backward(kernels, *use(arithmetic), 70, 20, 30, **case)
 
 
 # ---- blocks that work through several tiles -------------------------------------------------------------------------
@@ -232,9 +223,9 @@ def test_backward_cases(kernels, monkeypatch, arithmetic, case) -> None:
 def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
     """With 227 KiB of shared memory all weights stay there, with less they stream; with 66 the tiles are narrow."""
     torch.manual_seed(C)
-    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
-    monkeypatch.setenv("DX_EMULATE_SHARED", str(shared * 1024))
-    run_forward(kernels, *use(arithmetic, monkeypatch), 300, C, N, orders=(5,))
+    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
+    run_forward(kernels, *use(arithmetic), 300, C, N, orders=(5,))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -242,18 +233,18 @@ def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic,
 @pytest.mark.parametrize("shared", [227, 99], ids="{}KiB".format)
 def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, C, N, wgrad, shared) -> None:
     torch.manual_seed(C + N)
-    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
-    monkeypatch.setenv("DX_EMULATE_SHARED", str(shared * 1024))
-    run_backward(kernels, *use(arithmetic, monkeypatch), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
+    run_backward(kernels, *use(arithmetic), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
 
 
 # ---- numbers that are not ordinary -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arithmetic", ["double", "float", "tf32", "bf16"])
-def test_forward_nan_and_infinity(kernels, monkeypatch, arithmetic) -> None:
+def test_forward_nan_and_infinity(kernels, arithmetic) -> None:
     """A NaN or infinity reaches the outputs of its row as on the CPU, and no other row."""
-    dtype, tf32, _ = use(arithmetic, monkeypatch)
+    dtype, tf32, _ = use(arithmetic)
     torch.manual_seed(1)
     x, norm = make_rows(40, 20, dtype), make_norm(20, dtype)
     x[3, 5], x[7, 19], x[39, 0] = float("nan"), float("inf"), -float("inf")
@@ -268,10 +259,10 @@ def test_forward_nan_and_infinity(kernels, monkeypatch, arithmetic) -> None:
     assert torch.equal(got.isinf(), want.isinf())
 
 
-@pytest.mark.parametrize("arithmetic", ["double", "float", "tf32", "bf16", "fp16_plain"])
-def test_backward_nan(kernels, monkeypatch, arithmetic) -> None:
+@pytest.mark.parametrize("arithmetic", ["double", "float", "tf32", "bf16", "fp16"])
+def test_backward_nan(kernels, arithmetic) -> None:
     """The gradient passes where not (u <= 0), so also at a NaN; a NaN of one column stays in its column."""
-    dtype, tf32, _ = use(arithmetic, monkeypatch)
+    dtype, tf32, _ = use(arithmetic)
     torch.manual_seed(2)
     x, norm, weight = make_rows(40, 20, dtype), make_norm(20, dtype), torch.randn(10, 20, dtype=acc(dtype))
     grad = make_rows(40, 10, dtype)
@@ -295,8 +286,8 @@ def test_backward_nan(kernels, monkeypatch, arithmetic) -> None:
 @pytest.mark.parametrize("arithmetic", ["float", "tf32", "double"])
 def test_statistics_of_a_large_mean(kernels, monkeypatch, arithmetic) -> None:
     """Mean 1e4 and deviation 1: E[x^2] - E[x]^2 would have no correct digit in float."""
-    dtype, tf32, _ = use(arithmetic, monkeypatch)
-    monkeypatch.setenv("DX_EMULATE_BLOCKS", "2")
+    dtype, tf32, _ = use(arithmetic)
+    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
     torch.manual_seed(4)
     x, norm, weight = make_rows(700, 16, dtype), make_norm(16, dtype), torch.randn(9, 16, dtype=acc(dtype))
     out, mean, var = (

@@ -5,12 +5,10 @@
 // need. It moves N C numbers once, against the M C of the product.
 #pragma once
 
-#include <cstdlib>
-
 #include "../params.h"
 #include "gemm_fma.h"
 #include "gemm_mma.h"
-#include "launch.h"
+#include "limits.h"
 
 namespace dx::cuda {
 
@@ -108,6 +106,9 @@ struct Prepare {
   Prepared<A, S> to;
 };
 
+// A kernel of each file that includes this: two files must not share one by its name.
+namespace {
+
 template <class A, class Math>
 __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ Prepare<A, typename Math::Operand> p) {
   const auto& to = p.to;
@@ -155,46 +156,20 @@ cudaError_t launch_prepare(const Prepare<A, typename Math::Operand>& p, Stream s
   return launch(prepare_conv1x1<A, Math>, dim3(unsigned(ceil_div(threads, 256))), 256, 0, stream, p);
 }
 
+}  // namespace
+
 template <class Math_, int CHANNELS>
 struct Choice {
   using Math = Math_;
   static constexpr int kChannels = CHANNELS;
 };
 
-// Whether this device multiplies bf16, fp16 and TF32 matrices (compute capability 8.0 and later).
-#if defined(DX_EMULATE)
-inline bool has_tensor_cores() { return std::getenv("DX_EMULATE_NO_TENSOR_CORES") == nullptr; }
-inline int most_shared_bytes() {
-  const char* bytes = std::getenv("DX_EMULATE_SHARED");
-  return bytes ? std::atoi(bytes) : 227 * 1024;
-}
-// Small shapes have a tile for each block; tests ask for few blocks, so that one works through several tiles.
-inline int64_t most_blocks(int64_t usual) {
-  const char* wanted = std::getenv("DX_EMULATE_BLOCKS");
-  return wanted ? std::atoi(wanted) : usual;
-}
-#else
-inline bool has_tensor_cores() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
-}
-inline int64_t most_blocks(int64_t usual) { return usual; }
-// Shared memory that a block of this device can ask for.
-inline int most_shared_bytes() {
-  int device = 0, bytes = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess
-             ? bytes
-             : int(kSharedBytesByDefault);
-}
-#endif
-
 // Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB).
 constexpr int kWideShared = 128 * 1024, kNarrowShared = 99 * 1024;
 
-// Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also where speed is not the point
-// (double, and the 16-bit types on GPUs without tensor cores for them).
+// Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also for double, where speed is
+// not the point. Every GPU that the kernels are built for (compute capability 8.0 and later) multiplies 16-bit and TF32
+// matrices.
 template <class T, class F>
 auto choose(int64_t N, bool tf32, const F& f) {
   if constexpr (sizeof(T) == 8) {
@@ -202,11 +177,10 @@ auto choose(int64_t N, bool tf32, const F& f) {
   } else {
     const bool wide = N > 64 && most_shared_bytes() >= kWideShared;
     if constexpr (sizeof(T) == 4) {
-      if (tf32 && has_tensor_cores()) return wide ? f(Choice<Tf32Math, 128>{}) : f(Choice<Tf32Math, 64>{});
+      if (tf32) return wide ? f(Choice<Tf32Math, 128>{}) : f(Choice<Tf32Math, 64>{});
       return wide ? f(Choice<PlainMath<float>, 128>{}) : f(Choice<PlainMath<float>, 64>{});
     } else {
-      if (has_tensor_cores()) return wide ? f(Choice<TensorMath<T>, 128>{}) : f(Choice<TensorMath<T>, 64>{});
-      return f(Choice<PlainMath<float>, 64>{});
+      return wide ? f(Choice<TensorMath<T>, 128>{}) : f(Choice<TensorMath<T>, 64>{});
     }
   }
 }

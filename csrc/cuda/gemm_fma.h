@@ -1,5 +1,4 @@
-// A block's product on the plain arithmetic units: float and double, and the 16-bit types where there are no tensor
-// cores for them (operands are then kept in float).
+// A block's product on the plain arithmetic units: float and double.
 //
 // 16 threads lie along the columns, the others along the rows; a thread's rows and columns are those numbers apart, so
 // that neighbouring threads read neighbouring rows (or elements) of an operand. Pitches are an odd number of 16-byte
