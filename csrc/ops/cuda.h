@@ -1,10 +1,15 @@
 // A GPU as a backend of the operators: its kernels, on the current stream of the tensors' device. Nothing waits for the
-// GPU, and all memory is torch's, so that the operators can be captured in a CUDA graph.
+// GPU, and all memory is torch's, so that the operators can be captured in a CUDA graph. A kernel's error is therefore
+// found by whatever asks the GPU next; with DENSENET_EXT_SYNC=1 each operator waits for its kernels and names itself.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+#include <string>
+
+#include "../cuda/errors.h"
 #include "../cuda/kernels.h"
 #include "tensors.h"
 
@@ -21,13 +26,13 @@ class Cuda : public Place {
 #define DX_RUN(name, Params)                     \
   template <class T>                             \
   void name(const Params<T>& p, int64_t) const { \
-    check_launch(#name, cuda::name(p, stream_)); \
+    check_run(#name, cuda::name(p, stream_));    \
   }
-#define DX_RUN_WITH_WORKSPACE(name, Params)                                  \
-  template <class T>                                                         \
-  void name(const Params<T>& p, int64_t) const {                             \
-    const Tensor scratch = workspace(#name, cuda::name##_workspace(p));      \
-    check_launch(#name, cuda::name(p, stream_, scratch.mutable_data_ptr())); \
+#define DX_RUN_WITH_WORKSPACE(name, Params)                               \
+  template <class T>                                                      \
+  void name(const Params<T>& p, int64_t) const {                          \
+    const Tensor scratch = workspace(#name, cuda::name##_workspace(p));   \
+    check_run(#name, cuda::name(p, stream_, scratch.mutable_data_ptr())); \
   }
   DX_RUN_WITH_WORKSPACE(channel_stats, ChannelStats)
   DX_RUN_WITH_WORKSPACE(append_features, AppendFeatures)
@@ -53,12 +58,29 @@ class Cuda : public Place {
     try {
       return torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
     } catch (const std::exception&) {
-      // The stable ABI drops the allocator's own text, and who looks for the largest batch looks for these words.
-      STD_TORCH_CHECK(false, "CUDA out of memory. densenet_ext: ", name, " tried to allocate ", bytes, " bytes");
+      report_no_workspace(name, bytes);  // the stable ABI drops the kind of the exception
     }
   }
-  static void check_launch(const char* name, cudaError_t error) {
+  // The allocator asks the driver, which answers with the error of any kernel that ran before.
+  [[noreturn]] static void report_no_workspace(const char* name, size_t bytes) {
+    size_t unused = 0, total = 0;
+    const cudaError_t error = cudaMemGetInfo(&unused, &total);
+    STD_TORCH_CHECK(error == cudaSuccess || error == cudaErrorMemoryAllocation, "densenet_ext: ", name,
+                    ": no workspace, since a kernel before it failed: ", cudaGetErrorString(error),
+                    " (DENSENET_EXT_SYNC=1 names the operator)");
+    throw cuda::OutOfMemory("CUDA out of memory. densenet_ext: " + std::string(name) + " tried to allocate " +
+                            std::to_string(bytes) + " bytes; " + std::to_string(unused) + " of the GPU's " +
+                            std::to_string(total) + " bytes are free");
+  }
+  void check_run(const char* name, cudaError_t error) const {
+    if (error == cudaSuccess && waits()) error = cudaStreamSynchronize(stream_);
     STD_TORCH_CHECK(error == cudaSuccess, "densenet_ext: ", name, ": CUDA error: ", cudaGetErrorString(error));
+  }
+  bool waits() const {
+    const char* wanted = std::getenv("DENSENET_EXT_SYNC");
+    if (!wanted || std::string(wanted) != "1") return false;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
   }
 
   const Tensor& first_;

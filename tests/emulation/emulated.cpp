@@ -62,6 +62,8 @@ struct Machine {
   std::string error;
   bool failed = false;
   unsigned order = 0;
+  cudaError_t pretended = cudaSuccess;
+  bool capturing = false;
   alignas(128) unsigned char shared[kMostShared];
   size_t shared_size = 0;
 };
@@ -183,6 +185,7 @@ std::string take_error() {
 }
 
 void set_order(unsigned order) { machine.order = order; }
+void pretend(cudaError_t error, bool capturing) { machine.pretended = error, machine.capturing = capturing; }
 
 cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
                 const std::function<void()>& body) {
@@ -262,7 +265,19 @@ void wait_async(size_t groups_in_flight) {
 
 }  // namespace dx::cuda::emulated
 
-const char* cudaGetErrorString(cudaError_t) {
+using dx::cuda::emulated::machine;
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = machine.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return machine.pretended; }
+cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
+  *unused = 1000, *total = 4000;
+  return machine.pretended;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == machine.pretended) return "pretended";
   static std::string text;
   text = dx::cuda::emulated::take_error();
   return text.c_str();

@@ -17,9 +17,14 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorMemoryAllocation = 2;
 // The text of the last failure, whatever the error.
 const char* cudaGetErrorString(cudaError_t error);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+// Kernels run at once here; what these answer is what emulated::pretend was told last.
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaMemGetInfo(size_t* unused, size_t* total);
 
 struct dim3 {
   unsigned x, y, z;
@@ -49,6 +54,8 @@ cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, 
                 const std::function<void()>& body);
 // The order in which a block's threads run: 0 first to last, 1 last to first, others shuffled by this seed.
 void set_order(unsigned order);
+// What a GPU would tell the operators: the error of an earlier kernel (0: none), and whether the stream is capturing.
+void pretend(cudaError_t error, bool capturing);
 // The text of the first failure since the last call, or "".
 std::string take_error();
 [[noreturn]] void fail(const std::string& text);

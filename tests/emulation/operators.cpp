@@ -1,5 +1,9 @@
 // The CUDA operators (csrc/ops/cuda.h) over emulated kernels, as densenet_ext_emulated::<name> for CPU tensors: torch
 // calls them as it calls the GPU's, and what stands between torch and the kernels runs here as it runs there.
+#include <dlfcn.h>
+
+#include <cstring>
+
 #include "../../csrc/ops/conv1x1.h"
 #include "../../csrc/ops/cuda.h"
 #include "../../csrc/ops/elementwise.h"
@@ -9,6 +13,7 @@
 namespace {
 
 int streams_asked_for = 0, guards = 0;
+bool allocator_fails = false;
 
 }  // namespace
 
@@ -30,7 +35,20 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return AOTI_TORCH_SUCCESS;
 }
 
-// For tests: the guards that are alive, and how often a stream was asked for.
+// Torch's, but that a test may have the workspaces' allocator fail.
+AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack, uint64_t version) {
+  if (allocator_fails && std::strcmp(name, "aten::new_empty") == 0) return AOTI_TORCH_FAILURE;
+  static const auto torchs =
+      reinterpret_cast<decltype(&torch_call_dispatcher)>(dlsym(RTLD_NEXT, "torch_call_dispatcher"));
+  return torchs(name, overload, stack, version);
+}
+
+// For tests: what a GPU would answer, an allocator that fails, the guards that are alive, and how often a stream was
+// asked for.
+void dx_pretend(int error, bool capturing, bool no_memory) {
+  dx::cuda::emulated::pretend(error, capturing);
+  allocator_fails = no_memory;
+}
 int dx_guards() { return guards; }
 int dx_streams_asked_for() { return streams_asked_for; }
 
