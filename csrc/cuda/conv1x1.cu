@@ -2,7 +2,7 @@
 //
 // Bytes: x is read once for up to 128 output channels (again, from L2, for each further 128), z written once; the
 // normalised x exists only in shared memory, a chunk of 128 bytes of a row at a time. The weights come prepared (see
-// conv1x1_common.h) out of L2: once per block where all of them fit the shared memory beside the rest (C up to 640 of
+// conv1x1_common.h) out of L2: once per block where all of them fit the shared memory beside the rest (C up to 576 of
 // 128 channels in 16 bits on an H100), since reading them for each tile would double the traffic through L2; else a
 // chunk at a time.
 //
@@ -54,6 +54,10 @@ struct ForwardShape {
 
   using Tile = typename Math::template Tile<kRows, kChannels, kThreads, 4>;
 };
+
+using Typical = ForwardShape<bfloat16, TensorMath<bfloat16>, 128>;
+static_assert(Typical::shared_bytes(576 / 64) <= 227 * 1024 && Typical::shared_bytes(640 / 64) > 227 * 1024,
+              "the weights of 576 channels stay in an H100's shared memory");
 
 template <class A>
 struct PartialMoments {
@@ -256,8 +260,8 @@ __global__ void __launch_bounds__(256) merge_moments(const __grid_constant__ Mer
   }
 }
 
-// Four turns of an H100's 132 multiprocessors: several tiles for each reading of the weights where there are many. The
-// same on every GPU, and so are the statistics.
+// Four turns of an H100's 132 multiprocessors: several tiles for each reading of the weights where there are many.
+// Tiles differ by GPU (choose), and with them the last digits of the statistics; on one GPU they are always the same.
 constexpr int64_t kMostBlocks = 528;
 
 template <class T, class Shape>

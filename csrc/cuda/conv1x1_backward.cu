@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256) merge_conv1x1_backward(const __grid_const
   }
 }
 
-// Blocks for two turns of an H100's 132 multiprocessors; the same on every GPU, and so are the sums.
+// Blocks for two turns of an H100's 132 multiprocessors.
 constexpr int64_t kBlocks = 264;
 
 template <class T, class Shape>

@@ -19,14 +19,14 @@ cudaError_t launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, Str
   if (shared > kSharedBytesByDefault) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();  // which also forgets it: torch's next check is of its own
   }
   // What <<<...>>> stands for; clang-format takes that apart in a header.
   P copy = params;
   void* arguments[] = {&copy};
   const cudaError_t error =
       cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(unsigned(threads)), arguments, shared, stream);
-  return error == cudaSuccess ? error : cudaGetLastError();  // which also forgets it
+  return error == cudaSuccess ? error : cudaGetLastError();
 #endif
 }
 

@@ -3,8 +3,7 @@
 // A thread owns V columns (16 bytes of a row if all pitches and addresses allow) and walks over rows; what belongs to a
 // column stays in its registers. Columns are fastest across threads: a block is `across` threads wide, up to
 // kMostAcross (512 bytes of a row, four times a cache line, so that a pitch that is no multiple of one costs little),
-// and as many rows high as its threads give. A block's slab of rows follows from the sizes alone, never from the
-// device, so that sums come out the same everywhere.
+// and as many rows high as its threads give. A block's slab of rows follows from the sizes alone.
 #pragma once
 
 #include "columns.h"

@@ -1,6 +1,6 @@
 // Per-channel sums over all rows, in three steps of a fixed order: a thread's rows in its registers; a block's threads
 // by a tree in shared memory; all slabs, whose sums lie side by side in the workspace, by a second small kernel in
-// double. No atomics: the same numbers from run to run, and from device to device.
+// double. No atomics: the same numbers from run to run.
 //
 // A pair of numbers (a, b) is summed for each column: the two sums of a norm's backward pass, or mean and squared
 // deviations (with a count, merged by Chan's formula). Workspace: a[slabs, C], then b[slabs, C], in the acc type.
@@ -124,6 +124,9 @@ struct FinishSums {
   Norm<A> norm;
   A *grad_weight, *grad_bias;  // [C]
 };
+// A kernel of each file that includes this: two files must not share one by its name.
+namespace {
+
 // grad_bias = sum dy,  grad_weight = r sum dy (x - mean)
 template <class A>
 __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ FinishSums<A> p) {
@@ -150,4 +153,5 @@ cudaError_t launch_finish_sums(const FinishSums<A>& p, Stream stream) {
                 kThreads * sizeof(double), stream, p);
 }
 
+}  // namespace
 }  // namespace dx::cuda
