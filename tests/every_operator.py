@@ -1,4 +1,5 @@
-"""Calls every operator on small odd shapes in every dtype: what ``make gpu`` runs under compute-sanitizer.
+"""Calls every operator on small odd shapes in every dtype, and the 1x1 convolution on wide ones of several tiles for a
+block: what ``make gpu`` runs under compute-sanitizer.
 
 ``python tests/every_operator.py --device cuda --seconds 60``. Arguments are made on the processor and copied, so that
 the kernels of this package are nearly all that runs on the GPU. Results are not looked at: the other tests do that.
@@ -7,6 +8,7 @@ the kernels of this package are nearly all that runs on the GPU. Results are not
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernel_calls import MAKERS, Call, converted  # noqa: E402
+from kernel_calls import MAKERS, WIDE, Call, converted, wide_conv1x1  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from densenet_ext import kernels  # noqa: E402
@@ -27,13 +29,22 @@ SHAPES = [(37, 12, True), (131, 70, True)]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 
 
-def calls() -> Iterator[tuple[str, torch.dtype, Call]]:
-    """Every operator once before any of them again, so that an early end leaves none out."""
-    for shape in SHAPES:
+# As few blocks as this, so that small shapes have several tiles for each (csrc/cuda/limits.h).
+BLOCKS = {"DENSENET_EXT_TEST_BLOCKS": "2"}
+
+
+def calls() -> Iterator[tuple[str, torch.dtype, Call, dict[str, str]]]:
+    """Operator, dtype, arguments and environment: every operator once before any of them again, so that an early end
+    leaves none out."""
+    for number, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             for name in kernels.OPS:
                 for call in MAKERS[name](*shape):
-                    yield name, dtype, call
+                    yield name, dtype, call, {}
+            if number == 0 and dtype != torch.float64:
+                for N, C in WIDE[1:3]:
+                    for name, call in wide_conv1x1(290, C, N, dtype):
+                        yield name, dtype, call, BLOCKS
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -58,10 +69,13 @@ def main() -> int:
     torch.manual_seed(0)
     end = time.monotonic() + options.seconds
     made = total = 0
-    for name, dtype, call in calls():
+    for name, dtype, call, environment in calls():
         total += 1
         if time.monotonic() > end:
             continue
+        for variable in BLOCKS:
+            os.environ.pop(variable, None)
+        os.environ.update(environment)
         arguments = [moved(value, options.device) for value in converted(call, dtype).values()]
         getattr(torch.ops.densenet_ext, name).default(*arguments)
         if options.device.type == "cuda":

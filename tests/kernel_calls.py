@@ -236,3 +236,48 @@ def converted(call: Call, dtype: torch.dtype) -> dict[str, Any]:
         return x.to(to, copy=True)
 
     return {name: copy(name, x) for name, x in call.args.items()}
+
+
+# ---- the 1x1 convolution at the sizes of whole networks: tiles of 128 channels, several of them for a block ----------
+# N, C: one tile of channels and two, weights that stay in shared memory and such as stream through it
+WIDE = [(96, 64), (128, 200), (192, 640), (128, 1000)]
+
+
+def off_zero(x: Tensor, values: dict[str, Any], prefix: str = "") -> Tensor:
+    """``x`` with a few elements moved, so that no ReLU behind the norm hangs on the last digit of its argument."""
+    mean, var, weight, bias = (values[prefix + name] for name in ("mean", "var", "weight", "bias"))
+    u = (x - mean) * (weight * (var + values[prefix + "eps"]).rsqrt()) + bias
+    return torch.where(u.abs() < 1e-3, x + 0.25, x)
+
+
+def wide_conv1x1(M: int, C: int, N: int, dtype: torch.dtype) -> list[tuple[str, Call]]:
+    """Every form of both directions, with its operator; the rows hold numbers of ``dtype``."""
+
+    def stored(columns: int) -> Tensor:
+        return rows(M, columns, False).to(dtype).double()
+
+    tf32 = {"tf32": dtype == torch.float32}
+    front, behind = norm(C), norm(N, prefix="z_")
+    x = off_zero(stored(C), front).to(dtype).double()
+    # factors of one size: the sums over columns then keep the digits that single products have
+    forward = {"x": x, **front, "conv_weight": torch.randn(N, C, dtype=F64) / C**0.5, "out_bias": None}
+    forward |= {"out_relu": False, "out": rows(M, N, False), "out_mean": vector(N), "out_var": vector(N)}
+    plain_forward = {**forward, "out_bias": vector(N), "out_relu": True, "out_mean": None, "out_var": None}
+    backward = {"x": x, **front, "conv_weight": torch.randn(N, C, dtype=F64) / N**0.5, "grad_out": stored(N)}
+    backward |= {"z": off_zero(stored(N), behind, "z_").to(dtype).double(), **behind}
+    backward |= {"z_grad_weight": vector(N) * M**0.5, "z_grad_bias": vector(N) * M**0.5, "grad_in": stored(C)}
+    backward |= {"accumulate": False, "grad_x": stored(C), "grad_conv_weight": torch.zeros(N, C, dtype=F64)}
+    backward |= {name: vector(C) for name in ("grad_weight", "grad_bias", "grad_mean", "grad_var")}
+    outputs = ("grad_x", "grad_conv_weight", "grad_weight", "grad_bias", "grad_mean", "grad_var")
+    no_z = dict.fromkeys(("z", "z_mean", "z_var", "z_weight", "z_bias", "z_grad_weight", "z_grad_bias"))
+    forms: list[dict[str, Any]] = [
+        {},  # through norm2, added to grad_in
+        {"accumulate": True, "grad_in": None},
+        {"grad_in": None, "z_grad_weight": None, "z_grad_bias": None},  # norm2 is frozen
+        {"grad_in": None, **no_z},
+        {"grad_conv_weight": None},
+        {"grad_mean": None, "grad_var": None},  # norm1 is frozen
+    ]
+    calls = [("bn_relu_conv1x1", Call({**forward, **tf32}, ("out", "out_mean", "out_var")))]
+    calls.append(("bn_relu_conv1x1", Call({**plain_forward, **tf32}, ("out",))))
+    return calls + [("bn_relu_conv1x1_backward", Call({**backward, **form, **tf32}, outputs)) for form in forms]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from emulation.compare import assert_close
-from helpers import DEVICE, error
-from kernel_calls import DTYPES, MAKERS, ROWS, Call, converted
+from helpers import DEVICE, F64, error, vector_error
+from kernel_calls import DTYPES, MAKERS, ROWS, WIDE, Call, converted, wide_conv1x1
 from torch import Tensor
 
 from benchmarks import operators
@@ -69,6 +69,34 @@ def assert_same(name: str, key: str, got: Tensor, expected: Tensor, rows: int, d
     else:
         terms = rows if key not in ROWS else 64
         assert_close(got, expected, terms, f"{name}: {key}")
+
+
+# The relative error of a product by the type of its factors (of float32 as TF32), as in emulation.
+PRODUCT = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-4}
+
+
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("dtype", PRODUCT, ids=str)
+@pytest.mark.parametrize("M", [70_001, 140_001])
+@pytest.mark.parametrize(("N", "C"), WIDE)
+def test_the_convolution_of_whole_networks_in_float64(N: int, C: int, M: int, dtype: torch.dtype) -> None:
+    """Tiles of 128 channels, several tiles for a block, weights that stay and weights that stream, every form."""
+    for name, call in wide_conv1x1(M, C, N, dtype):
+        args = converted(call, dtype)
+        exact = {
+            key: value.double() if isinstance(value, Tensor) else value for key, value in converted(call, F64).items()
+        }
+        operator(name)(*args.values())
+        getattr(kernels.plain, name)(*(value for key, value in exact.items() if key != "tf32"))
+        for key, got in written(call, args).items():
+            # a sum over all rows has twice the error of its terms, statistics only that of their own sum
+            allowed = 2e-5 if key == "out_mean" or key == "out_var" else PRODUCT[dtype] * (1 if key in ROWS else 2)
+            expected = exact[key]
+            if key in ("out_mean", "out_var"):
+                values = args["out"].double()
+                expected = values.mean(0) if key == "out_mean" else values.var(0, correction=0)
+            assert vector_error(got, expected) <= allowed, key
+            assert error(got, expected) <= 4 * allowed, key
 
 
 @pytest.mark.slow

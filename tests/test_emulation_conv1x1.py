@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from emulation.library import Library, compile_library
+from kernel_calls import WIDE
 from torch import Tensor
 
 import densenet_ext  # noqa: F401  (registers the operators)
@@ -236,6 +237,37 @@ def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic
     monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_backward(kernels, *use(arithmetic), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+
+
+# ---- the sizes of whole networks: tiles of 128 channels, several of them for a block, resident and streamed weights --
+SHIPPED = ["tf32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize(("N", "C"), WIDE)
+def test_forward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C) -> None:
+    torch.manual_seed(C)
+    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    run_forward(kernels, *use(arithmetic), 390, C, N)
+
+
+BACKWARD_FORMS = [
+    (96, 64, {}),
+    (128, 200, {"into": "accumulate"}),
+    (128, 200, {"through_norm": False}),
+    (128, 200, {"wgrad": False}),
+    (128, 1000, {"frozen_z": True, "into": "nothing"}),
+    (192, 640, {}),
+    (192, 640, {"wgrad": False, "frozen": True}),
+]
+
+
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize(("N", "C", "form"), BACKWARD_FORMS)
+def test_backward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C, form) -> None:
+    torch.manual_seed(N + C)
+    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    run_backward(kernels, *use(arithmetic), 140, C, N, **form)
 
 
 # ---- numbers that are not ordinary -----------------------------------------------------------------------------------
