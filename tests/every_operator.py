@@ -30,7 +30,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 
 
 # As few blocks as this, so that small shapes have several tiles for each (csrc/cuda/limits.h).
-BLOCKS = {"DENSENET_EXT_TEST_BLOCKS": "2"}
+BLOCKS = {"DENSENET_EXT_TEST_MULTIPROCESSORS": "2"}
 
 
 def calls() -> Iterator[tuple[str, torch.dtype, Call, dict[str, str]]]:

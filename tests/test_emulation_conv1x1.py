@@ -224,7 +224,7 @@ def test_backward_cases(kernels, arithmetic, case) -> None:
 def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
     """With 227 KiB of shared memory all weights stay there, with less they stream; with 66 the tiles are narrow."""
     torch.manual_seed(C)
-    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_forward(kernels, *use(arithmetic), 300, C, N, orders=(5,))
 
@@ -234,9 +234,38 @@ def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic,
 @pytest.mark.parametrize("shared", [227, 99], ids="{}KiB".format)
 def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, C, N, wgrad, shared) -> None:
     torch.manual_seed(C + N)
-    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_backward(kernels, *use(arithmetic), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+
+
+def turns(tiles: int, slices: int, multiprocessors: int, each: int) -> int:
+    """How many blocks the busiest multiprocessor works through, when each block has so many tiles."""
+    return -(-slices * -(-tiles // each) // multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [20, 80, 84, 108, 132, 148, 170])
+def test_no_multiprocessor_works_alone_at_the_end(kernels, multiprocessors) -> None:
+    """DenseNet-121's stages at batch 1 to 256: the time, in tiles, is near that of work that can be cut anywhere."""
+    for batch in (1, 16, 64, 256):
+        for pixels in (56 * 56, 28 * 28, 14 * 14, 7 * 7):
+            tiles = -(-batch * pixels // 64)
+            for slices in range(1, 20):
+                each = kernels.c.dx_tiles_of_a_block(tiles, slices, multiprocessors)
+                blocks = turns(tiles, slices, multiprocessors, each)
+                least = tiles * slices / multiprocessors
+                # in two turns: a tile more than the share, a tile's time for a block, and what the slices leave idle
+                idle = 2 * multiprocessors / (slices * (2 * multiprocessors // slices))
+                assert blocks * (each + 1) <= idle * least + 2 * 2, (batch, pixels, slices, each, blocks)
+                assert blocks <= 2
+
+
+def test_the_shares_of_an_h100(kernels) -> None:
+    """14x14 at batch 256: with 5 and 7 slices there were 265 and 266 blocks for 264 places, a third turn for two."""
+    for slices, share in ((5, 31), (7, 44), (8, 49)):
+        each = kernels.c.dx_tiles_of_a_block(784, slices, 132)
+        assert (each, turns(784, slices, 132, each)) == (share, 1)
+    assert kernels.c.dx_tiles_of_a_block(6272, 1, 132) == 48  # forward, 56x56: the weights are fetched once a block
 
 
 # ---- the sizes of whole networks: tiles of 128 channels, several of them for a block, resident and streamed weights --
@@ -247,7 +276,7 @@ SHIPPED = ["tf32", "bf16", "fp16"]
 @pytest.mark.parametrize(("N", "C"), WIDE)
 def test_forward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C) -> None:
     torch.manual_seed(C)
-    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     run_forward(kernels, *use(arithmetic), 390, C, N)
 
 
@@ -266,7 +295,7 @@ BACKWARD_FORMS = [
 @pytest.mark.parametrize(("N", "C", "form"), BACKWARD_FORMS)
 def test_backward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C, form) -> None:
     torch.manual_seed(N + C)
-    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     run_backward(kernels, *use(arithmetic), 140, C, N, **form)
 
 
@@ -319,7 +348,7 @@ def test_backward_nan(kernels, arithmetic) -> None:
 def test_statistics_of_a_large_mean(kernels, monkeypatch, arithmetic) -> None:
     """Mean 1e4 and deviation 1: E[x^2] - E[x]^2 would have no correct digit in float."""
     dtype, tf32, _ = use(arithmetic)
-    monkeypatch.setenv("DENSENET_EXT_TEST_BLOCKS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     torch.manual_seed(4)
     x, norm, weight = make_rows(700, 16, dtype), make_norm(16, dtype), torch.randn(9, 16, dtype=acc(dtype))
     out, mean, var = (

@@ -14,7 +14,8 @@
 // The tile leaves through shared memory, so that rows are written in pieces of 16 bytes; the threads that carry them
 // also take the statistics, of the values as stored: mean and squared deviations over a thread's rows, merged (Chan)
 // across threads, warps, the block's tiles, and by a second kernel across blocks, always in the same order. Means are
-// kept as distances from a value of the column, so that a mean much larger than the deviation costs no digits.
+// kept as distances from a value of the column, so that a mean much larger than the deviation costs no digits. Tiles
+// and blocks differ by GPU, and with them the last digits of the statistics; on one GPU they are always the same.
 #include "conv1x1_common.h"
 #include "kernels.h"
 
@@ -260,10 +261,6 @@ __global__ void __launch_bounds__(256) merge_moments(const __grid_constant__ Mer
   }
 }
 
-// Four turns of an H100's 132 multiprocessors: several tiles for each reading of the weights where there are many.
-// Tiles differ by GPU (choose), and with them the last digits of the statistics; on one GPU they are always the same.
-constexpr int64_t kMostBlocks = 528;
-
 template <class T, class Shape>
 struct ForwardPlan {
   Forward<T, typename Shape::S> p = {};
@@ -279,7 +276,7 @@ struct ForwardPlan {
     to.weight = carver.take<typename Shape::S>(to.Np * to.Cp);
     to.norm = carver.take<A>(3 * to.Cp);
     const int64_t tiles = ceil_div(of.M, Shape::kRows);
-    p.partial.rows = int(at_least_one(ceil_div(tiles, most_blocks(kMostBlocks)))) * Shape::kRows;
+    p.partial.rows = int(tiles_of_a_block(tiles, to.Np / Shape::kChannels, multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(of.M, p.partial.rows));
     if (of.out_mean) {
       p.partial.center = carver.take<A>(blocks * to.Np);

@@ -144,9 +144,6 @@ __global__ void __launch_bounds__(256) merge_conv1x1_backward(const __grid_const
   }
 }
 
-// Blocks for two turns of an H100's 132 multiprocessors.
-constexpr int64_t kBlocks = 264;
-
 template <class T, class Shape>
 struct BackwardPlan {
   Backward<T, typename Shape::S> p = {};
@@ -163,8 +160,9 @@ struct BackwardPlan {
     to.norm = carver.take<A>(3 * to.Cp);
     if (of.z) to.z_norm = carver.take<A>(5 * to.Np);
     const int64_t tiles = ceil_div(of.M, Shape::kRows);
-    const int64_t wanted = ceil_div(most_blocks(kBlocks), to.Cp / Shape::kColumns);
-    p.rows = int(at_least_one(ceil_div(tiles, wanted))) * Shape::kRows;
+    // a run for dW alone has a block for each tile of channels too
+    const int64_t slices = to.Cp / Shape::kColumns;
+    p.rows = int(tiles_of_a_block(tiles, slices, multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(of.M, p.rows));
     p.sums = carver.take<A>(blocks * 2 * to.Cp);
     if (of.grad_conv_weight) p.wgrads = carver.take<A>(blocks * to.Np * to.Cp);

@@ -1,6 +1,6 @@
 // What the current device has, and where tests make it less: small shapes have one tile for each block, and shared
 // memory for all weights, unless
-//   DENSENET_EXT_TEST_BLOCKS=2        blocks at most, so that each works through several tiles
+//   DENSENET_EXT_TEST_MULTIPROCESSORS=2        blocks at most, so that each works through several tiles
 //   DENSENET_EXT_TEST_SHARED=67584    bytes of shared memory that a block can ask for
 // which hold on a GPU as in emulation.
 #pragma once
@@ -29,7 +29,32 @@ inline int most_shared_bytes() {
 #endif
   return int(of_test("DENSENET_EXT_TEST_SHARED", bytes));
 }
-// How many blocks a launch has, which are usually `usual`.
-inline int64_t most_blocks(int64_t usual) { return of_test("DENSENET_EXT_TEST_BLOCKS", usual); }
+inline int64_t multiprocessors() {
+#if defined(DX_EMULATE)
+  int count = 132;  // an H100's
+#else
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    count = 1;
+#endif
+  return of_test("DENSENET_EXT_TEST_MULTIPROCESSORS", count);
+}
+
+// How many of the `tiles` below one another a block works through, for kernels of which a multiprocessor holds one
+// block and that cut the columns into `slices`. What a block does once (it fetches its weights, leaves its sums) takes
+// about as long as a tile, and a block too many a turn of its own: so as many blocks as fill one turn of the
+// multiprocessors, or two where the slices leave too many of them idle in one.
+inline int64_t tiles_of_a_block(int64_t tiles, int64_t slices, int64_t multiprocessors) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t turns = 1; turns <= 2; ++turns) {
+    const int64_t below = turns * multiprocessors / slices, blocks = below > 1 ? below : 1;
+    const int64_t each = tiles > blocks ? (tiles + blocks - 1) / blocks : 1;
+    const int64_t launched = slices * ((tiles + each - 1) / each);
+    const int64_t time = (launched + multiprocessors - 1) / multiprocessors * (each + 1);
+    if (time < least) best = each, least = time;
+  }
+  return best;
+}
 
 }  // namespace dx::cuda

@@ -1,6 +1,7 @@
 // The launchers of csrc/cuda/kernels.h with C linkage, for ctypes: dx_<name>(dtype, params, workspace) and
 // dx_<name>_workspace(dtype, params). The layout of a params struct does not depend on the storage type.
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/limits.h"
 
 namespace dx::cuda {
 namespace {
@@ -29,6 +30,9 @@ auto for_type(int dtype, const F& f) {
       return name<decltype(tag)>(*static_cast<const Params<decltype(tag)>*>(params), nullptr, workspace); \
     });                                                                                                   \
   }
+extern "C" int64_t dx_tiles_of_a_block(int64_t tiles, int64_t slices, int64_t multiprocessors) {
+  return tiles_of_a_block(tiles, slices, multiprocessors);
+}
 // So that the mirror of a struct in Python can be held against it.
 #define DX_SIZE(Params) \
   extern "C" size_t dx_size_##Params() { return sizeof(Params<float>); }

@@ -95,6 +95,7 @@ def _compile(
 class Library:
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
+        self.c.dx_tiles_of_a_block.argtypes, self.c.dx_tiles_of_a_block.restype = [ctypes.c_int64] * 3, ctypes.c_int64
         self.c.dx_add_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
         self.c.dx_fault.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
         self.c.dx_warp.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
