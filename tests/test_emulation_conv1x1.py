@@ -363,3 +363,26 @@ def test_statistics_of_a_large_mean(kernels, monkeypatch, arithmetic) -> None:
     stored = out.double()
     assert ((mean.double() - stored.mean(0)).abs() <= 2e-3).all()
     assert ((var.double() / stored.var(0, unbiased=False) - 1).abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "bf16"])
+@pytest.mark.parametrize("odd", [30.0, float("inf"), float("nan")])
+def test_statistics_of_an_odd_first_row(kernels, monkeypatch, arithmetic, odd) -> None:
+    """Distances are taken from one of a block's first rows: one far away costs nothing, infinity its own column."""
+    dtype, tf32, _ = use(arithmetic)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    torch.manual_seed(5)
+    x, one = torch.randn(700, 1, dtype=F64).abs().to(dtype), torch.ones(1)
+    x[0] = odd
+    weight = torch.arange(1.0, 41.0)[:, None]
+    out, mean, var = torch.empty(700, 40, dtype=dtype), torch.empty(40), torch.empty(40)
+    kernels(
+        "bn_relu_conv1x1", x=x, mean=0 * one, var=one, weight=one, bias=None, eps=0.0, conv_weight=weight,
+        out_bias=None, out_relu=False, out=out, out_mean=mean, out_var=var, tf32=tf32,
+    )  # fmt: skip
+    stored = out.double()
+    if odd == 30.0:
+        assert ((mean.double() - stored.mean(0)).abs() <= 3e-7 * stored.std(0)).all()
+        assert ((var.double() / stored.var(0, unbiased=False) - 1).abs() <= 1e-6).all()
+    else:
+        assert var.isnan().all() and not mean.isfinite().any()

@@ -2,22 +2,24 @@
 //
 // Bytes: x is read once for up to 128 output channels (again, from L2, for each further 128), z written once; the
 // normalised x exists only in shared memory, a chunk of 128 bytes of a row at a time. The weights come prepared (see
-// conv1x1_common.h) out of L2: once per block where all of them fit the shared memory beside the rest (C up to 576 of
+// conv1x1_common.h) out of L2: once per block where all of them fit the shared memory beside the rest (C up to 640 of
 // 128 channels in 16 bits on an H100), since reading them for each tile would double the traffic through L2; else a
 // chunk at a time.
 //
 // A block computes 128 rows x 128 (64) channels; 512 threads hold 32 (16) sums each. Chunks of x are double-buffered:
 // while one is multiplied, the next one, be it of the next tile, is on its way to registers (32 bytes a thread, 16 KiB
-// a block), where it is normalised. 2 x 128 rows x (128 + 16) bytes = 36 KiB, and as much for weights that come in
-// chunks.
+// a block), where it is normalised, by constants that came to shared memory a chunk earlier. 2 x 128 rows x (128 + 16)
+// bytes = 36 KiB, and as much for weights that come in chunks.
 //
 // The tile leaves through shared memory, so that rows are written in pieces of 16 bytes; the threads that carry them
-// also take the statistics, of the values as stored: mean and squared deviations over a thread's rows, merged (Chan)
-// across threads, warps, the block's tiles, and by a second kernel across blocks, always in the same order. Means are
-// kept as distances from a value of the column, so that a mean much larger than the deviation costs no digits. Tiles
-// and blocks differ by GPU, and with them the last digits of the statistics; on one GPU they are always the same.
+// also take the statistics, of the values as stored: sums of the distances from one of the column's values,
+// and of their squares. A warp carries 32 columns, and each of its lanes keeps the two sums of one of them for the
+// whole block; at its end they become mean and squared deviations, which a second kernel merges (Chan) across blocks,
+// always in the same order. Tiles and blocks differ by GPU, and with them the last digits of the statistics; on one GPU
+// they are always the same.
 #include "conv1x1_common.h"
 #include "kernels.h"
+#include "pivot.h"
 
 namespace dx::cuda {
 namespace {
@@ -39,26 +41,30 @@ struct ForwardShape {
   static_assert(kPitch / kPiece % 2 == 1, "no bank conflicts");
   static_assert(kXPieces * kDown == kRows && kWeightPieces * kDown == kChannels, "threads fill whole chunks");
 
-  static constexpr int kOutPiece = 16 / sizeof(T), kOutAcross = kChannels / kOutPiece;
-  static constexpr int kOutDown = kThreads / kOutAcross, kOutPieces = kRows / kOutDown;
+  // How a warp carries the tile out: 32 columns in pieces of 16 bytes, and as many rows as a piece has elements.
+  static constexpr int kOutPiece = 16 / sizeof(T), kOutAcross = 32 / kOutPiece, kWarpsAcross = kChannels / 32;
+  static constexpr int kOutDown = kWarps / kWarpsAcross * kOutPiece, kOutPieces = kRows / kOutDown;
   static constexpr int kOutPitch = kChannels + kOutPiece;
-  static_assert(kOutAcross <= 32 && 32 % kOutAcross == 0, "a warp holds whole rows");
-  static_assert(kOutPieces * kOutDown == kRows, "threads cover the tile");
+  static_assert(kWarps % kWarpsAcross == 0 && kOutPieces * kOutDown == kRows, "warps cover the tile");
 
-  // The output tile and the warps' moments take the place of the chunks of x; behind them lie the weights.
-  static constexpr int kMomentsAt = kRows * kOutPitch * int(sizeof(T));
-  static constexpr int kEpilogueBytes = kMomentsAt + kWarps * (2 * kChannels + 1) * int(sizeof(A));
-  static constexpr int kBufferBytes = 2 * kBuffer * int(sizeof(S));
-  static constexpr int kWeightsAt = ((kBufferBytes > kEpilogueBytes ? kBufferBytes : kEpilogueBytes) + 127) / 128 * 128;
+  // The output tile, and at the end the warps' sums, take the place of the chunks of x. Behind them lie the norm's
+  // constants of two chunks, the block's pivots, and the weights.
+  static constexpr int kNorm = 2 * kInner;  // scale and shift of a chunk
+  static constexpr int kBufferBytes = 2 * kBuffer * int(sizeof(S)), kTileBytes = kRows * kOutPitch * int(sizeof(T));
+  static constexpr int kNormAt = kBufferBytes > kTileBytes ? kBufferBytes : kTileBytes;
+  static constexpr int kPivotAt = kNormAt + 2 * kNorm * int(sizeof(A));
+  static constexpr int kWeightsAt = (kPivotAt + kChannels * int(sizeof(T)) + 127) / 128 * 128;
   static constexpr int shared_bytes(int panels) { return kWeightsAt + panels * kPanel * int(sizeof(S)); }
+  static_assert(kNormAt % 16 == 0 && kPivotAt % 16 == 0, "vector accesses");
+  static_assert(kWarps * 2 * 32 * int(sizeof(A)) <= kNormAt, "the warps' sums fit the place of the chunks");
   static_assert(shared_bytes(2) <= (CHANNELS > 64 ? kWideShared : kNarrowShared), "fits where it is chosen");
 
   using Tile = typename Math::template Tile<kRows, kChannels, kThreads, 4>;
 };
 
 using Typical = ForwardShape<bfloat16, TensorMath<bfloat16>, 128>;
-static_assert(Typical::shared_bytes(576 / 64) <= 227 * 1024 && Typical::shared_bytes(640 / 64) > 227 * 1024,
-              "the weights of 576 channels stay in an H100's shared memory");
+static_assert(Typical::shared_bytes(640 / 64) <= 227 * 1024 && Typical::shared_bytes(704 / 64) > 227 * 1024,
+              "the weights of 640 channels stay in an H100's shared memory");
 
 template <class A>
 struct PartialMoments {
@@ -76,9 +82,10 @@ struct Forward {
   bool resident;  // all chunks of the weights stay in shared memory
 };
 
-// One chunk of a block's operands: x through registers, the weights by asynchronous copy.
+// One chunk of a block's operands: x through registers, the weights and the norm's constants by asynchronous copy.
 template <class T, class Shape, class Math>
 struct Chunk {
+  using A = Acc<T>;
   using S = typename Shape::S;
   static constexpr int E = Shape::kPiece;
   Piece<T, E> x[Shape::kXPieces];
@@ -94,17 +101,23 @@ struct Chunk {
       x[i] = load_piece<E>(from + i * Shape::kDown * p.of.x.pitch, row() + i * Shape::kDown < rows ? valid : 0,
                            p.x_alignment);
   }
-  __device__ __forceinline__ void store_y(const Forward<T, S>& p, int c, S* y) const {
-    const int c0 = c * Shape::kInner + column();
-    const Piece<Acc<T>, E> scale = load_piece<E>(p.prepared.norm + c0);
-    const Piece<Acc<T>, E> shift = load_piece<E>(p.prepared.norm + p.prepared.Cp + c0);
+  __device__ __forceinline__ void store_y(const A* norm, S* y) const {
+    const Piece<A, E> scale = load_piece<E>(norm + column());
+    const Piece<A, E> shift = load_piece<E>(norm + Shape::kInner + column());
 #pragma unroll
     for (int i = 0; i < Shape::kXPieces; ++i) {
-      Piece<Acc<T>, E> v;
+      Piece<A, E> v;
 #pragma unroll
-      for (int e = 0; e < E; ++e) v.v[e] = positive_part(affine(Acc<T>(x[i].get(e)), scale.v[e], shift.v[e]));
-      store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column(), Math::operands(v));
+      for (int e = 0; e < E; ++e) v.v[e] = affine(A(x[i].get(e)), scale.v[e], shift.v[e]);
+      store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column(), Math::relu_operands(v));
     }
+  }
+  static __device__ __forceinline__ void copy_norm(const Forward<T, S>& p, int c, A* norm) {
+    constexpr int P = 16 / sizeof(A), kAcross = Shape::kInner / P;
+    const int of_which = thread_x() / kAcross, at = thread_x() % kAcross * P;
+    if (of_which < 2)
+      cp_async16(norm + of_which * Shape::kInner + at,
+                 p.prepared.norm + of_which * p.prepared.Cp + c * Shape::kInner + at, 16);
   }
   static __device__ __forceinline__ void copy_weights(const Forward<T, S>& p, int n0, int c, S* panel) {
     const S* from = p.prepared.weight + int64_t(n0 + row()) * p.prepared.Cp + c * Shape::kInner + column();
@@ -112,70 +125,104 @@ struct Chunk {
     for (int i = 0; i < Shape::kWeightPieces; ++i)
       cp_async16(panel + (row() + i * Shape::kDown) * Shape::kPitch + column(), from + i * Shape::kDown * p.prepared.Cp,
                  16);
-    cp_async_commit();
   }
 };
 
-// Writes the tile that lies in shared memory; merges the statistics of its rows into `moments`, which thread n keeps
-// for channel n of the tile.
-template <class T, class Shape, class S>
-__device__ __forceinline__ void write_tile(const Forward<T, S>& p, int64_t m0, int rows, int n0, const T* tile,
-                                           Acc<T>* of_warps, bool first_tile, Acc<T>& center,
-                                           Moments<Acc<T>>& moments) {
+// How a tile leaves, and the statistics of its columns.
+template <class T, class Shape>
+class Output {
+ public:
   using A = Acc<T>;
-  constexpr int E = Shape::kOutPiece, N = Shape::kChannels;
-  const int column = thread_x() % Shape::kOutAcross * E, row = thread_x() / Shape::kOutAcross, warp = thread_x() / 32;
-  const int left = int(p.of.N) - n0 - column, valid = left < E ? left : E;
-  T* to = p.of.out.row(m0 + row) + n0 + column;
-  A count = 0;
-  Piece<T, E> pieces[Shape::kOutPieces];
-#pragma unroll
-  for (int i = 0; i < Shape::kOutPieces; ++i) {
-    pieces[i] = load_piece<E>(tile + (row + i * Shape::kOutDown) * Shape::kOutPitch + column);
-    if (row + i * Shape::kOutDown >= rows) continue;
-    count += A(1);
-    store_piece(to + i * Shape::kOutDown * p.of.out.pitch, pieces[i], valid, p.out_alignment);
-  }
-  if (!p.partial.mean) return;
+  using S = typename Shape::S;
 
-  const A share = count > A(0) ? A(1) / count : A(0);
-  const Piece<T, E> firsts = load_piece<E>(tile + column);  // the tile's first row
-  A *means = of_warps + warp * (2 * N + 1), *m2s = means + N;
-#pragma unroll
-  for (int e = 0; e < E; ++e) {
-    const A here = firsts.get(e);
-    A sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < Shape::kOutPieces; ++i)
-      if (row + i * Shape::kOutDown < rows) sum += pieces[i].get(e) - here;
-    const A mean = sum * share;
+  // The values to take distances from, [kChannels]: the median of a column's first three, since one value far from all
+  // others would cost digits.
+  static __device__ __forceinline__ void choose_pivots(const T* tile, int rows, T* pivots) {
+    if (thread_x() >= Shape::kChannels) return;
+    const auto value = [&](int row) { return A(widen(load_one(tile + row * Shape::kOutPitch + thread_x()))); };
+    const A a = value(0), b = value(1), c = value(2), low = a < b ? a : b, high = a < b ? b : a;
+    store_one(pivots + thread_x(), narrow<T>(pivot_of(rows < 3 ? a : c < low ? low : high < c ? high : c)));
+  }
+  // Writes the tile that lies in shared memory and adds its rows to the sums.
+  __device__ __forceinline__ void write(const Forward<T, S>& p, int64_t m0, int rows, int n0, const T* tile,
+                                        const T* pivots) {
+    const int left = int(p.of.N) - n0 - column(), valid = left < E ? left : E;
+    T* to = p.of.out.row(m0 + row()) + n0 + column();
+    Piece<T, E> pieces[Shape::kOutPieces];
 #pragma unroll
     for (int i = 0; i < Shape::kOutPieces; ++i) {
-      const A deviation = pieces[i].get(e) - here - mean;
-      if (row + i * Shape::kOutDown < rows) squares += deviation * deviation;
+      pieces[i] = load_piece<E>(tile + (row() + i * D) * Shape::kOutPitch + column());
+      if (row() + i * D < rows) store_piece(to + i * D * p.of.out.pitch, pieces[i], valid, p.out_alignment);
     }
-    Moments<A> mine = {count, mean, squares};
+    if (!p.partial.mean) return;
+    const Piece<T, E> pivot = load_piece<E>(pivots + column());
+    A sums[E], squares[E];
 #pragma unroll
-    for (int across = Shape::kOutAcross; across < 32; across *= 2)
-      mine = merge(mine, Moments<A>{shuffle_xor(mine.count, across), shuffle_xor(mine.mean, across),
-                                    shuffle_xor(mine.m2, across)});
-    if (thread_x() % 32 < Shape::kOutAcross) {
-      store_one(means + column + e, mine.mean);
-      store_one(m2s + column + e, mine.m2);
-      if (e == 0 && column == 0) store_one(m2s + N, mine.count);
+    for (int e = 0; e < E; ++e) {
+      const A from = pivot.get(e);
+      sums[e] = squares[e] = A(0);
+#pragma unroll
+      for (int i = 0; i < Shape::kOutPieces; ++i) {
+        const A distance = row() + i * D < rows ? pieces[i].get(e) - from : A(0);
+        sums[e] += distance;
+        squares[e] = std::fma(distance, distance, squares[e]);
+      }
     }
+    sum_ += of_own_column(sums);
+    squares_ += of_own_column(squares);
   }
-  sync_block();
-  if (thread_x() < N) {
-    const A here = widen(load_one(tile + thread_x()));
-    if (first_tile) center = here;
-    for (int w = 0; w < Shape::kWarps; ++w) {
-      const A* of_warp = of_warps + w * (2 * N + 1);
-      const A mean = load_one(of_warp + thread_x()) + (here - center);
-      moments = merge(moments, Moments<A>{load_one(of_warp + 2 * N), mean, load_one(of_warp + N + thread_x())});
+
+  // The moments of the block's rows, thread n those of channel n. Takes the place of the tile (`of_warps`); all threads
+  // of the block must come here.
+  __device__ __forceinline__ void store_moments(const Forward<T, S>& p, int rows, int n0, const T* pivots,
+                                                A* of_warps) const {
+    sync_block();  // the tile is read no more
+    A* mine = of_warps + warp() * 64 + lane() % Shape::kOutAcross * E + lane() / Shape::kOutAcross;
+    store_one(mine, sum_);
+    store_one(mine + 32, squares_);
+    sync_block();
+    if (thread_x() >= Shape::kChannels) return;
+    A sum = 0, squares = 0;
+    for (int w = thread_x() / 32; w < Shape::kWarps; w += Shape::kWarpsAcross) {
+      sum += load_one(of_warps + w * 64 + lane());
+      squares += load_one(of_warps + w * 64 + 32 + lane());
     }
+    const A mean = sum / A(rows);
+    const int64_t at = int64_t(block_y()) * p.prepared.Np + n0 + thread_x();
+    store_one(p.partial.center + at, A(widen(load_one(pivots + thread_x()))));
+    store_one(p.partial.mean + at, mean);
+    store_one(p.partial.m2 + at, positive_part(squares - sum * mean));
   }
-}
+
+ private:
+  static constexpr int E = Shape::kOutPiece, D = Shape::kOutDown;
+  A sum_ = 0, squares_ = 0;
+
+  static __device__ __forceinline__ int lane() { return thread_x() % 32; }
+  static __device__ __forceinline__ int warp() { return thread_x() / 32; }
+  static __device__ __forceinline__ int column() {
+    return warp() % Shape::kWarpsAcross * 32 + lane() % Shape::kOutAcross * E;
+  }
+  // Four lanes read a row where a piece has 8 elements; the next four read the row 4 further, whose banks are others.
+  static __device__ __forceinline__ int row() {
+    const int of_lane = lane() / Shape::kOutAcross;
+    return warp() / Shape::kWarpsAcross * E + (E == 8 ? of_lane % 2 * 4 + of_lane / 2 : of_lane);
+  }
+  // Adds the E columns of each lane over the warp's rows: in each step a lane keeps half of its columns and takes over
+  // what another has of them. What is left is the sum of column lane / kOutAcross of the lane's E columns.
+  static __device__ __forceinline__ A of_own_column(A (&values)[E]) {
+#pragma unroll
+    for (int half = E / 2, mask = 16; half > 0; half /= 2, mask /= 2) {
+      const bool upper = lane() & mask;
+#pragma unroll
+      for (int e = 0; e < half; ++e) {
+        const A given = shuffle_xor(upper ? values[e] : values[half + e], mask);
+        values[e] = (upper ? values[half + e] : values[e]) + given;
+      }
+    }
+    return values[0];
+  }
+};
 
 template <class T, class Math, int CHANNELS>
 __global__ void __launch_bounds__(ForwardShape<T, Math, CHANNELS>::kThreads, 1)
@@ -187,48 +234,58 @@ __global__ void __launch_bounds__(ForwardShape<T, Math, CHANNELS>::kThreads, 1)
   S* const buffers = reinterpret_cast<S*>(shared);
   S* const panels = reinterpret_cast<S*>(shared + Shape::kWeightsAt);
   T* const tile = reinterpret_cast<T*>(shared);
+  A* const norm = reinterpret_cast<A*>(shared + Shape::kNormAt);
+  T* const pivots = reinterpret_cast<T*>(shared + Shape::kPivotAt);
   const int n0 = int(block_x()) * CHANNELS;
   const int64_t first = int64_t(block_y()) * p.partial.rows;
   const int rows = rows_from(p.of.M, first, p.partial.rows);
-  A center = 0;
-  Moments<A> moments = {0, 0, 0};
 
+  // A step is a chunk of a tile; its buffers are those of its parity.
+  int steps = (rows + Shape::kRows - 1) / Shape::kRows * p.chunks;  // left, with the present one
+  int ahead = 2 % p.chunks;                                         // the chunk two steps further
+  int side = 0;
+  Output<T, Shape> output;
   Chunk<T, Shape, Math> chunk;
   chunk.load_x(p, first, rows, 0);
+  chunk.copy_norm(p, 0, norm);
+  chunk.copy_norm(p, 1 % p.chunks, norm + Shape::kNorm);
+  cp_async_commit();
   for (int c = 0; c < (p.resident ? p.chunks : 1); ++c) chunk.copy_weights(p, n0, c, panels + c * Shape::kPanel);
-  int side = 0;
+  cp_async_commit();
+  cp_async_wait<1>();  // for the constants alone
   for (int done = 0; done < rows; done += Shape::kRows) {
-    if (done > 0) sync_block();  // the tile before is out of shared memory
-    chunk.store_y(p, 0, buffers + side * Shape::kBuffer);
+    sync_block();  // the tile before is out of shared memory, the first constants are there
+    chunk.store_y(norm + side * Shape::kNorm, buffers + side * Shape::kBuffer);
     typename Shape::Tile sums;
     sums.begin([&](int n) { return p.of.out_bias && n0 + n < p.of.N ? load_one(p.of.out_bias + n0 + n) : A(0); });
-    for (int c = 0; c < p.chunks; ++c, side ^= 1) {
+    for (int c = 0; c < p.chunks; ++c, --steps, side ^= 1) {
       cp_async_wait<0>();
       sync_block();  // this chunk is there, and nobody reads the one before any more
       const bool last = c + 1 == p.chunks;
-      if (!last || done + Shape::kRows < rows) {
+      if (steps > 1) {
         const int next = last ? 0 : c + 1, at = last ? done + Shape::kRows : done;
         if (!p.resident) chunk.copy_weights(p, n0, next, panels + (side ^ 1) * Shape::kPanel);
+        if (steps > 2) chunk.copy_norm(p, ahead, norm + side * Shape::kNorm);
+        cp_async_commit();
         chunk.load_x(p, first + at, rows - at, next);
+        ahead = ahead + 1 == p.chunks ? 0 : ahead + 1;
       }
       sums.template multiply<Shape::kInner, Inner::k, Inner::k>(buffers + side * Shape::kBuffer, Shape::kPitch,
                                                                 panels + (p.resident ? c : side) * Shape::kPanel,
                                                                 Shape::kPitch);
-      if (!last) chunk.store_y(p, c + 1, buffers + (side ^ 1) * Shape::kBuffer);
+      if (!last) chunk.store_y(norm + (side ^ 1) * Shape::kNorm, buffers + (side ^ 1) * Shape::kBuffer);
     }
     sync_block();
     const bool relu = p.of.out_relu;
     sums.store(tile, Shape::kOutPitch, [&](A v) { return relu ? positive_part(v) : v; });
     sync_block();
-    write_tile<T, Shape>(p, first + done, rows - done, n0, tile, reinterpret_cast<A*>(shared + Shape::kMomentsAt),
-                         done == 0, center, moments);
+    if (done == 0 && p.partial.mean) {
+      output.choose_pivots(tile, rows, pivots);
+      sync_block();
+    }
+    output.write(p, first + done, rows - done, n0, tile, pivots);
   }
-  if (p.partial.mean && thread_x() < CHANNELS) {
-    const int64_t at = int64_t(block_y()) * p.prepared.Np + n0 + thread_x();
-    store_one(p.partial.center + at, center);
-    store_one(p.partial.mean + at, moments.mean);
-    store_one(p.partial.m2 + at, moments.m2);
-  }
+  if (p.partial.mean) output.store_moments(p, rows, n0, pivots, reinterpret_cast<A*>(shared));
 }
 
 template <class A>

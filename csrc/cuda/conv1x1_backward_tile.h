@@ -172,10 +172,10 @@ struct Columns {
         Piece<A, F> v;
 #pragma unroll
         for (int e = 0; e < F; ++e) {
-          const A u = positive_part(affine(A(x[i].get(f + e)), scale.v[e], shift.v[e]));
+          const A u = affine(A(x[i].get(f + e)), scale.v[e], shift.v[e]);
           v.v[e] = row() + i * Shape::kDown < rows ? u : A(0);
         }
-        store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column() + f, Math::operands(v));
+        store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column() + f, Math::relu_operands(v));
       }
     }
   }

@@ -12,40 +12,6 @@
 
 namespace dx::cuda {
 
-// ---- arithmetic: the type of the operands in shared memory, how values become operands, the tile that multiplies them
-template <class A>
-struct PlainMath {
-  using Operand = A;
-  template <int M, int N, int THREADS, int WARPS_DOWN>
-  using Tile = FmaTile<A, M, N, THREADS>;
-  template <int E>
-  static __device__ __forceinline__ Piece<A, E> operands(const Piece<A, E>& values) {
-    return values;
-  }
-};
-template <class T>
-struct TensorMath {
-  using Operand = T;
-  template <int M, int N, int THREADS, int WARPS_DOWN>
-  using Tile = MmaTile<T, M, N, THREADS, WARPS_DOWN>;
-  template <int E>
-  static __device__ __forceinline__ Piece<T, E> operands(const Piece<float, E>& values) {
-    return Piece<T, E>::narrowed(values);
-  }
-};
-struct Tf32Math {
-  using Operand = float;
-  template <int M, int N, int THREADS, int WARPS_DOWN>
-  using Tile = Tf32Tile<M, N, THREADS, WARPS_DOWN>;
-  template <int E>
-  static __device__ __forceinline__ Piece<float, E> operands(const Piece<float, E>& values) {
-    Piece<float, E> piece;
-#pragma unroll
-    for (int e = 0; e < E; ++e) piece.v[e] = as_float(to_tf32(values.v[e]));
-    return piece;
-  }
-};
-
 // x s + t with one rounding, whatever the compiler would make of it: a mean that is large beside the deviation leaves
 // digits enough, and what the backward pass computes again is what the forward pass had.
 template <class A>
@@ -62,6 +28,60 @@ template <class A>
 __device__ __forceinline__ bool gradient_passes(A u) {
   return !(u <= A(0));
 }
+
+// ---- arithmetic: the type of the operands in shared memory, how values (and their positive parts) become operands,
+// the tile that multiplies them
+template <class A, int E>
+__device__ __forceinline__ Piece<A, E> positive_part(const Piece<A, E>& values) {
+  Piece<A, E> piece;
+#pragma unroll
+  for (int e = 0; e < E; ++e) piece.v[e] = positive_part(values.v[e]);
+  return piece;
+}
+template <class A>
+struct PlainMath {
+  using Operand = A;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = FmaTile<A, M, N, THREADS>;
+  template <int E>
+  static __device__ __forceinline__ Piece<A, E> operands(const Piece<A, E>& values) {
+    return values;
+  }
+  template <int E>
+  static __device__ __forceinline__ Piece<A, E> relu_operands(const Piece<A, E>& values) {
+    return positive_part(values);
+  }
+};
+template <class T>
+struct TensorMath {
+  using Operand = T;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = MmaTile<T, M, N, THREADS, WARPS_DOWN>;
+  template <int E>
+  static __device__ __forceinline__ Piece<T, E> operands(const Piece<float, E>& values) {
+    return Piece<T, E>::narrowed(values);
+  }
+  template <int E>
+  static __device__ __forceinline__ Piece<T, E> relu_operands(const Piece<float, E>& values) {
+    return Piece<T, E>::narrowed_relu(values);
+  }
+};
+struct Tf32Math {
+  using Operand = float;
+  template <int M, int N, int THREADS, int WARPS_DOWN>
+  using Tile = Tf32Tile<M, N, THREADS, WARPS_DOWN>;
+  template <int E>
+  static __device__ __forceinline__ Piece<float, E> operands(const Piece<float, E>& values) {
+    Piece<float, E> piece;
+#pragma unroll
+    for (int e = 0; e < E; ++e) piece.v[e] = as_float(to_tf32(values.v[e]));
+    return piece;
+  }
+  template <int E>
+  static __device__ __forceinline__ Piece<float, E> relu_operands(const Piece<float, E>& values) {
+    return operands(positive_part(values));
+  }
+};
 
 // How many of a tile's rows exist.
 __device__ __forceinline__ int rows_from(int64_t M, int64_t m0, int tile) { return M - m0 < tile ? int(M - m0) : tile; }

@@ -108,6 +108,21 @@ __device__ __forceinline__ uint32_t pack2<float16>(float first, float second) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
 }
+// The same of max(v, 0), NaN for NaN.
+template <class T>
+__device__ __forceinline__ uint32_t pack2_relu(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack2_relu<bfloat16>(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack2_relu<float16>(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
 __device__ __forceinline__ float widen(bfloat16 v) { return as_float(uint32_t(v.bits) << 16); }
 __device__ __forceinline__ float widen(float16 v) {
   float f;

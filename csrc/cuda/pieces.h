@@ -46,6 +46,12 @@ struct HalfPiece {
     for (int e = 0; e < E; e += 2) piece.pairs[e / 2] = pack2<T>(values.v[e], values.v[e + 1]);
     return piece;
   }
+  static __device__ __forceinline__ Piece<T, E> narrowed_relu(const Piece<float, E>& values) {
+    Piece<T, E> piece;
+#pragma unroll
+    for (int e = 0; e < E; e += 2) piece.pairs[e / 2] = pack2_relu<T>(values.v[e], values.v[e + 1]);
+    return piece;
+  }
 };
 template <int E>
 struct Piece<bfloat16, E> : HalfPiece<bfloat16, E> {

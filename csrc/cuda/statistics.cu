@@ -6,6 +6,7 @@
 // numbers are taken relative to the column's first value (the pivot): a mean that is large beside the deviation costs
 // no digits on the way.
 #include "kernels.h"
+#include "pivot.h"
 #include "sums.h"
 
 namespace dx::cuda {
@@ -50,12 +51,6 @@ class Dropped {
   Dropout dropout_;
 };
 
-// The value that a column's moments are relative to. Every block must take the same one.
-template <class A>
-__device__ __forceinline__ A pivot_of(A first) {
-  return first - first == A(0) ? first : A(0);  // not NaN or infinity: the others would all become NaN
-}
-
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_constant__ MomentsJob<T> p) {
   using A = Acc<T>;
@@ -64,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_cons
   const int64_t c = patch.column;
   const Dropped<T, V> drop(p.drop_rate, p.seed, p.layer);
   MomentSums<A, V> sums;
-  Bits<T, V> pivot = {};
+  Bits<T, V> pivot = {};  // every block must take the same one
   if (patch.any && p.M > 0) pivot = drop(load_bits<V>(p.x.row(0) + c), 0, c);
 
   patch.for_rows<kRows>([&](int64_t m, int rows) {

@@ -155,6 +155,10 @@ template <class T>
 uint32_t pack2(float first, float second) {
   return uint32_t(narrow<T>(first).bits) | uint32_t(narrow<T>(second).bits) << 16;
 }
+template <class T>
+uint32_t pack2_relu(float first, float second) {
+  return pack2<T>(first < 0 ? 0.0f : first, second < 0 ? 0.0f : second);
+}
 inline uint32_t to_tf32(float v) {
   return std::isfinite(v) ? (as_bits(v) + 0x1000u) & 0xffffe000u : as_bits(v) & 0xffffe000u;
 }
