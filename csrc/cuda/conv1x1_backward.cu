@@ -23,10 +23,10 @@
 namespace dx::cuda {
 namespace {
 
-template <class T, class Math, int CHANNELS, bool DGRAD, bool WGRAD>
+template <class T, class Math, int CHANNELS, bool WHOLE, bool DGRAD, bool WGRAD>
 __global__ void __launch_bounds__(BackwardShape<T, Math, CHANNELS>::kThreads, 1)
     bn_relu_conv1x1_backward_tiles(const __grid_constant__ Backward<T, typename Math::Operand> p) {
-  using Shape = BackwardShape<T, Math, CHANNELS>;
+  using Shape = BackwardShape<T, Math, CHANNELS, WHOLE>;
   using A = Acc<T>;
   using S = typename Math::Operand;
   DX_SHARED_BYTES(shared);
@@ -149,6 +149,7 @@ struct BackwardPlan {
   Backward<T, typename Shape::S> p = {};
   int64_t blocks;
   size_t bytes;
+  bool whole;  // all rows consist of whole aligned pieces
   BackwardPlan(const BnReluConv1x1Backward<T>& of, void* workspace) {
     using A = Acc<T>;
     Carver carver(workspace);
@@ -172,6 +173,10 @@ struct BackwardPlan {
     p.z_alignment = alignment_of(of.z.data, of.z.pitch);
     p.in_alignment = alignment_of(p.in.data, p.in.pitch);
     p.out_alignment = alignment_of(of.grad_x.data, of.grad_x.pitch);
+    constexpr int E = Shape::kRun;
+    whole = whole_pieces<E, T>(of.C, p.x_alignment) && whole_pieces<E, T>(of.N, p.grad_out_alignment) &&
+            whole_pieces<E, T>(of.N, p.z_alignment) && whole_pieces<E, T>(of.C, p.in_alignment) &&
+            whole_pieces<E, T>(of.C, p.out_alignment);
     bytes = carver.used();
   }
 };
@@ -183,8 +188,10 @@ cudaError_t launch_tiles(const Plan& plan, Stream stream, C) {
   const auto& to = plan.p.prepared;
   const dim3 grid(unsigned(to.Cp / Shape::kColumns), unsigned(plan.blocks),
                   DGRAD ? 1u : unsigned(to.Np / C::kChannels));
-  return launch(bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, DGRAD, WGRAD>, grid, Shape::kThreads,
-                Shape::kSharedBytes, stream, plan.p);
+  auto* kernel = bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, false, DGRAD, WGRAD>;
+  if constexpr (sizeof(T) < 8)
+    if (plan.whole) kernel = bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, true, DGRAD, WGRAD>;
+  return launch(kernel, grid, Shape::kThreads, Shape::kSharedBytes, stream, plan.p);
 }
 
 }  // namespace

@@ -6,11 +6,12 @@
 
 namespace dx::cuda {
 
-template <class T, class Math, int CHANNELS>
+// WHOLE: all rows consist of whole aligned pieces; everything else does not depend on it.
+template <class T, class Math, int CHANNELS, bool WHOLE = false>
 struct BackwardShape {
   using A = Acc<T>;
   using S = typename Math::Operand;
-  static constexpr bool kHalf = sizeof(S) == 2;
+  static constexpr bool kHalf = sizeof(S) == 2, kWhole = WHOLE;
   static constexpr int kThreads = sizeof(A) == 8 ? 256 : 512, kWarps = kThreads / 32;
   static constexpr int kRows = sizeof(A) == 8 ? 32 : 64;
   static constexpr int kColumns = kHalf ? 128 : sizeof(A) == 8 ? 32 : 64;  // of C
@@ -77,8 +78,8 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
 #pragma unroll
   for (int i = 0; i < Shape::kDzPieces; ++i) {
     const int there = row + i * D < rows ? valid : 0;
-    grads[i] = load_piece<E>(grad + i * D * p.of.grad_out.pitch, there, p.grad_out_alignment);
-    if (p.of.z) zs[i] = load_piece<E>(z + i * D * p.of.z.pitch, there, p.z_alignment);
+    grads[i] = load_piece<E, Shape::kWhole>(grad + i * D * p.of.grad_out.pitch, there, p.grad_out_alignment);
+    if (p.of.z) zs[i] = load_piece<E, Shape::kWhole>(z + i * D * p.of.z.pitch, there, p.z_alignment);
   }
 #pragma unroll
   for (int f = 0; f < E; f += F) {
@@ -152,8 +153,8 @@ struct Columns {
                                               Piece<T, E> (&pieces)[Shape::kPieces]) {
 #pragma unroll
     for (int i = 0; i < Shape::kPieces; ++i)
-      pieces[i] = load_piece<E>(from.data + i * Shape::kDown * from.pitch, row() + i * Shape::kDown < rows ? valid : 0,
-                                alignment);
+      pieces[i] = load_piece<E, Shape::kWhole>(from.data + i * Shape::kDown * from.pitch,
+                                               row() + i * Shape::kDown < rows ? valid : 0, alignment);
   }
   __device__ __forceinline__ void load_x(const Backward<T, S>& p, int64_t m0, int rows, int c0) {
     load({p.of.x.row(m0 + row()) + c0 + column(), p.of.x.pitch}, columns_left(p, c0), rows, p.x_alignment, x);
@@ -205,7 +206,7 @@ struct Columns {
         }
         out.insert(f, Piece<T, F>::narrowed(g));
       }
-      store_piece(to + i * Shape::kDown * p.of.grad_x.pitch, out, exists ? valid : 0, p.out_alignment);
+      store_piece<Shape::kWhole>(to + i * Shape::kDown * p.of.grad_x.pitch, out, exists ? valid : 0, p.out_alignment);
     }
   }
   // The block's sums of this slice, [2, kColumns], to `out` with a distance of Cp; across threads by the warp, across

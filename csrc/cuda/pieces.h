@@ -111,53 +111,64 @@ inline int alignment_of(const T* data, int64_t pitch) {
   return static_cast<int>(bits & (~bits + 1));
 }
 
-// The first `valid` elements of a piece, zeros behind them, by the widest accesses that the alignment allows: for rows
-// in global memory.
+// Whether rows of so many columns consist of whole pieces that are aligned to their bytes, at most 16.
 template <int E, class T>
+bool whole_pieces(int64_t columns, int alignment) {
+  return columns % E == 0 && alignment >= (Piece<T, E>::kBytes < 16 ? Piece<T, E>::kBytes : 16);
+}
+
+// The first `valid` elements of a piece, zeros behind them, for rows in global memory: by the widest accesses that the
+// alignment allows. WHOLE: it is known of all rows of a launch that they consist of whole pieces.
+template <int E, bool WHOLE, class T>
 __device__ __forceinline__ Piece<T, E> load_piece(const T* p, int valid, int alignment) {
   using P = Piece<T, E>;
-  if (valid >= E && alignment >= (P::kBytes < 16 ? P::kBytes : 16)) return load_piece<E>(p);
   P piece = {};
-  if (valid >= E && alignment == 8) {
-    uint2 bits[(P::kBytes + 7) / 8];
+  if (valid >= E && (WHOLE || alignment >= (P::kBytes < 16 ? P::kBytes : 16))) {
+    piece = load_piece<E>(p);
+  } else if constexpr (!WHOLE) {
+    if (valid >= E && alignment == 8) {
+      uint2 bits[(P::kBytes + 7) / 8];
 #pragma unroll
-    for (int i = 0; i < P::kBytes / 8; ++i) bits[i] = load8(p + i * (8 / int(sizeof(T))));
-    memcpy(&piece, bits, sizeof piece);
-  } else if (sizeof(T) < 4 && valid >= E && alignment == 4) {
-    uint32_t bits[(P::kBytes + 3) / 4];
+      for (int i = 0; i < P::kBytes / 8; ++i) bits[i] = load8(p + i * (8 / int(sizeof(T))));
+      memcpy(&piece, bits, sizeof piece);
+    } else if (sizeof(T) < 4 && valid >= E && alignment == 4) {
+      uint32_t bits[(P::kBytes + 3) / 4];
 #pragma unroll
-    for (int i = 0; i < P::kBytes / 4; ++i) bits[i] = load4(p + i * (4 / int(sizeof(T))));
-    memcpy(&piece, bits, sizeof piece);
-  } else {
+      for (int i = 0; i < P::kBytes / 4; ++i) bits[i] = load4(p + i * (4 / int(sizeof(T))));
+      memcpy(&piece, bits, sizeof piece);
+    } else {
 #pragma unroll
-    for (int e = 0; e < E; ++e)
-      if (e < valid) piece.set_zero(e, load_one(p + e));
+      for (int e = 0; e < E; ++e)
+        if (e < valid) piece.set_zero(e, load_one(p + e));
+    }
   }
   return piece;
 }
-template <class T, int E>
+template <bool WHOLE, class T, int E>
 __device__ __forceinline__ void store_piece(T* p, const Piece<T, E>& piece, int valid, int alignment) {
   using P = Piece<T, E>;
   static_assert(P::kBytes % 8 == 0, "vector accesses");
-  if (P::kBytes % 16 == 0 && valid >= E && alignment == 16) {
+  if (P::kBytes % 16 == 0 && valid >= E && (WHOLE || alignment == 16)) {
     uint4 bits[(P::kBytes + 15) / 16];
     memcpy(bits, &piece, sizeof piece);
 #pragma unroll
     for (int i = 0; i < P::kBytes / 16; ++i) store_global16(p + i * (16 / int(sizeof(T))), bits[i]);
-  } else if (valid >= E && alignment >= 8) {
+  } else if (valid >= E && (WHOLE ? P::kBytes % 16 != 0 : alignment >= 8)) {
     uint2 bits[P::kBytes / 8];
     memcpy(bits, &piece, sizeof piece);
 #pragma unroll
     for (int i = 0; i < P::kBytes / 8; ++i) store_global8(p + i * (8 / int(sizeof(T))), bits[i]);
-  } else if (sizeof(T) < 4 && valid >= E && alignment == 4) {
-    uint32_t bits[(P::kBytes + 3) / 4];
-    memcpy(bits, &piece, sizeof piece);
+  } else if constexpr (!WHOLE) {
+    if (sizeof(T) < 4 && valid >= E && alignment == 4) {
+      uint32_t bits[(P::kBytes + 3) / 4];
+      memcpy(bits, &piece, sizeof piece);
 #pragma unroll
-    for (int i = 0; i < P::kBytes / 4; ++i) store4(p + i * (4 / int(sizeof(T))), bits[i]);
-  } else {
+      for (int i = 0; i < P::kBytes / 4; ++i) store4(p + i * (4 / int(sizeof(T))), bits[i]);
+    } else {
 #pragma unroll
-    for (int e = 0; e < E; ++e)
-      if (e < valid) store_one(p + e, piece.raw(e));
+      for (int e = 0; e < E; ++e)
+        if (e < valid) store_one(p + e, piece.raw(e));
+    }
   }
 }
 
