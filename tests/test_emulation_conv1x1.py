@@ -7,10 +7,11 @@ copies); a result is compared with the same operator in float64 on the values as
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from emulation import mutation_list, mutations
+from emulation.conv1x1 import ARITHMETIC, F64, acc, make_norm, make_rows, ops, run_backward, run_forward, use
 from emulation.library import Library, compile_library
 from kernel_calls import WIDE
 from torch import Tensor
@@ -18,105 +19,11 @@ from torch import Tensor
 import densenet_ext  # noqa: F401  (registers the operators)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-ops = torch.ops.densenet_ext
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-# A product's relative error by the type of its operands; TF32 has 10 bits of fraction.
-TOLERANCE = {F64: 1e-13, F32: 1e-6, BF16: 4e-3, F16: 5e-4, "tf32": 5e-4}
-# name: storage type, TF32 allowed
-ARITHMETIC = {"double": (F64, False), "float": (F32, False), "tf32": (F32, True), "bf16": (BF16, False)}
-ARITHMETIC |= {"fp16": (F16, False)}
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(compile_library(tmp_path_factory.mktemp("conv1x1"), ["DX_CONV1X1"]))
-
-
-def acc(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
-
-
-def make_rows(M: int, C: int, dtype: torch.dtype, pitch: int = 0, offset: int = 0, scale: float = 1.0) -> Tensor:
-    """Rows [M, C] at ``offset`` of wider ones; what lies around them is NaN."""
-    wide = torch.full((M, max(C + offset, pitch)), float("nan"), dtype=dtype)
-    wide[:, offset : offset + C] = (torch.randn(M, C, dtype=F64) * scale).to(dtype)
-    return wide[:, offset : offset + C]
-
-
-def make_norm(C: int, dtype: torch.dtype, prefix: str = "") -> dict[str, object]:
-    values = {
-        "mean": torch.randn(C, dtype=F64) * 0.3,
-        "var": torch.rand(C, dtype=F64) + 0.5,
-        "weight": torch.rand(C, dtype=F64) + 0.5,
-        "bias": torch.randn(C, dtype=F64) * 0.5,
-    }
-    return {f"{prefix}{k}": v.to(acc(dtype)) for k, v in values.items()} | {f"{prefix}eps": 1e-5}
-
-
-def wide(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) else value
-
-
-def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Each element against the size of its column's (and the whole result's) values."""
-    assert torch.isfinite(got).all(), name
-    error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
-    assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.1e}"
-    worst = (got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)
-    assert worst <= 4 * tolerance, (
-        f"{name}: largest error {worst:.2e} of the largest value, allowed {4 * tolerance:.1e}"
-    )
-
-
-def assert_same_in_any_order(kernels: Library, results: dict, run: Callable[[], None], orders: Sequence[int]) -> None:
-    """The bits of what was computed must not depend on the order in which a block's threads run."""
-    first = {name: value.clone() for name, value in results.items() if value is not None}
-    for order in orders:
-        kernels.set_order(order)
-        run()
-        kernels.set_order(0)
-        for name, value in first.items():
-            assert torch.equal(value, results[name]), f"{name} depends on the order of the threads"
-
-
-def use(arithmetic: str) -> tuple[torch.dtype, bool, float]:
-    dtype, tf32 = ARITHMETIC[arithmetic]
-    return dtype, tf32, TOLERANCE["tf32" if tf32 else dtype]
-
-
-def run_forward(
-    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, bias=False, stats=True, orders=()
-) -> Tensor:
-    x = make_rows(M, C, dtype, pitch, offset)
-    norm = make_norm(C, dtype)
-    conv_weight = (torch.randn(N, C, dtype=F64) / C**0.5).to(acc(dtype))
-    out = make_rows(M, N, dtype, N + (5 if offset else 0), 3 if offset else 0)
-    out_bias = torch.randn(N, dtype=F64).to(acc(dtype)) if bias else None
-    mean, var = (torch.full((N,), float("nan"), dtype=acc(dtype)) if stats else None for _ in range(2))
-    around = torch.isnan(out.untyped_storage() and out._base).sum() if out._base is not None else 0
-
-    def run() -> None:
-        kernels(
-            "bn_relu_conv1x1", x=x, **norm, conv_weight=conv_weight, out_bias=out_bias, out_relu=bias, out=out,
-            out_mean=mean, out_var=var, tf32=tf32,
-        )  # fmt: skip
-
-    run()
-    assert_same_in_any_order(kernels, {"out": out, "out_mean": mean, "out_var": var}, run, orders)
-    want = torch.empty(M, N, dtype=F64)
-    ops.bn_relu_conv1x1(
-        x.double(), *(wide(v) for v in norm.values()), conv_weight.double(), wide(out_bias), bias, want, None, None
-    )
-    compare("out", out, want, tolerance)
-    if out._base is not None:
-        assert torch.isnan(out._base).sum() == around
-    if stats:
-        stored = out.double()
-        compare("mean", mean, stored.mean(0), 1e-5 if dtype != F64 else 1e-12)
-        assert (
-            (var.double() - stored.var(0, unbiased=False)).abs() <= 1e-5 * stored.var(0, unbiased=False) + 1e-12
-        ).all()
-    return out
 
 
 SHAPES = [(1, 1, 1), (37, 12, 48), (130, 33, 17), (129, 64, 128), (65, 70, 129)]
@@ -140,47 +47,6 @@ def test_forward_reads_any_alignment(kernels, arithmetic, pitch, offset) -> None
 def test_forward_with_bias_and_relu(kernels, arithmetic) -> None:
     torch.manual_seed(3)
     run_forward(kernels, *use(arithmetic), 40, 20, 30, bias=True, stats=False)
-
-
-def run_backward(
-    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, through_norm=True, frozen_z=False,
-    into="grad_in", wgrad=True, frozen=False, orders=(),
-) -> None:  # fmt: skip
-    A = acc(dtype)
-    x, grad_out = make_rows(M, C, dtype, pitch, offset), make_rows(M, N, dtype, N + offset % 2, offset % 2)
-    norm = make_norm(C, dtype)
-    weight = (torch.randn(N, C, dtype=F64) / N**0.5).to(A)
-    arguments: dict[str, object] = {"x": x, **norm, "conv_weight": weight, "grad_out": grad_out}
-    z_norm = make_norm(N, dtype, "z_")
-    arguments["z"] = make_rows(M, N, dtype, N + offset, offset) if through_norm else None
-    arguments |= z_norm if through_norm else dict.fromkeys(z_norm, None) | {"z_eps": 0.0}
-    with_sums = through_norm and not frozen_z
-    arguments["z_grad_weight"] = torch.randn(N, dtype=A) * M**0.5 if with_sums else None
-    arguments["z_grad_bias"] = torch.randn(N, dtype=A) * M**0.5 if with_sums else None
-    arguments["grad_in"] = make_rows(M, C, dtype, C + offset, offset) if into == "grad_in" else None
-    arguments["accumulate"] = into == "accumulate"
-    results: dict[str, Tensor | None] = {
-        "grad_x": make_rows(M, C, dtype, pitch, offset),
-        "grad_conv_weight": torch.full((N, C), float("nan"), dtype=A) if wgrad else None,
-        "grad_weight": torch.full((C,), float("nan"), dtype=A),
-        "grad_bias": torch.full((C,), float("nan"), dtype=A),
-        "grad_mean": None if frozen else torch.randn(C, dtype=A),
-        "grad_var": None if frozen else torch.randn(C, dtype=A),
-    }
-    wanted = {name: wide(value.clone()) if value is not None else None for name, value in results.items()}
-    ops.bn_relu_conv1x1_backward(*(wide(v) for v in arguments.values()), *wanted.values())
-    old = {name: value.clone() for name, value in results.items() if value is not None}
-
-    def run() -> None:
-        for name, value in old.items():
-            results[name].copy_(value)  # what is accumulated into
-        kernels("bn_relu_conv1x1_backward", **arguments, **results, tf32=tf32)
-
-    run()
-    assert_same_in_any_order(kernels, results, run, orders)
-    for name, value in results.items():
-        if value is not None:
-            compare(name, value, wanted[name], tolerance * (1 if name == "grad_x" else 2))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -386,3 +252,19 @@ def test_statistics_of_an_odd_first_row(kernels, monkeypatch, arithmetic, odd) -
         assert ((var.double() / stored.var(0, unbiased=False) - 1).abs() <= 1e-6).all()
     else:
         assert var.isnan().all() and not mean.isfinite().any()
+
+
+# ---- do these tests see faults? --------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mutation_list.FEW)
+def test_mutations_are_caught(name: str) -> None:
+    """A few of them; ``python -m emulation.mutations`` in this folder runs all."""
+    (mutation,) = (mutation for mutation in mutation_list.MUTATIONS if name in mutation.name)
+    assert mutations.run([mutation]) == []
+
+
+def test_every_mutation_can_be_made() -> None:
+    assert len(mutation_list.MUTATIONS) >= 20
+    for mutation in mutation_list.MUTATIONS:
+        text = mutations.place(mutation).read_text()
+        assert text.count(mutation.old) == 1 and mutation.new != mutation.old, mutation.name

@@ -13,8 +13,7 @@ import torch
 
 from . import params
 
-HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parents[1] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {  # kernel files, and the macro by which launchers.cpp knows that they are linked in
     "DX_STATISTICS": ["statistics.cu"],
     "DX_BN_RELU": ["bn_relu.cu"],
@@ -42,12 +41,13 @@ EMULATOR = ("emulated.cpp", "shadow.cpp", "driver.cpp")
 CALLED_BY_TESTS = ("launchers.cpp", "faults.cpp", "warp.cpp")
 
 
-def compile_library(folder: Path, families: Sequence[str] = tuple(FAMILIES), flags: Sequence[str] = ()) -> Path:
+def compile_library(folder: Path, families: Sequence[str] = tuple(FAMILIES), root: Path = ROOT) -> Path:
     """Compiles the families' kernels and the emulator with the C++ compiler; returns the library's path.
 
-    Objects are kept in the folder and compiled again when a file that they include has changed.
+    Objects are kept in the folder and compiled again when a file that they include has changed. ``root`` has the
+    sources: this project, or a copy of its csrc and tests/emulation.
     """
-    return _compile(folder, families, CALLED_BY_TESTS, flags)
+    return _compile(folder, families, CALLED_BY_TESTS, root=root)
 
 
 def compile_operators(folder: Path) -> Path:
@@ -65,13 +65,19 @@ def compile_operators(folder: Path) -> Path:
 
 
 def _compile(
-    folder: Path, families: Sequence[str], others: Sequence[str], flags: Sequence[str], linker: Sequence[str] = ()
+    folder: Path,
+    families: Sequence[str],
+    others: Sequence[str],
+    flags: Sequence[str] = (),
+    linker: Sequence[str] = (),
+    root: Path = ROOT,
 ) -> Path:
-    sources = [KERNELS / name for family in families for name in FAMILIES[family]]
-    sources += [HERE / name for name in (*EMULATOR, *others)]
+    emulation = root / "tests" / "emulation"
+    sources = [root / "csrc" / "cuda" / name for family in families for name in FAMILIES[family]]
+    sources += [emulation / name for name in (*EMULATOR, *others)]
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-MMD"]
     # Some distributions' compilers otherwise add checks that take a jump to another fiber's stack for an attack.
-    options += ["-U_FORTIFY_SOURCE", "-DDX_EMULATE", f"-I{HERE}"]
+    options += ["-U_FORTIFY_SOURCE", "-DDX_EMULATE", f"-I{emulation}"]
     options += [f"-D{family}" for family in families] + list(flags)
     compiler = os.environ.get("CXX", "g++").split()
 
