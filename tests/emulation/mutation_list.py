@@ -297,10 +297,10 @@ MUTATIONS = [
         BACKWARD,
     ),
     Mutation(
-        "backward: a correction for rows that do not exist",
+        "backward: the slope of norm2's correction is its center",
         "conv1x1_backward_tile.h",
-        "values.v[e] = row + i * D < rows ? value : A(0)",
-        "values.v[e] = value",
+        "slope = load_piece<F>(at + 4 * N)",
+        "slope = load_piece<F>(at + 3 * N)",
         BACKWARD,
     ),
     Mutation(
