@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_predictions
 import gpu_summary
 import pytest
 
@@ -240,6 +241,27 @@ def test_a_summary_shows_stages_to_come_and_survives_damaged_results(tmp_path: P
     assert text.startswith("# 1 x A GPU, compute capability 9.0, torch 2.11.0+cu130, CUDA 13.0")
     assert "| build | passed | 61 |" in text and "| tests | not run |" in text
     assert "networks.json can't be shown: KeyError" in text
+
+
+def test_predictions_are_held_against_what_was_measured(tmp_path: Path) -> None:
+    case = {"network": "densenet121", "batch": 256, "precision": "bfloat16", "where": "block 3, layer 24"}
+    forward = {**case, "operator": "bn_relu_conv1x1", "rows": 50176, "columns": 992}
+    few_rows = {**forward, "rows": 12544}
+    backward = {**forward, "operator": "bn_relu_conv1x1_backward"}
+    other = {**forward, "network": "bc100"}
+    stats = {**forward, "operator": "channel_stats"}
+    shares = [gpu_predictions.predicted(row) for row in (forward, few_rows, backward, other, stats)]
+    assert shares == [0.67, 0.54, 0.49, None, None]
+    measured = [
+        {**forward, "share_of_copy": 0.60},
+        {**backward, "share_of_copy": 0.30},
+        {**other, "share_of_copy": 1.0},
+    ]
+    text = gpu_predictions.table({"rows": measured})
+    assert text is not None and "1 of 2 within 25%" in text
+    assert "| bn_relu_conv1x1 | block 3, layer 24 | 0.67 | 0.60 | right (0.90) |" in text
+    assert "| 0.49 | 0.30 | wrong, slower (0.61) |" in text and "bc100" not in text
+    assert gpu_predictions.table({"rows": measured[2:]}) is None
 
 
 # ---- from the outside ------------------------------------------------------------------------------------------------

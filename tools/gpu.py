@@ -26,6 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import gpu_predictions  # noqa: E402
 import gpu_summary  # noqa: E402
 import prepare_venv  # noqa: E402
 
@@ -193,7 +194,7 @@ def sanitizer(run: Run, machine: Machine, seconds: float) -> Result:
 
 def kernels(run: Run, machine: Machine, seconds: float) -> Result:
     """Time, bytes and share of the copy bandwidth of every operator at the networks' shapes."""
-    return _benchmark(run, "kernels", seconds)
+    return _benchmark(run, "kernels", seconds, "--batch-size", str(gpu_predictions.BATCH))
 
 
 def networks(run: Run, machine: Machine, seconds: float) -> Result:
@@ -201,12 +202,12 @@ def networks(run: Run, machine: Machine, seconds: float) -> Result:
     return _benchmark(run, "networks", seconds)
 
 
-def _benchmark(run: Run, what: str, seconds: float) -> Result:
+def _benchmark(run: Run, what: str, seconds: float, *options: str) -> Result:
     out = run.out / f"{what}.json"
     out.unlink(missing_ok=True)
     # what has begun when its time is over is measured to its end
     allowed = max(0.65 * seconds, seconds - 30)
-    command = [run.python, "-m", "benchmarks", what, "--device", "cuda", "--out", str(out)]
+    command = [run.python, "-m", "benchmarks", what, "--device", "cuda", "--out", str(out), *options]
     command += ["--seconds", f"{max(1.0, allowed):.0f}"]
     code, taken = run.call(command, run.out / "benchmarks.log", seconds)
     return Result(code == 0, taken, f"{_ended(code)}{gpu_summary.of_benchmark(out)}")

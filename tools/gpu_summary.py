@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import gpu_predictions
+
 from benchmarks import gpu_table
 
 
@@ -66,7 +68,7 @@ def of_benchmark(file: Path) -> str:
 
 
 def write(out: Path, machine: str, results: Mapping[str, Ended], chosen: Sequence[str]) -> None:
-    """Writes ``out``/summary.md: the stages so far, those to come, and the tables of the benchmarks."""
+    """Writes ``out``/summary.md: the stages so far, those to come, the tables of the benchmarks, and predictions."""
     lines = [f"# {machine}", "", "| stage | result | s | |", "|---|---|--:|---|"]
     for name in chosen:
         result = results.get(name)
@@ -80,7 +82,10 @@ def write(out: Path, machine: str, results: Mapping[str, Ended], chosen: Sequenc
         if not path.exists():
             continue
         try:
-            lines += ["", render(json.loads(path.read_text(encoding="utf-8")))]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            lines += ["", render(found)]
+            predictions = gpu_predictions.table(found) if file == "kernels.json" else None
+            lines += ["", predictions] if predictions else []
         except (ValueError, KeyError, TypeError) as error:
             lines += ["", f"{file} can't be shown: {type(error).__name__}: {error}"]
     (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
