@@ -51,7 +51,7 @@ def forward_unaligned(kernels: Library) -> None:
 
 
 def forward_odd(kernels: Library) -> None:
-    conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 35, 36, 20, 40, 0)
+    conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 35, 36, 24, 40, 0)
 
 
 def backward(kernels: Library) -> None:
