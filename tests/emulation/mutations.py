@@ -26,7 +26,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
-
 from emulation import mutation_list  # noqa: E402
 from emulation.library import Library, compile_library  # noqa: E402
 from emulation.mutation_list import FAMILIES, MUTATIONS, Case, Mutation  # noqa: E402
