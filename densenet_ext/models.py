@@ -117,7 +117,7 @@ class DenseNet(nn.Module):
 
     def unit(self) -> Unit:
         """Returns what the model runs as."""
-        return Head("features", (), ("classifier",), 2, built(self, ("features", "classifier"), ("",), FREE))
+        return Head("features", (), ("classifier",), 2, False, built(self, ("features", "classifier"), ("",), FREE))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns class scores [N, num_classes] of images [N, in_channels, H, W].

@@ -25,9 +25,9 @@ from densenet_ext.algorithm import sync
 from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.layer import dense_layer
-from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.values import Layer
 from densenet_ext.fc_densenet import TransitionDown
+from densenet_ext.units.parts import norm_of
 
 
 def case_usual_model_converted_after_fuse(world: World) -> None:

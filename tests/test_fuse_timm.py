@@ -10,7 +10,7 @@ import library_checks as checks
 import peers
 import pytest
 import torch
-from fusing_helpers import assert_same_state, rows, three_steps
+from fusing_helpers import assert_same_gradients, assert_same_state, rows, three_steps
 from helpers import generator
 from torch import Tensor, nn
 
@@ -89,13 +89,21 @@ def test_what_is_fused() -> None:
         model = dx.fuse(BUILD[name]())
         assert {row.kind for row in dx.report(model)} == {"stem", "dense block", "transition", "head"}
         assert checks.unfused_units(model) == {}
-    assert checks.unfused_units(dx.fuse(blurred())) == {
-        "features": "pool0 is a Sequential, not a MaxPool2d",
-        "features.transition1": "pool is a BlurPool2d, not a AvgPool2d",
-    }
+    model = dx.fuse(blurred())
+    assert checks.unfused_units(model) == {"features": "pool0 is a Sequential, not a MaxPool2d"}
+    assert [row.name for row in dx.report(model) if row.fused] == ["", BLOCK, "features.denseblock2"]  # no transition
+    changed = dx.fuse(small())
+    changed.features.transition1.pool = copy.deepcopy(model.features.transition1.pool)
+    assert checks.unfused_units(changed) == {"features.transition1": "pool is a BlurPool2d, not a AvgPool2d"}
+
+
+def test_another_activation_says_why() -> None:
     with pytest.warns(UserWarning, match="denselayer1.norm1 has an act that is a SiLU, not a ReLU"):
         model = dx.fuse(small(act_layer="silu"))
     assert not any(row.fused for row in dx.report(model))
+    changed = dx.fuse(small())
+    changed.features.denseblock1.denselayer1.norm1.act = nn.SiLU()
+    assert checks.unfused_units(changed) == {BLOCK: "denselayer1.norm1 has an act that is a SiLU, not a ReLU"}
 
 
 def test_grad_checkpointing_saves_features_and_moves_statistics_once() -> None:
@@ -119,13 +127,20 @@ def test_dropout_in_layers_and_head() -> None:
     assert not torch.equal(fused(images()), fused(images()))
     result = dx.verify(fused, images())  # the head's dropout draws the same mask in both
     assert result.max_output < 1e-12 and result.fused_units == 5
-    fused.features.denseblock1.denselayer1.norm1.drop = nn.Dropout(0.5)
+
+
+def test_dropout_inside_of_a_norm_says_why() -> None:
+    plain, fused = small(), dx.fuse(small())
+    for model in (plain, fused):
+        model.features.denseblock1.denselayer1.norm1.drop = nn.Dropout(0.5)
+    torch.testing.assert_close(fused.eval()(images()), plain.eval()(images()))
     assert rows(fused)[BLOCK].reason == "denselayer1.norm1 has a drop that is a Dropout, not a plain Identity"
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -137,15 +152,18 @@ def test_dropout_in_layers_and_head() -> None:
     ],
     ids=str,
 )
-def test_heads(settings: dict[str, Any], reason: str | None) -> None:
-    plain = small(**settings)
-    fused = checks.fused_copy(plain)
+def test_heads(settings: dict[str, Any], reason: str | None, when: str) -> None:
+    fused = dx.fuse(small(**settings) if when == "before" else small())
+    if when == "after":
+        fused.reset_classifier(settings.get("num_classes", 10), settings.get("global_pool", "avg"))
+    plain = dx.unfuse(copy.deepcopy(fused))
+    outs = fused(images()), plain(images())
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    assert_same_gradients(fused, plain)
+    assert_same_state(fused, plain)
     assert rows(fused)[""].reason == reason
-    torch.testing.assert_close(fused(images()), plain(images()))
-    changed = small()
-    dx.fuse(changed).reset_classifier(settings.get("num_classes", 10), settings.get("global_pool", "avg"))
-    assert rows(changed)[""].reason == reason
-    torch.testing.assert_close(changed(images()), dx.unfuse(copy.deepcopy(changed))(images()))
 
 
 def test_forward_features_and_forward_head() -> None:
@@ -161,39 +179,80 @@ def test_forward_features_and_forward_head() -> None:
     torch.testing.assert_close(fused.forward_intermediates(images()), plain.forward_intermediates(images()))
 
 
-def test_a_changed_head_says_why() -> None:
-    def hook(model: Any) -> None:
-        model.features.norm5.register_forward_hook(lambda module, args, out: out * 2)
+def _hook(model: Any) -> None:
+    model.features.norm5.register_forward_hook(lambda module, args, out: out * 2)
 
-    def hook_inside(model: Any) -> None:
-        model.global_pool.flatten.register_forward_hook(lambda module, args, out: out * 2)
 
-    def replaced(model: Any) -> None:
-        model.forward_features = lambda x: model.features(x) * 2
+def _hook_inside(model: Any) -> None:
+    model.global_pool.flatten.register_forward_hook(lambda module, args, out: out * 2)
 
-    def not_activated(model: Any) -> None:
-        model.features.norm5 = nn.BatchNorm2d(model.num_features).double()
 
-    def another_pool(model: Any) -> None:
-        model.global_pool = nn.Flatten()
-        model.classifier = nn.LazyLinear(10, dtype=torch.float64)
+def _replaced(model: Any) -> None:
+    model.forward_features = lambda x: model.features(x) * 2
 
-    for change, reason in (
-        (hook, "norm5 has a forward hook"),
-        (hook_inside, "global_pool.flatten has a forward hook"),
-        (replaced, "forward_features was replaced on the instance"),
-        (not_activated, "norm5 is a BatchNorm2d, not a ReLU"),
-        (another_pool, "global_pool is a Flatten, not a SelectAdaptivePool2d"),
-    ):
-        models = [dx.fuse(small()), small()]
-        for model in models:
-            change(model)
-        outs = []
-        for model in models:
-            torch.manual_seed(3)
-            outs.append(model(images()))
-        torch.testing.assert_close(*outs)
-        assert rows(models[0])[""].reason == reason
+
+def _not_activated(model: Any) -> None:
+    model.features.norm5 = nn.BatchNorm2d(model.num_features).double()
+
+
+def _another_pool(model: Any) -> None:
+    model.global_pool = nn.Flatten()
+    model.classifier = nn.LazyLinear(10, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "after"),
+    [
+        (_hook, "norm5 has a forward hook", "norm5 has a forward hook"),
+        (_hook_inside, "global_pool.flatten has a forward hook", "global_pool.flatten has a forward hook"),
+        (_replaced, "forward_features", "forward_features"),
+        (_not_activated, "global_pool.pool is a AdaptiveAvgPool2d, not a ReLU", "norm5 is a BatchNorm2d"),
+        (
+            _another_pool,
+            "global_pool is a Flatten, not a AdaptiveAvgPool2d",
+            "global_pool is a Flatten, not a SelectAdaptivePool2d",
+        ),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_changed_head_says_why(change: Any, before: str, after: str, when: str) -> None:
+    models = [small(), small()]
+    if when == "after":
+        dx.fuse(models[0])
+    for model in models:
+        change(model)
+        torch.manual_seed(3)
+        model(images())  # a lazy layer takes its shape
+    if when == "before":
+        dx.fuse(models[0])
+    outs = [model(images()) for model in models]
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    assert_same_gradients(*models)
+    assert_same_state(*models)
+    assert (before if when == "before" else after) in (rows(models[0])[""].reason or "")
+
+
+def _doubled(function: Any) -> Any:
+    return lambda *args, **kwargs: function(*args, **kwargs) * 2
+
+
+@pytest.mark.parametrize("name", ["", f"{LAYER}"], ids=["model", "layer"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_function_that_is_replaced_on_the_instance_is_called(name: str, when: str) -> None:
+    models = [small(), small()]
+    if when == "after":
+        dx.fuse(models[0])
+    for model in models:
+        module = model.get_submodule(name)
+        function = "bottleneck_fn" if name else "forward_head"
+        setattr(module, function, _doubled(getattr(module, function)))
+    if when == "before":
+        dx.fuse(models[0])
+        assert_same_state(*models)  # nothing of it ran
+    assert_same_state(*(three_steps(model, images()) for model in models))
+    assert set(checks.unfused_units(models[0])) == {BLOCK if name else ""}
 
 
 def test_a_pruned_model() -> None:
@@ -226,16 +285,45 @@ def test_a_subclass_with_its_own_forward_stays_unfused() -> None:
     fused = checks.fused_copy(plain)
     found = checks.unfused_units(fused)
     assert set(found) == {"", "features.denseblock2"}
-    assert "it runs features, sqrt, global_pool" in (found[""] or "")
-    assert "it runs cat, norm1, conv1, mul, norm2, conv2" in (found["features.denseblock2"] or "")
+    runs = "features, sqrt, global_pool.pool, global_pool.flatten, head_drop, classifier"
+    assert found[""] == f"its forward runs {runs}"
+    assert found["features.denseblock2"] == (
+        "this block of Layer layers is not a known one: its values are not those of "
+        "norm, ReLU, 1x1, norm, ReLU, 3x3, dropout and concatenation"
+    )
     torch.testing.assert_close(fused(images()), plain(images()))
+
+
+def test_a_subclass_that_does_the_same_runs_fused() -> None:
+    module = peers.timm_densenet()
+
+    class Net(module.DenseNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.forward_head(self.forward_features(x))
+
+    class Layer(module.DenseLayer):
+        def bottleneck_fn(self, xs: list[Tensor]) -> Tensor:
+            return self.conv1(self.norm1(torch.cat(tuple(xs), dim=1)))
+
+    plain = small()
+    plain.__class__ = Net
+    for block in (plain.features.denseblock1, plain.features.denseblock2):
+        for layer in block.children():
+            layer.__class__ = Layer
+    fused = checks.fused_copy(plain)
+    assert checks.unfused_units(fused) == {}
+    assert_same_state(three_steps(fused, images()), three_steps(plain, images()))
 
 
 def test_a_norm_of_another_version_stays_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     norm_act = type(small().features.norm0)
     monkeypatch.setattr(norm_act, "forward", lambda self, x: self.act(self.drop(nn.BatchNorm2d.forward(self, -x))))
-    with pytest.warns(UserWarning, match="forward of BatchNormAct2d is not the known one: it runs neg"):
+    other = (
+        "the forward of BatchNormAct2d is not the known one: its values are not those of batch normalisation and ReLU"
+    )
+    with pytest.warns(UserWarning, match=other):
         model = dx.fuse(small())
+    assert rows(model)[BLOCK].reason == other
     assert not any(row.fused for row in dx.report(model))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import peers
 import pytest
 import torch
-from fusing_helpers import assert_same_state, rows, three_steps
+from fusing_helpers import assert_same_gradients, assert_same_state, rows, three_steps
 from helpers import generator
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import densenet_ext as dx
-from densenet_ext.units.entry import unit_of
+from densenet_ext.units import entry
 
 BLOCKS = ["features.denseblock1", "features.denseblock2", "features.denseblock3"]
 
@@ -96,10 +96,6 @@ def _elu(model: Any) -> None:
     model.features.denseblock1.denselayer2.relu2 = nn.ELU()
 
 
-def _bias(model: Any) -> None:
-    model.features.denseblock1.denselayer1.conv1 = nn.Conv2d(16, 32, 1).double()
-
-
 def _groups(model: Any) -> None:
     model.features.denseblock1.denselayer2.conv2 = nn.Conv2d(32, 8, 3, padding=1, groups=2, bias=False).double()
 
@@ -141,13 +137,12 @@ def _backward_hook(model: Any) -> None:
 ALTERATIONS = [
     (_hook, "denselayer2.conv2 has a forward hook"),
     (_elu, "denselayer2.relu2 is a ELU, not a ReLU"),
-    (_bias, "denselayer1.conv1 has a bias"),
     (_groups, "denselayer2.conv2 has 2 groups"),
     (_group_norm, "denselayer1.norm1 is a GroupNorm, not a BatchNorm2d"),
     (_parametrised, "denselayer1.conv2 is parametrised"),
     (_pruned, "denselayer1.conv1 has a forward pre-hook"),
-    (_replaced_forward, "denselayer1.relu1 has a forward that was replaced on the instance"),
-    (_replaced_layer, "denselayer2 is a Squeeze"),
+    (_replaced_forward, "was replaced on the instance"),
+    (_replaced_layer, "denselayer2 is a Squeeze, not a _DenseLayer"),
     (_backward_hook, "denselayer1.relu2 has a backward hook"),
 ]
 
@@ -173,6 +168,37 @@ def test_an_altered_block_runs_unfused_and_says_why(alter: Any, reason: str, whe
         out.square().sum().backward()
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+def test_convolutions_with_a_bias_run_fused(save: str, when: str) -> None:
+    models = [small(), small()]
+    if when == "after":
+        dx.fuse(models[0], save=save)
+    for model in models:
+        torch.manual_seed(3)
+        model.features.denseblock1.denselayer1.conv1 = nn.Conv2d(16, 32, 1).double()
+        model.features.denseblock1.denselayer2.conv2 = nn.Conv2d(32, 8, 3, padding=1).double()
+    if when == "before":
+        dx.fuse(models[0], save=save)
+    assert all(row.fused for row in dx.report(models[0]))
+    ran: list[nn.Module] = []
+    with entry.observed(lambda module, kind: ran.append(module)):
+        outs = [model(images()) for model in models]
+    assert models[0].features.denseblock1 in ran
+    torch.testing.assert_close(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    assert_same_gradients(*models)
+    assert_same_state(*(three_steps(model, images()) for model in models))
+
+
+def test_a_replaced_forward_is_named() -> None:
+    model = dx.fuse(small())
+    _replaced_forward(model)
+    reason = "denselayer1.relu1 has a forward that was replaced on the instance"
+    assert rows(model)["features.denseblock1"].reason == reason
 
 
 def test_other_units_say_why_they_are_not_fused() -> None:
@@ -221,13 +247,49 @@ def test_a_subclass_with_its_own_forward_stays_unfused() -> None:
     net.features.denseblock2.__class__ = Block
     plain = copy.deepcopy(net)
     found = rows(dx.fuse(net))
-    assert found[""].reason == "Net has a forward of its own"
-    assert found["features.denseblock1"].reason == "denselayer1 is a Layer, not a _DenseLayer as when it was fused"
-    assert found["features.denseblock2"].reason == "Block has a forward of its own"
+    assert found[""].reason == "its forward runs features, amax"
+    assert found["features.denseblock1"].reason == "denselayer2 is a _DenseLayer, not a Layer"
+    words = "its values are not those of norm, ReLU, 1x1, norm, ReLU, 3x3, dropout and concatenation"
+    unknown = f"this block of _DenseLayer layers is not a known one: {words}"
+    assert found["features.denseblock2"].reason == unknown
     assert found["features.denseblock3"].fused
     x = images()
     torch.testing.assert_close(net(x), plain(x))
-    assert type(model) is module.DenseNet
+    dx.fuse(model)
+    model.features.denseblock1.denselayer1.__class__ = Layer
+    assert rows(model)["features.denseblock1"].reason == "denselayer1 is a Layer, not a _DenseLayer"
+    plain = small()
+    plain.features.denseblock1.denselayer1.__class__ = Layer
+    torch.testing.assert_close(model(x), plain(x))
+    assert type(dx.unfuse(model)) is module.DenseNet
+
+
+def test_a_subclass_that_computes_the_same_runs_fused() -> None:
+    module = peers.torchvision_densenet()
+
+    class Layer(module._DenseLayer):
+        def forward(self, input: Any) -> Tensor:
+            return super().forward([input] if isinstance(input, Tensor) else list(input))
+
+    class Block(module._DenseBlock):
+        def forward(self, init_features: Tensor) -> Tensor:
+            features = init_features
+            for layer in self.values():
+                features = torch.cat([features, layer([features])], 1)
+            return features
+
+    class Net(module.DenseNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.features(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    plain = Net(8, (2, 2, 2), 16, num_classes=10).double()
+    for layer in plain.features.denseblock1.children():
+        layer.__class__ = Layer
+    plain.features.denseblock2.__class__ = Block
+    fused = dx.fuse(copy.deepcopy(plain))
+    assert all(row.fused for row in dx.report(fused)), str(dx.report(fused))
+    assert_same_state(three_steps(fused, images()), three_steps(plain, images()))
 
 
 def test_a_class_that_is_only_spelled_alike_stays_unfused() -> None:
@@ -257,12 +319,18 @@ def test_a_class_that_is_only_spelled_alike_stays_unfused() -> None:
     model.features.denseblock2.__class__ = _DenseBlock
     for layer in model.features.denseblock3.children():
         layer.__class__ = Remembers
+    before = copy.deepcopy(model)
     with pytest.warns(UserWarning, match="none of the 3 dense blocks"):
         found = rows(dx.fuse(model))
-    assert "it runs cat, relu1, norm1" in (found["features.denseblock1"].reason or "")
-    assert "denselayer2 is not given all features" in (found["features.denseblock2"].reason or "")
-    assert "it changes seen" in (found["features.denseblock3"].reason or "")
-    assert not any(unit_of(module) for module in model.modules())
+    unknown = "this block of _DenseLayer layers is not a known one:"
+    words = "its values are not those of norm, ReLU, 1x1, norm, ReLU, 3x3 and concatenation"
+    assert found["features.denseblock1"].reason == f"{unknown} {words}"
+    assert (found["features.denseblock2"].reason or "").startswith(f"{unknown} it could not be tried out")
+    remembers = "this block of Remembers layers is not a known one: it changes seen of a Remembers"
+    assert found["features.denseblock3"].reason == remembers
+    for module, twin in zip(model.modules(), before.modules(), strict=True):
+        assert type(module) is type(twin) and module.__dict__.keys() == twin.__dict__.keys()
+    assert_same_state(model, before)
 
 
 def test_a_dense_block_inside_of_another_model() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,14 @@ from densenet_ext.units.around import Run, Sequence, Stem, Transition
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import original_class, reason_outside, unit_of
 from densenet_ext.units.head import Head
-from densenet_ext.units.parts import activates, has_other_forward, hooks_on_all_modules, submodule
+from densenet_ext.units.parts import (
+    activates,
+    has_other_forward,
+    hidden_function,
+    hooks_on_all_modules,
+    obstacle,
+    submodule,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Finder:
         self._modules = {module: name for name, module in model.named_modules()}
         self._inside: set[nn.Module] = set()
         self._found: dict[nn.Module, list[Found]] = {}
+        self._runs: dict[nn.Module, list[Run | Found]] = {}
         for module in self._modules:
             if module not in self._inside:
                 self._found[module] = list(self._blocks_and_transitions(module))
@@ -91,15 +99,26 @@ class Finder:
             self._inside.update(set(module.modules()) - {module})
             yield Found(unit.kind, name, module, unit)
             return
+        if isinstance(unit, Sequence):
+            self._enclose(module, (segment for segment in unit.segments if isinstance(segment, Run)))
         if unit is not None or not own_forward_only(module):
             return
-        if type(module).forward is not nn.Sequential.forward or all(c.whole for c in candidates(module)):
+        runs = list(self._find_runs(module)) if type(module).forward is nn.Sequential.forward else []
+        if runs:
+            self._runs[module] = runs
+            self._enclose(module, (run for run in runs if isinstance(run, Run)))
+        else:
             found = self._block(module)
             if found is not None:
                 self._inside.update(set(module.modules()) - {module})
                 yield found
                 return
         yield from self._transition(module)
+
+    def _enclose(self, module: nn.Module, runs: Iterable[Run]) -> None:
+        """Has the layers of these runs be looked at no more."""
+        for run in runs:
+            self._inside.update(inner for layer in run.block.layers_of(module) for inner in layer.modules())
 
     def _block(self, module: nn.Module) -> Found | None:
         for candidate in candidates(module):
@@ -134,7 +153,7 @@ class Finder:
 
     def _transition(self, module: nn.Module) -> Iterator[Found]:
         transition = transition_of(module)
-        if transition is None or hooks_on_all_modules() or any(map(has_other_forward, module.modules())):
+        if transition is None or hooks_on_all_modules() or any(map(_replaced, module.modules())):
             return
         found = try_out_transition(module, transition)
         if isinstance(found, Transition):
@@ -154,7 +173,7 @@ class Finder:
             return
         if original_class(module).forward is not nn.Sequential.forward or _replaced(module) is not None:
             return
-        runs = [] if unit is not None else list(self._runs(module))
+        runs = [] if unit is not None else self._runs.get(module, [])
         segments = unit.segments if unit is not None else tuple(run for run in runs if isinstance(run, Run))
         blocks = [segment for segment in segments if isinstance(segment, Run)]
         refused = [run for run in runs if isinstance(run, Found)]
@@ -174,11 +193,10 @@ class Finder:
         elif stem is not None:
             yield Found(Stem.kind, name, module, refusal=stem)
         for run in blocks:
-            self._inside.update(inner for layer in run.block.layers_of(module) for inner in layer.modules())
-            yield Found(Block.kind, _place(name, run, len(blocks)), module, run.block, part=True)
+            yield Found(Block.kind, _place(name, run, module), module, run.block, part=True)
         yield from refused
 
-    def _runs(self, module: nn.Module) -> Iterator[Run | Found]:
+    def _find_runs(self, module: nn.Module) -> Iterator[Run | Found]:
         for candidate in candidates(module):
             block = candidate.block
             if candidate.whole or block.layers[0] not in module._modules:
@@ -228,8 +246,11 @@ def tell_block(module: nn.Module, block: Block) -> Block | str | None:
     inside = [module, *(inner for layer in block.layers_of(module) for inner in layer.modules())]
     if any(map(has_other_forward, inside)):
         return "a forward in it was replaced on the instance"
+    hidden = next((name for name in map(hidden_function, inside) if name is not None), None)
+    if hidden is not None:
+        return f"a {hidden} in it was replaced on the instance"
     other = block.other_parts(module)
-    if other is not None:
+    if other is not None or any(activates(inner) and obstacle(inner) for inner in inside):
         return block.reason(module) or other
     for inner in module.modules():
         refused = _other_norm(inner)
@@ -261,7 +282,8 @@ def _other_norm(norm: nn.Module) -> str | None:
 
 
 def _replaced(module: nn.Module) -> str | None:
-    return "its forward was replaced on the instance" if has_other_forward(module) else None
+    hidden = "forward" if has_other_forward(module) else hidden_function(module)
+    return None if hidden is None else f"its {hidden} was replaced on the instance"
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -273,9 +295,11 @@ def _is_ours(module: nn.Module) -> bool:
     return hasattr(type(module), "unit") and type(module).forward.__module__.startswith("densenet_ext.")
 
 
-def _place(name: str, run: Run, count: int) -> str:
-    """Returns where a run is; by its first layer, where its Sequential holds several."""
-    return name if count == 1 else f"{name}.{run.names[0]}".removeprefix(".")
+def _place(name: str, run: Run, module: nn.Module) -> str:
+    """Returns where a run is; by its first layer, where its Sequential holds other layers of its class too."""
+    kind = type(module._modules[run.names[0]])
+    alone = sum(type(child) is kind for child in module.children()) == len(run.names)
+    return name if alone else f"{name}.{run.names[0]}".removeprefix(".")
 
 
 def _stem_of(module: nn.Module) -> Stem | str | None:

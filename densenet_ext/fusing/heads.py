@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from densenet_ext.fusing.structure import MEMORY_MODES
 from densenet_ext.units.built import built
 from densenet_ext.units.entry import original_class
 from densenet_ext.units.head import OTHER, Head
@@ -27,8 +28,7 @@ _CHANNELS = 5
 _RELU = (F.relu, torch.relu, torch.relu_, F.relu_, Tensor.relu, Tensor.relu_)
 _AVERAGE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, Tensor.mean, torch.mean)
 _FLATTEN = (torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape, torch.squeeze, Tensor.squeeze)
-_SAME_SHAPE = (nn.Identity, nn.ReLU, nn.Dropout)
-_WITHOUT_PARAMETERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten)
+_RESHAPING = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten)
 
 
 class Step(NamedTuple):
@@ -63,12 +63,14 @@ class _StandIn(nn.Module):
         with torch._C.DisableTorchFunction():
             if self.features is not None or given is None:
                 output = self.features if self.features is not None else torch.empty(2, 7, device="meta")
-            elif isinstance(self.module[0], _SAME_SHAPE):
-                output = torch.empty_like(given)
-            elif type(self.module[0]) in _WITHOUT_PARAMETERS:
+            elif type(self.module[0]) is nn.Identity:
+                output = given
+            elif type(self.module[0]) in _RESHAPING:
                 output = self.module[0].forward(given)
+            elif self.module[0]._parameters:
+                output = given.new_empty(2, getattr(self.module[0], "out_features", 7))
             else:
-                output = given.new_empty(2, 7)
+                output = torch.empty_like(given)
         return self.record.note(self.name, (*args, *kwargs.values()), output)
 
 
@@ -150,17 +152,18 @@ def _parse(model: nn.Module, features: str, steps: list[Step], dims: int, activa
             wanted = []
     if not all(isinstance(step.what, str) for step in rest):
         return words
-    nothing = [(step.what, "flatten") for step in steps if _is_nothing(model, step) and "." in str(step.what)]
-    called = _whole([step.what for step in rest], [name for name, _ in (*replaced, *nothing)])
-    names = list(dict.fromkeys([features, *(name for name, _ in (*replaced, *nothing)), *called]))
-    holders = list(dict.fromkeys(holder for name in names[1:] for holder in _holders(name)))
-    inner = [name for name, module in model.named_modules() if name and _holders(name)[:1] in ([h] for h in holders)]
-    every = list(dict.fromkeys([*holders, *names, *inner, *(n for n, m in model.named_children())]))
-    return Head(features, (*replaced, *nothing), tuple(called), dims, built(model, every, ("", *holders)))
+    # modules that do nothing, inside of those that are not called, must stay so
+    replaced += [(step.what, "flatten") for step in steps if _is_nothing(model, step)]
+    called = _whole([step.what for step in rest], [name for name, _ in replaced])
+    holders = list(dict.fromkeys(holder for name, _ in replaced for holder in _holders(name)))
+    names = [name for name, _ in model.named_modules() if name and name.rpartition(".")[0] in ("", *holders)]
+    how = built(model, names, ("", *holders), MEMORY_MODES)
+    return Head(features, tuple(replaced), tuple(called), dims, activated, how)
 
 
 def _is_nothing(model: nn.Module, step: Step) -> bool:
-    return isinstance(step.what, str) and type(submodule(model, step.what)) is nn.Identity
+    """Returns whether a step is that of an Identity inside of another module; one of the model's own may have hooks."""
+    return isinstance(step.what, str) and "." in step.what and type(submodule(model, step.what)) is nn.Identity
 
 
 def _flattens(step: Step) -> bool:

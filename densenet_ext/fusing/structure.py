@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from densenet_ext.units.around import Transition
 from densenet_ext.units.block import Block, Drop, Parts
 from densenet_ext.units.built import Built, built
-from densenet_ext.units.entry import unit_of
+from densenet_ext.units.entry import original_class, unit_of
 from densenet_ext.units.parts import activates, submodule
 from densenet_ext.units.reading import know_code
 
@@ -41,7 +41,9 @@ class Candidate(NamedTuple):
 def is_own_code(module: nn.Module) -> bool:
     """Returns whether what ``module`` does is all in the values that it returns, and not a library's business."""
     # what torch wraps models in (DataParallel, a compiled module) has a meaning beyond the values that it returns
-    return type(module) in _CONTAINERS or not type(module).__module__.startswith("torch.")
+    homes = (cls.__module__ for cls in type(module).__mro__)
+    home = next(home for home in homes if not home.startswith("torch.distributed.fsdp"))  # a class that FSDP made
+    return original_class(module) in _CONTAINERS or not home.startswith("torch.")
 
 
 def candidates(module: nn.Module) -> list[Candidate]:
@@ -71,7 +73,8 @@ def what_else(module: nn.Module, candidate: Candidate) -> str:
     holder: Any = submodule(module, prefix)
     prefix = f"{prefix}." if prefix else ""
     names = [prefix + name for name, child in holder._modules.items() if child is not None]
-    kind = type(submodule(module, block.layers[0]))
+    kinds = [type(submodule(module, name)) for name in names]
+    kind = max(kinds, key=kinds.count)
     for name in names:
         other = submodule(module, name)
         if type(other) is not kind:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from densenet_ext.units.entry import UNIT, original_class
-from densenet_ext.units.parts import kind_of, obstacle, submodule
+from densenet_ext.units.parts import hidden_function, kind_of, obstacle, submodule
 from densenet_ext.units.reading import Part, code_changed, know_code, names_in_code
 
 _STANDARD = frozenset((*nn.Module().__dict__, UNIT))
@@ -42,8 +42,11 @@ class Built(NamedTuple):
             if found is None:
                 return f"{name} is missing"
             reason = obstacle(found) if name else None
-            if name and original_class(found) is not cls:
+            hidden = hidden_function(found)
+            if reason is None and name and original_class(found) is not cls:
                 reason = f"is a {kind_of(found)}, not a {cls.__name__}"
+            elif hidden is not None:
+                reason = f"has a {hidden} that was replaced on the instance"
             elif code_changed(cls):
                 reason = f"is a {cls.__name__}, of which a function was replaced since its forward became known"
             for attribute, value in settings:

@@ -16,6 +16,7 @@ from densenet_ext.units.entry import Forward, as_eager, original_class, ran, rea
 from densenet_ext.units.flow import incoming
 from densenet_ext.units.metadata import with_metadata
 from densenet_ext.units.parts import (
+    activates,
     hook_on,
     hooks_on_all_modules,
     norm_of,
@@ -43,6 +44,7 @@ class Head:
     replaced: tuple[tuple[str, str], ...]  # modules that are not called, by name, and what they are: a key of OTHER
     rest: tuple[str, ...]  # modules that are called one after another on [N, C]
     dims: int  # spatial dimensions
+    activated: bool  # the norm has its ReLU inside
     built: Built
 
     kind: ClassVar[str] = "head"
@@ -62,6 +64,8 @@ class Head:
         names = tuple(features._modules)
         norm = features._modules[names[-1]] if names else None
         reason = "is missing" if norm is None else obstacle(norm) or other_norm(norm, self.dims)
+        if reason is None and norm is not None and self.activated and not activates(norm):
+            reason = f"is a {type(norm).__name__}, without the ReLU that was inside of it"
         if reason is not None:
             return f"{names[-1] if names else 'the last norm'} {reason}"
         for name, what in self.replaced:

@@ -7,6 +7,8 @@ be lost without a sound: hooks, parametrisations, a replaced ``forward``, the co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,6 +80,21 @@ def has_other_forward(module: nn.Module) -> bool:
     return not own or getattr(forward, "__func__", None) is not type(module).forward
 
 
+_FUNCTIONS = (FunctionType, MethodType, partial)
+
+
+def hidden_function(module: nn.Module) -> str | None:
+    """Returns the name of an attribute of the instance that hides a function of its class, or None.
+
+    Such a function may be part of what ``forward`` computes; ``forward`` itself is :func:`has_other_forward`'s matter.
+    """
+    cls = type(module)
+    for name, value in module.__dict__.items():
+        if isinstance(value, _FUNCTIONS) and name != "forward" and getattr(cls, name, None) is not None:
+            return name
+    return None
+
+
 def activates(module: nn.Module) -> bool:
     """Returns whether ``module`` is a batch normalisation that runs its activation itself, as timm's are.
 
@@ -91,9 +108,13 @@ def _obstacle_inside(norm: nn.Module) -> str | None:
     for name, child in norm._modules.items():
         if child is None or (type(child) is nn.Identity and obstacle(child) is None):
             continue
-        reason = obstacle(child) or other_relu(child)
-        if reason is not None:
-            return f"has an {name} that {reason}"
+        reason = hook_on(child)
+        if reason is None and other_relu(child) is not None:
+            wanted = "a ReLU" if type(child).__module__ == nn.ReLU.__module__ else "a plain Identity"
+            reason = f"is a {kind_of(child)}, not {wanted}"
+        if reason is not None or has_other_forward(child):
+            article = "an" if name[0] in "aeiou" else "a"
+            return f"has {article} {name} that {reason or 'has a forward that was replaced on the instance'}"
         active += 1
     return None if active == 1 else f"has {active} activations"
 

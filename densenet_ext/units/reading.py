@@ -66,14 +66,15 @@ class Watch:
     def _now(self) -> list[nn.Module | None]:
         return list(chain.from_iterable(map(dict.values, self._holders)))
 
-    def _fact(self, part: Part) -> tuple[dict[str, Any], Any, Callable[[Any], Any], tuple[Any, ...]]:
-        values = vars(part.module)
+    def _fact(self, part: Part) -> tuple[dict[str, Any], int, Any, Callable[[Any], Any], tuple[Any, ...]]:
+        # how many attributes: a new one might hide a function of the class
+        values, count = vars(part.module), len(vars(part.module))
         names = (*(_HOOKS if part.hooks else ()), *_SETTINGS.get(type(part.module), ()), *part.settings)
         if len(names) < 2:
             names = (*names, "training", "training")[:2]  # itemgetter of one name returns no tuple
-            return values, values.get("forward"), itemgetter("_modules", "_modules"), (values["_modules"],) * 2
+            return values, count, values.get("forward"), itemgetter("_modules", "_modules"), (values["_modules"],) * 2
         expected = (*(_NO_HOOKS if part.hooks else ()), *(values[name] for name in names[len(_HOOKS) * part.hooks :]))
-        return values, values.get("forward"), itemgetter(*names), expected
+        return values, count, values.get("forward"), itemgetter(*names), expected
 
     def holds(self) -> bool:
         """Returns whether all is as it was when the watch began."""
@@ -83,8 +84,8 @@ class Watch:
             for get, expected, now in self._classes:
                 if get(now) != expected:
                     return False
-            for values, forward, get, expected in self._facts:
-                if values.get("forward") is not forward or get(values) != expected:
+            for values, count, forward, get, expected in self._facts:
+                if len(values) != count or values.get("forward") is not forward or get(values) != expected:
                     return False
         except KeyError:  # an attribute is gone
             return False
