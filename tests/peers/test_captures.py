@@ -14,6 +14,9 @@ from torch import fx, nn
 from twins import NETS, assert_all_fused, fuse, images, library, pair, same, torchvision_net, train_step
 
 EACH = pytest.mark.parametrize("name", NETS)
+CASES = pytest.mark.parametrize(
+    ("name", "training"), [("torchvision", True), ("torchvision", False), ("timm", False), ("monai", False)]
+)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -71,8 +74,7 @@ def test_tracer_stops_at_the_same_leaves(training: bool) -> None:
     same(models, run)
 
 
-@EACH
-@BOTH
+@CASES
 def test_jit_trace(name: str, training: bool) -> None:
     models = pair(NETS[name]().double().train(training))
     kinds = []
@@ -102,8 +104,7 @@ def test_jit_trace_of_one_method() -> None:
     same(pair(torchvision_net().double().eval()), run)
 
 
-@EACH
-@BOTH
+@CASES
 def test_jit_script(name: str, training: bool) -> None:
     models = pair(NETS[name]().double().train(training))
     assert_all_fused(models[1])
@@ -163,8 +164,7 @@ def test_frozen_and_optimised_script() -> None:
     same(pair(torchvision_net().eval()), run, tolerance=1e-4)
 
 
-@EACH
-@BOTH
+@CASES
 def test_export(name: str, training: bool) -> None:
     models = pair(NETS[name]().double().train(training))
     graphs = []

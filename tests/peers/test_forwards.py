@@ -191,3 +191,21 @@ def test_subclasses_of_parts(place: str, kind: Any, how: str, training: bool) ->
         return train_step(model)
 
     same(pair(torchvision_net().double().train(training)), run)
+
+
+def test_class_that_registers_its_subclasses() -> None:
+    """A class made on the fly is no subclass that somebody declared: registries do not hear of it."""
+    registered: list[str] = []
+    densenet = library("torchvision.models.densenet").DenseNet
+
+    class Registry(densenet):
+        def __init_subclass__(cls, /, tag: str, **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            registered.append(tag)
+
+    class Registered(Registry, tag="declared"):
+        pass
+
+    settings = {"growth_rate": 8, "block_config": (2, 2), "num_init_features": 16, "num_classes": 5}
+    same(pair(Registered(**settings).double()), train_step)
+    assert registered == ["declared"]

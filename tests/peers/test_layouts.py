@@ -115,6 +115,22 @@ def _sliced(features: nn.Sequential, k: int) -> tuple[nn.Sequential, nn.Sequenti
 
 
 @BOTH
+@pytest.mark.parametrize("place", ["features", "features.transition1"])
+def test_slices_are_of_the_class_that_is_sliced(place: str, training: bool) -> None:
+    """``features[:k]`` makes a new Sequential of the same class: a fused one, which knows nothing of the whole."""
+
+    def run(model: Any) -> Any:
+        whole, found = model.get_submodule(place), []
+        x = images(2, 40) if place == "features" else maps(32)
+        for k in range(1, len(whole)):
+            middle = whole[:k](x)
+            found.append((middle.clone(), tuple(middle.stride()), whole[k:](middle), type(whole[:k]).__name__))
+        return found, (whole + nn.Sequential(nn.Tanh()))(x)
+
+    same(pair(torchvision_net().double().train(training)), run, layout=True)
+
+
+@BOTH
 def test_children_one_by_one(training: bool) -> None:
     """Every leaf of the network called by hand, with code in between that writes without autograd's knowledge."""
 
