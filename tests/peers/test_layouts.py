@@ -115,13 +115,11 @@ def _sliced(features: nn.Sequential, k: int) -> tuple[nn.Sequential, nn.Sequenti
 
 
 @BOTH
-@pytest.mark.parametrize("place", ["features", "features.transition1"])
-def test_slices_are_of_the_class_that_is_sliced(place: str, training: bool) -> None:
+def test_slices_are_of_the_class_that_is_sliced(training: bool) -> None:
     """``features[:k]`` makes a new Sequential of the same class: a fused one, which knows nothing of the whole."""
 
     def run(model: Any) -> Any:
-        whole, found = model.get_submodule(place), []
-        x = images(2, 40) if place == "features" else maps(32)
+        whole, found, x = model.features, [], images(2, 40)
         for k in range(1, len(whole)):
             middle = whole[:k](x)
             found.append((middle.clone(), tuple(middle.stride()), whole[k:](middle), type(whole[:k]).__name__))
