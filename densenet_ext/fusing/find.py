@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -171,7 +172,7 @@ class Finder:
         unit, name = unit_of(module), self._modules[module]
         if unit is not None and not isinstance(unit, Sequence):
             return
-        if original_class(module).forward is not nn.Sequential.forward or _replaced(module) is not None:
+        if _forward_of(original_class(module)) is not nn.Sequential.forward or _replaced(module) is not None:
             return
         runs = [] if unit is not None else self._runs.get(module, [])
         segments = unit.segments if unit is not None else tuple(run for run in runs if isinstance(run, Run))
@@ -269,7 +270,12 @@ def tell_block(module: nn.Module, block: Block) -> Block | str | None:
 
 def own_forward_only(module: nn.Module) -> bool:
     """Returns whether ``module`` is a plain module rather than compiled, traced or scripted code."""
-    return isinstance(getattr(type(module), "forward", None), type(lambda: None))
+    return isinstance(_forward_of(type(module)), FunctionType)
+
+
+def _forward_of(cls: type) -> object:
+    """Returns the ``forward`` of ``cls``, or None; what TorchScript makes has none on its class."""
+    return getattr(cls, "forward", None)
 
 
 def _other_norm(norm: nn.Module) -> str | None:
@@ -292,7 +298,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return hasattr(type(module), "unit") and type(module).forward.__module__.startswith("densenet_ext.")
+    return hasattr(type(module), "unit") and type(module).__module__.startswith("densenet_ext.")
 
 
 def _place(name: str, run: Run, module: nn.Module) -> str:

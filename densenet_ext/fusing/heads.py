@@ -58,6 +58,11 @@ class _StandIn(nn.Module):
         super().__init__()
         self.name, self.module, self.record, self.features = name, (module,), record, features
 
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__dict__ and hasattr(self.__dict__["module"][0], name):
+            raise _OneByOne
+        return super().__getattr__(name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         with torch._C.DisableTorchFunction():
@@ -72,6 +77,10 @@ class _StandIn(nn.Module):
             else:
                 output = torch.empty_like(given)
         return self.record.note(self.name, (*args, *kwargs.values()), output)
+
+
+class _OneByOne(Exception):
+    """The forward asks for a part of the features."""
 
 
 def head_of(model: nn.Module, features: str) -> Head | str:
@@ -97,6 +106,8 @@ def _record(model: nn.Module, features: str, maps: Tensor, training: bool) -> li
         with torch.no_grad(), redirect_stdout(StringIO()), warnings.catch_warnings(), record:
             warnings.simplefilter("ignore")  # what it says of an image of four pixels
             result = original_class(model).forward(probe, x)  # type: ignore[misc]
+    except _OneByOne:
+        return "its forward runs the parts of its features one by one"
     except Exception as error:  # a stranger's code: whatever it raises, the answer is that it is not known
         return f"its forward could not be followed ({type(error).__name__}: {error})"
     changed = [name for name, value in probe.__dict__.items() if name not in before or before[name] is not value]

@@ -217,4 +217,8 @@ def _channels(layer: Any, parts: Parts | None) -> tuple[int, int]:
 
 def _fits(layer: nn.Module, parts: Parts) -> bool:
     convs: list[Any] = [submodule(layer, name) for name in parts.convs]
+    norm: Any = submodule(layer, parts.norms[0])
+    taken = convs[0].in_channels
+    if getattr(norm, "num_features", getattr(norm, "num_channels", taken)) != taken:
+        return False  # a norm behind its convolution, as in most networks
     return len(convs) == 1 or convs[1].in_channels == convs[0].out_channels

@@ -77,14 +77,20 @@ class Dropped(NamedTuple):
 
 
 class Pattern(TorchFunctionMode):
-    """Makes dropout multiply with a fixed pattern; notes the calls."""
+    """Makes dropout multiply with a fixed pattern; notes its calls, and what runs that no dense block needs.
+
+    Values of one trial say little about code that looks at sizes or at values: so it must run nothing else.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Dropped] = []
+        self.others: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _DROPOUTS:
+            if func not in _NEEDED and _attribute(func) in _LOOKS:
+                self.others.append(_attribute(func) or getattr(func, "__name__", str(func)))
             return func(*args, **(kwargs or {}))
         if func is torch.feature_dropout:
             (x, p, training), inplace = args, False
@@ -100,7 +106,27 @@ class Pattern(TorchFunctionMode):
         return x.mul_(factors) if inplace else x * factors
 
 
+def _attribute(func: Any) -> str:
+    """Returns the name of the tensor's attribute that ``func`` reads or sets, "" for any other function."""
+    kind = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", "") if kind in ("__get__", "__set__") else ""
+
+
+_LOOKS = frozenset(("", "shape", "data", "grad", "T", "mT", "H", "real", "imag", "nbytes", "itemsize"))
+"""Attributes whose value the code may go by; "" stands for all functions."""
+
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout)
+_NEEDED = frozenset(
+    (
+        *(torch.cat, torch.concat, torch.concatenate, F.batch_norm, torch.batch_norm),
+        *(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
+        *(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
+        *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.avg_pool1d),
+        *(Tensor.dim, Tensor.add_, Tensor.__iadd__, Tensor.contiguous, Tensor.requires_grad_, Tensor.detach),
+        *(Tensor.is_floating_point, torch.is_tensor, Tensor.__len__, Tensor.__hash__, Tensor.ndimension, torch._assert),
+    )
+)
+"""What dense blocks and transitions run, norms' counters and checkpoints included."""
 
 
 def _factors(x: Tensor, p: float) -> Tensor:
@@ -124,6 +150,7 @@ class Trial:
         widths: Mapping[nn.Module, tuple[int, int]],
     ) -> None:
         self.recomputes = False  # whether its backward pass runs the forward pass again
+        self.others: list[str] = []  # what it runs that no unit needs
         self.random = torch.Generator().manual_seed(0)
         self.size = (2, channels, *spatial)
         values = {id(t): self._value(t, owner, name, widths.get(owner)) for owner, name, t in _tensors(module)}
@@ -171,8 +198,9 @@ class Trial:
         attributes = [(module, dict(module.__dict__)) for module in self.theirs.modules()]
         given = x.detach().clone()
         try:
-            with Pattern():
+            with Pattern() as pattern:
                 out = self.theirs(x)
+            self.others += pattern.others
         except Exception as error:  # a stranger's code: whatever it raises, the answer is that it is not known
             raise Refused(f"it could not be tried out ({type(error).__name__}: {error})", "running") from None
         if not torch.equal(torch_state, torch.get_rng_state()) or python_state != random.getstate():
@@ -198,6 +226,13 @@ class Trial:
         for inverted in (0, 1):
             self.set_training([flag != inverted for flag in flags].__getitem__)
             self._compare_values()
+        self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raises Refused where ``theirs`` ran what no unit needs, although its values were the same."""
+        if self.others:
+            names = ", ".join(dict.fromkeys(self.others))
+            raise Refused(f"it also runs {names}, on which its values may depend for other inputs")
 
     def _compare_values(self) -> tuple[Tensor, Tensor, Tensor]:
         x = self.input().requires_grad_()

@@ -143,6 +143,7 @@ class _BlockTrial(Trial):
         """Returns the block, whose kin is ``known``, after one run in evaluation."""
         self.block = dataclasses.replace(self.block, drops=known.drops)
         found = self._arranged()
+        self.refuse_others()
         if (found.new_first, found.returns) != (known.new_first, known.returns):
             raise Refused("it joins its features otherwise than other blocks of its kind")
         return self._known(found, known.save)

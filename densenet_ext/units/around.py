@@ -21,6 +21,7 @@ from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
     is_plain,
+    is_usual,
     norm_of,
     obstacle,
     other_avg_pool,
@@ -89,7 +90,7 @@ class Transition(MapUnit):
             return None
         norm, conv = norm_of(known[0]), known[1]
         weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if not is_plain(weight):
+        if not is_plain(weight) or not is_usual(norm):
             return None
         words = checks.mismatch(flow.x, weight.shape[1], weight.dim() - 2, weight)
         if words is None and flow.x.numel() > 0 and min(flow.x.shape[2:]) < 2:
@@ -157,6 +158,8 @@ class Stem:
         norm, pool = module._modules[self.norm], module._modules[self.pool]
         x, settings = flow.x, norm_of(norm)  # type: ignore[arg-type]
         if x.dim() - 2 != pooled_dimensions(pool) or x.shape[1] != norm.num_features:  # type: ignore[arg-type, union-attr]
+            return None
+        if not is_usual(settings):
             return None
         window: Any = pool.kernel_size, pool.stride, pool.padding  # type: ignore[union-attr]
         ran(module, self.kind)

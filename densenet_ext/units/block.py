@@ -15,7 +15,7 @@ from densenet_ext import checks
 from densenet_ext.algorithm.basic_block import basic_block
 from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.layout import convolution_format
-from densenet_ext.algorithm.values import BasicLayer, Layer, Stats
+from densenet_ext.algorithm.values import BasicLayer, Layer, Norm, Stats
 from densenet_ext.units.built import Built
 from densenet_ext.units.entry import MapUnit, Mismatch, ran
 from densenet_ext.units.flow import Flow
@@ -24,6 +24,7 @@ from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
     is_plain,
+    is_usual,
     kind_of,
     norm_of,
     obstacle,
@@ -169,7 +170,7 @@ class Block(MapUnit):
             return None
         layers: list[Any] = [layer.values() for layer in reading.layers]
         weights = [weight for layer in layers for weight in _weights(layer)]
-        if not reading.fits(weights):
+        if not reading.fits(weights) or not all(map(is_usual, norms_of(layers))):
             return None
         first = weights[0]
         words = checks.mismatch(flow.x, first.shape[1], first.dim() - 2, first)
@@ -197,7 +198,9 @@ class Block(MapUnit):
         """Returns the first layer as it stands at this call; None where the block cannot run."""
         reading = self._read(module)
         layer = None if reading is None else reading.layers[0].values()
-        return layer if layer is None or all(map(is_plain, _weights(layer))) else None
+        if layer is None or not all(map(is_plain, _weights(layer))) or not all(map(is_usual, norms_of([layer]))):
+            return None
+        return layer
 
     def _read(self, module: nn.Module) -> _Reading | None:
         def read() -> _Reading | None:
@@ -253,6 +256,11 @@ class _LayerParts:
         W2, bias2 = parameter(convs[1], "weight"), parameter(convs[1], "bias")
         norm1, norm2 = norm_of(norms[0]), norm_of(norms[1])
         return Layer(norm1, W1, norm2, W2, rate, bias1, bias2, channels, inner_rate, inner_channels)
+
+
+def norms_of(layers: Sequence[Layer | BasicLayer]) -> list[Norm]:
+    """Returns the norms of all layers."""
+    return [n for layer in layers for n in ((layer.norm1, layer.norm2) if isinstance(layer, Layer) else (layer.norm,))]
 
 
 def layer_values(block: Block, layer: nn.Module) -> Layer | BasicLayer:

@@ -26,6 +26,7 @@ class Own(NamedTuple):
     name: str
     cls: type[nn.Module]
     settings: Settings
+    attributes: tuple[str, ...]  # all that the instance has
 
 
 class Built(NamedTuple):
@@ -37,7 +38,7 @@ class Built(NamedTuple):
     def changed(self, module: nn.Module) -> str | None:
         """Returns what is no longer as it was when the forward became known; or None."""
         names = set(self.names)
-        for name, cls, settings in self.own:
+        for name, cls, settings, attributes in self.own:
             found: Any = submodule(module, name)
             if found is None:
                 return f"{name} is missing"
@@ -53,6 +54,9 @@ class Built(NamedTuple):
                 now = getattr(found, attribute, None)
                 if now != value:
                     reason = f"has {attribute} {now!r}, which was {value!r} when its forward was tried out"
+            new = [key for key in found.__dict__ if key not in attributes and key not in _STANDARD]
+            if reason is None and new and not names_in_code(cls).isdisjoint(new):
+                reason = f"has {', '.join(new)}, which it had not when its forward became known"
             if reason is None:
                 prefix = f"{name}." if name else ""
                 for key, child in found._modules.items():
@@ -82,7 +86,7 @@ def built(module: nn.Module, names: Iterable[str], own: Iterable[str], but: Iter
         know_code(cls)
         words = names_in_code(cls)
         settings = tuple((key, value) for key, value in settings_of(part) if key in words and key not in but)
-        found.append(Own(name, cls, settings))
+        found.append(Own(name, cls, settings, tuple(key for key in part.__dict__ if key not in _STANDARD)))
     return Built(tuple(names), tuple(found))
 
 

@@ -107,7 +107,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def reason_outside(module: nn.Module) -> str | None:
     """Returns why ``module``'s unit would not be asked at all: its class or itself has another ``forward``; or None."""
     cls = original_class(module)
-    if code_changed(cls):
+    if code_changed(cls) or _usual.get(cls, cls.forward) is not cls.forward:
         return f"a function of {cls.__name__} was replaced since it was fused"
     own = module.__dict__.get("forward")
     if own is None or getattr(own, "__func__", None) in (_fused_forward(cls), cls.forward):
@@ -117,6 +117,7 @@ def reason_outside(module: nn.Module) -> str | None:
 
 _fused: dict[type, type] = {}
 _originals: dict[type, type] = {}
+_usual: dict[type, Any] = {}  # the original's forward at that time
 _observers: list[Callable[[nn.Module, str], None]] = []
 
 
@@ -162,7 +163,14 @@ def _fused_forward(cls: type) -> Any:
     return None if made is None else vars(made)["forward"]
 
 
-def _fused_class(cls: type) -> type:
+class _Quiet:
+    """Keeps the original's ``__init_subclass__`` from being called: no class of the user's is defined here."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+def _fused_class(cls: Any) -> type:
     made = _fused.get(cls)
     if made is None:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -171,8 +179,8 @@ def _fused_class(cls: type) -> type:
             "__setattr__": _setattr_over(cls),
             "__reduce_ex__": _reduce_ex_over(cls),
         }
-        made = type(cls)(cls.__name__, (cls,), {**names, **methods})
-        _fused[cls], _originals[made] = made, cls
+        made = type(cls)(cls.__name__, (_Quiet, cls), {**names, **methods})
+        _fused[cls], _originals[made], _usual[cls] = made, cls, cls.forward
     return made
 
 

@@ -19,6 +19,7 @@ from densenet_ext.units.parts import (
     activates,
     hook_on,
     hooks_on_all_modules,
+    is_usual,
     norm_of,
     obstacle,
     other_flatten,
@@ -88,9 +89,9 @@ class Head:
         sequence = unit if isinstance(unit, Sequence) else Sequence()
         flow = sequence.run(features, incoming(x), stop=-1)
         norm: Any = list(features.children())[-1]
-        if flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.num_features:
+        values, stats = norm_of(norm), flow.stats
+        if flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.num_features and is_usual(values):
             ran(module, self.kind)
-            values, stats = norm_of(norm), flow.stats
             out = with_metadata(lambda maps: head(maps, values, stats=stats), flow.x)
         else:  # the norm says what is wrong with it
             out = F.relu(norm(flow.shown())).flatten(2).mean(2)

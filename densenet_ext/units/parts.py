@@ -305,6 +305,16 @@ def is_plain(weight: Any) -> bool:
 _TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor))
 
 
+def is_usual(norm: Norm) -> bool:
+    """Returns whether eager takes these tensors: plain ones, alike in dtype, both running statistics or none."""
+    weight, bias, mean, var = norm[:4]
+    if (mean is None) != (var is None):
+        return False
+    if mean is not None and weight is not None and mean.dtype != weight.dtype:
+        return False
+    return all(t is None or is_plain(t) for t in (weight, bias, mean, var))
+
+
 def norm_of(module: nn.Module) -> Norm:
     """Returns the norm's values as they stand at this call: whose statistics it uses now, and what moves.
 

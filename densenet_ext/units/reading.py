@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from types import CodeType, FunctionType
@@ -60,7 +61,8 @@ class Watch:
         self._modules = [part.module for part in parts[1:]]
         self._types = list(map(type, self._modules))
         classes = _own_classes(*dict.fromkeys(type(part.module) for part in parts))
-        self._classes = [(*_code[kind], vars(kind)) for kind in classes if kind in _code]
+        self._classes = [(*_code[kind][:2], vars(kind), len(vars(kind))) for kind in classes if kind in _code]
+        self._constants = [entry for kind in classes for entry in _globals.get(kind, ())]
         self._facts = [self._fact(part) for part in parts]
 
     def _now(self) -> list[nn.Module | None]:
@@ -81,8 +83,11 @@ class Watch:
         if self._now() != self._children or list(map(type, self._modules)) != self._types:
             return False
         try:
-            for get, expected, now in self._classes:
-                if get(now) != expected:
+            for get, expected, now, count in self._classes:
+                if len(now) != count or get(now) != expected:
+                    return False
+            for names, name, value in self._constants:
+                if names[name] != value:
                     return False
             for values, count, forward, get, expected in self._facts:
                 if len(values) != count or values.get("forward") is not forward or get(values) != expected:
@@ -125,28 +130,42 @@ class Readings(Generic[Value]):
         return value
 
 
-_code: dict[type, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {}
-"""The functions of classes that are not PyTorch's, as they were when the class was first met."""
+_code: dict[type, tuple[Callable[[Any], Any], tuple[Any, ...], int]] = {}
+"""The functions of classes that are not PyTorch's, as they were when the class was first met, and their number."""
+_globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
+"""The numbers and words that these functions read from their files."""
 
 
 def know_code(cls: type) -> None:
     """Notes the functions of ``cls`` and of the classes that it derives from, unless that was done."""
     for kind in _own_classes(cls):
         if kind not in _code:
-            names = [name for name, value in vars(kind).items() if isinstance(value, FunctionType)]
-            get = itemgetter("__module__", "__module__", *names)
-            _code[kind] = get, get(vars(kind))
+            functions = {name: value for name, value in vars(kind).items() if isinstance(value, FunctionType)}
+            get = itemgetter("__module__", "__module__", *functions)
+            _code[kind] = get, get(vars(kind)), len(functions)
+            read = [(f.__globals__, name) for f in functions.values() for name in f.__code__.co_names]
+            constants = [(names, name, names.get(name)) for names, name in read]
+            _globals[kind] = [entry for entry in constants if type(entry[2]) in (bool, int, float, str)]
 
 
 @torch.compiler.assume_constant_result
 def code_changed(cls: type) -> bool:
-    """Returns whether a function of ``cls``, or of a class that it derives from, was replaced since it was noted."""
+    """Returns whether a function of ``cls``, or of a class that it derives from, was replaced since it was noted.
+
+    So does a number or a word in their files that they read.
+    """
     for kind in _own_classes(cls):
         known = _code.get(kind)
+        if known is None:
+            continue
+        if sum(isinstance(value, FunctionType) for value in vars(kind).values()) != known[2]:
+            return True
         try:
-            if known is not None and known[0](vars(kind)) != known[1]:
+            if known[0](vars(kind)) != known[1]:
                 return True
         except KeyError:
+            return True
+        if any(names.get(name) != value for names, name, value in _globals[kind]):
             return True
     return False
 
@@ -156,7 +175,8 @@ def _own_classes(*classes: type) -> list[type]:
     return [kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins", "typing", "abc"))]
 
 
-def names_in_code(cls: type) -> set[str]:
+@lru_cache(maxsize=1024)
+def names_in_code(cls: Hashable) -> frozenset[str]:
     """Returns every name and word in ``forward`` of ``cls`` and in the methods and functions that it mentions.
 
     An attribute whose name is not among them cannot change what ``forward`` computes.
@@ -182,4 +202,4 @@ def names_in_code(cls: type) -> set[str]:
             function = around.get(name)
             if isinstance(function, FunctionType) and function.__module__ == own:
                 waiting.append(function)
-    return words
+    return frozenset(words)
