@@ -69,7 +69,7 @@ DX_HOST_DEVICE Moments<A> merge(Moments<A> a, Moments<A> b) {
   const A delta = b.mean - a.mean;
   if (!is_finite(delta)) return {n, a.mean + b.mean, delta - delta};
   const A share = b.count / n;
-  return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+  return {n, a.mean + delta * share, a.m2 + b.m2 + delta * (delta * (a.count * share))};
 }
 
 // ---- Dropout: a counter hash of (seed, layer, row, column), so the mask is never stored ----------------------------

@@ -152,8 +152,9 @@ def _parse(model: nn.Module, features: str, steps: list[Step], dims: int, activa
         if isinstance(step.what, str):
             part = submodule(model, step.what)
             assert part is not None
-            if OTHER[what](part, dims) is not None:
-                return f"{step.what} {OTHER[what](part, dims)}"
+            other = OTHER[what](part, dims)
+            if other is not None:
+                return words if isinstance(part, nn.Dropout) else f"{step.what} {other}"
             replaced.append((step.what, what))
         elif step.what not in {"relu": _RELU, "average": _AVERAGE, "flatten": _FLATTEN}[what]:
             return words

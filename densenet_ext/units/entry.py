@@ -163,9 +163,9 @@ def _fused_forward(cls: type) -> Any:
     return None if made is None else vars(made)["forward"]
 
 
+# Keeps the original's __init_subclass__ from being called: no class of the user's is defined here. (No docstring: a
+# class without one would inherit it.)
 class _Quiet:
-    """Keeps the original's ``__init_subclass__`` from being called: no class of the user's is defined here."""
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
 

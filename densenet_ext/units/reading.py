@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
 from types import CodeType, FunctionType
@@ -175,12 +174,20 @@ def _own_classes(*classes: type) -> list[type]:
     return [kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins", "typing", "abc"))]
 
 
-@lru_cache(maxsize=1024)
-def names_in_code(cls: Hashable) -> frozenset[str]:
+_words: dict[type, frozenset[str]] = {}
+
+
+def names_in_code(cls: type) -> frozenset[str]:
     """Returns every name and word in ``forward`` of ``cls`` and in the methods and functions that it mentions.
 
     An attribute whose name is not among them cannot change what ``forward`` computes.
     """
+    if cls not in _words:
+        _words[cls] = frozenset(_names_in_code(cls))
+    return _words[cls]
+
+
+def _names_in_code(cls: type) -> set[str]:
     words: set[str] = set()
     waiting: list[Any] = [cls.forward]  # type: ignore[attr-defined]
     seen: set[int] = set()
@@ -202,4 +209,4 @@ def names_in_code(cls: Hashable) -> frozenset[str]:
             function = around.get(name)
             if isinstance(function, FunctionType) and function.__module__ == own:
                 waiting.append(function)
-    return frozenset(words)
+    return words

@@ -54,7 +54,7 @@ struct MomentsSum {
       const double missed = is_finite(centers[i]) ? double(rests[i]) * per_row : 0.0;
       const double panel_mean = double(centers[i]) + missed, delta = panel_mean - mean[c + i];
       mean[c + i] = is_finite(delta) ? mean[c + i] + delta * share : mean[c + i] + panel_mean;
-      m2[c + i] += double(squares[i]) - double(rests[i]) * missed + delta * delta * weight;
+      m2[c + i] += double(squares[i]) - double(rests[i]) * missed + delta * (delta * weight);  // no inf * 0
     }
   }
 };
