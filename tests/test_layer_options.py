@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.dropout import BOTTLENECKS
 from densenet_ext.algorithm.layer import dense_layer
-from densenet_ext.algorithm.norm import norm_of
 from densenet_ext.algorithm.values import BasicLayer, Layer
+from densenet_ext.units.parts import norm_of
 
 LEVELS = ["bottlenecks", "features"]
 MODES = {"train": True, "frozen": False, "mixed": [True, False, False, True, True, False]}

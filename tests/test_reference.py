@@ -10,7 +10,7 @@ from helpers import F64, assert_equal, make_conv, make_input, make_layers, norms
 from torch import nn
 
 from densenet_ext import reference
-from densenet_ext.algorithm.norm import norm_of
+from densenet_ext.units.parts import norm_of
 
 NORMS = [
     {},

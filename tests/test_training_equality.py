@@ -12,6 +12,8 @@ from peers import torchvision_densenet
 
 import densenet_ext as dx
 from densenet_ext import reference
+from densenet_ext.units.block import layer_values
+from densenet_ext.units.entry import unit_of
 from densenet_ext.units.parts import norm_of
 
 
@@ -23,7 +25,9 @@ def reference_scores(model: dx.DenseNet, x: torch.Tensor) -> torch.Tensor:
         x = reference.stem(x, norm_of(features.norm0))
     for name, module in features.named_children():
         if name.startswith("denseblock"):
-            x = reference.dense_block(x, [layer.as_layer() for layer in module.values()], save=module.save)
+            x = reference.dense_block(
+                x, [layer_values(unit_of(module), layer) for layer in module.values()], save=module.save
+            )
         elif name.startswith("transition"):
             x = reference.transition(x, norm_of(module.norm), module.conv.weight)
     return model.classifier(reference.head(x, norm_of(features.norm5)))

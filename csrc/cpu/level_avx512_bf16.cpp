@@ -13,15 +13,24 @@
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#endif
 #define DX_F16C_512
 #define DX_MASKED
 #define DX_BF16_DOT
 #define DX_LEVEL avx512_bf16
 #define DX_VECTOR_BYTES 64
 #include "level.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 namespace dx::cpu {
 const Level* level_avx512_bf16() {

@@ -321,7 +321,7 @@ def _stem_of(module: nn.Module) -> Stem | str | None:
         if not behind or isinstance(behind[0][1], _ConvNd) or unit_of(behind[0][1]) is not None:
             continue
         pool, kind = behind[0]
-        if not type(kind).__name__.startswith("MaxPool") and not isinstance(kind, nn.Sequential):
+        if not isinstance(kind, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Sequential)):
             return None
         stem = Stem(name, relu, pool)
         return _other_norm(norm) or stem.other_parts(module) or stem

@@ -20,7 +20,7 @@ from densenet_ext.units.around import Transition
 from densenet_ext.units.block import Block, Drop, Parts
 from densenet_ext.units.built import Built, built
 from densenet_ext.units.entry import original_class, unit_of
-from densenet_ext.units.parts import activates, submodule
+from densenet_ext.units.parts import activates, hook_on, submodule
 from densenet_ext.units.reading import know_code
 
 _NORMS = tuple(home.__name__ for home in (batchnorm, instancenorm, normalization))
@@ -76,9 +76,9 @@ def what_else(module: nn.Module, candidate: Candidate) -> str:
     kinds = [type(submodule(module, name)) for name in names]
     kind = max(kinds, key=kinds.count)
     for name in names:
-        other = submodule(module, name)
+        other: Any = submodule(module, name)
         if type(other) is not kind:
-            return f"{name} is a {type(other).__name__}, not a {kind.__name__}"
+            return f"{name} {hook_on(other) or f'is a {type(other).__name__}, not a {kind.__name__}'}"
     everything = Block(tuple(names), block.parts, Built((), ()))
     return everything.other_parts(module) or f"its {kind.__name__} modules are not alike"
 

@@ -89,7 +89,8 @@ class Pattern(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _DROPOUTS:
-            if func not in _NEEDED and _attribute(func) in _LOOKS:
+            counter = func is Tensor.__float__ and not args[0].is_floating_point()  # of a norm without momentum
+            if func not in _NEEDED and _attribute(func) in _LOOKS and not counter:
                 self.others.append(_attribute(func) or getattr(func, "__name__", str(func)))
             return func(*args, **(kwargs or {}))
         if func is torch.feature_dropout:
@@ -304,6 +305,8 @@ def _copy(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
         found: nn.Module = object.__new__(type(inner))
         memo[id(inner)] = found
         for name, value in inner.__dict__.items():
+            if name.startswith("__"):
+                continue  # what fully_shard remembers; the hooks that ask for it are left out as well
             if name in _HOOKS:
                 value = type(value)()
             elif name in ("_parameters", "_buffers"):

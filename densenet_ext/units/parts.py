@@ -108,6 +108,8 @@ def _obstacle_inside(norm: nn.Module) -> str | None:
     for name, child in norm._modules.items():
         if child is None or (type(child) is nn.Identity and obstacle(child) is None):
             continue
+        if child._modules or child._parameters:
+            return f"is a {kind_of(norm)}, which has code of its own"
         reason = hook_on(child)
         if reason is None and other_relu(child) is not None:
             wanted = "a ReLU" if type(child).__module__ == nn.ReLU.__module__ else "a plain Identity"
@@ -306,11 +308,12 @@ _TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor))
 
 
 def is_usual(norm: Norm) -> bool:
-    """Returns whether eager takes these tensors: plain ones, alike in dtype, both running statistics or none."""
+    """Returns whether eager takes these tensors: plain ones, and both running statistics or none.
+
+    Statistics of another dtype than the weights are taken too, as FSDP's mixed precision has them; eager refuses some.
+    """
     weight, bias, mean, var = norm[:4]
     if (mean is None) != (var is None):
-        return False
-    if mean is not None and weight is not None and mean.dtype != weight.dtype:
         return False
     return all(t is None or is_plain(t) for t in (weight, bias, mean, var))
 

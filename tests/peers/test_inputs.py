@@ -96,7 +96,11 @@ MIXED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("what", MIXED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mixed_dtypes(what: str, dtype: torch.dtype, training: bool) -> None:
-    """What eager takes the fused model takes, with the same dtype; what it refuses is refused alike."""
+    """What eager takes the fused model takes, with the same dtype; what it refuses is refused alike.
+
+    But for running statistics in float32 under weights in 16 bits, which FSDP's mixed precision has: eager refuses them
+    on the CPU, and the fused model gives what it gives with statistics in 16 bits.
+    """
 
     def run(model: Any) -> Any:
         MIXED[what](model)
@@ -104,8 +108,11 @@ def test_mixed_dtypes(what: str, dtype: torch.dtype, training: bool) -> None:
         return found if isinstance(found, str) else (found[0].float(), str(found[0].dtype))
 
     plain = warm(torchvision_net().to(dtype).train(training))
-    models = plain, fuse(copy.deepcopy(plain))
+    usual, models = copy.deepcopy(plain), (plain, fuse(copy.deepcopy(plain)))
     results = [run(model) for model in models]
+    if isinstance(results[0], str) and what == "statistics in float32":
+        found = outcome(lambda m: train_step(m, images(2, 32, dtype)), usual)
+        results[0] = (found[0].float(), str(found[0].dtype))
     assert_alike(results[1], results[0], 0.1 if dtype == torch.bfloat16 else 1e-4)
     for (key, got), wanted in zip(models[1].named_buffers(), models[0].buffers(), strict=True):
         assert got.dtype == wanted.dtype, key
