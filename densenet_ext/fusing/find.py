@@ -63,7 +63,7 @@ class Found:
 def find_units(model: nn.Module) -> list[Found]:
     """Returns the units in ``model``, itself included, in the order of ``named_modules``; each module once.
 
-    Sequentials that hand features from one unit to the next are not among them (:func:`sequences`).
+    Sequentials that hand features from one unit to the next are not among them (:class:`Finder` has them too).
     """
     return [found for found in Finder(model).all() if found.kind in ("stem", "dense block", "transition", "head")]
 
@@ -102,7 +102,7 @@ class Finder:
             return
         if isinstance(unit, Sequence):
             self._enclose(module, (segment for segment in unit.segments if isinstance(segment, Run)))
-        if unit is not None or not own_forward_only(module):
+        if unit is not None or not _runs_own_code(module):
             return
         runs = list(self._find_runs(module)) if type(module).forward is nn.Sequential.forward else []
         if runs:
@@ -268,8 +268,8 @@ def tell_block(module: nn.Module, block: Block) -> Block | str | None:
     return dataclasses.replace(found, save=save)
 
 
-def own_forward_only(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a plain module rather than compiled, traced or scripted code."""
+def _runs_own_code(module: nn.Module) -> bool:
+    """Returns whether a function of Python runs ``module``, rather than traced or scripted code."""
     return isinstance(_forward_of(type(module)), FunctionType)
 
 
