@@ -41,6 +41,23 @@ struct Pooling {
   DX_HOST_DEVICE int64_t out_rows() const { return batch * out[0] * out[1] * out[2]; }
 };
 
+// Images as rows. 1-D and 2-D have ones in front.
+struct Images {
+  int64_t batch;
+  int64_t size[3];  // D, H, W
+  DX_HOST_DEVICE int64_t pixels() const { return size[0] * size[1] * size[2]; }
+  DX_HOST_DEVICE int64_t rows() const { return batch * pixels(); }
+};
+
+// A convolution's weight or its gradient as PyTorch has it, contiguous or channels_last; strides in elements. Element
+// (n, c, t) lies at n * output + c * input + t * tap; t counts the window's D, H, W positions, W fastest.
+template <class A>
+struct Taps {
+  A* data;
+  int64_t output, input, tap;
+  DX_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+};
+
 template <class T>
 struct ChannelStats {
   int64_t M, C;
@@ -57,6 +74,7 @@ struct AppendFeatures {
   double drop_rate;
   const int64_t* seed;  // one number beside the data (a GPU's kernel reads it without the host), or null
   int64_t layer;
+  int64_t drop_rows;  // so many rows after each other share their factors: 1, or the pixels of a sample
 };
 
 template <class T>
@@ -75,6 +93,7 @@ struct FeatureGrad {
   double drop_rate;
   const int64_t* seed;  // one number beside the data (a GPU's kernel reads it without the host), or null
   int64_t layer;
+  int64_t drop_rows;  // so many rows after each other share their factors: 1, or the pixels of a sample
   Rows<T> out;
 };
 
@@ -125,6 +144,47 @@ struct BnReluConv1x1Backward {
   Acc<T>*grad_weight, *grad_bias;  // [C]
   Acc<T>*grad_mean, *grad_var;     // [C], subtracted from; both null: norm1 is frozen
   bool tf32;                       // float on a GPU: products of TF32 numbers are allowed
+};
+
+template <class T>
+struct BnReluConv3x3 {
+  int64_t C, N;  // N output channels
+  Images images;
+  int64_t window[3];  // 3 along the dimensions that the convolution has, 1 in front
+  Rows<const T> x;
+  Norm<Acc<T>> norm;  // mean null: x is normalised and rectified already
+  Taps<const Acc<T>> weight;
+  const Acc<T>* bias;  // [N] or null
+  double drop_rate;
+  const int64_t* seed;
+  int64_t layer, drop_rows;  // as in AppendFeatures
+  Rows<T> out;
+  Acc<T>*out_mean, *out_var;  // [N] or null
+};
+
+template <class T>
+struct BnReluConv3x3Backward {
+  int64_t C, N;
+  Images images;
+  int64_t window[3];
+  Rows<const T> x;
+  Norm<Acc<T>> norm;
+  Taps<const Acc<T>> weight;
+  Rows<const T> grad;
+  // What grad is the gradient of, with what its statistics receive, as in FeatureGrad; or null: grad is complete.
+  Rows<const T> features;
+  const Acc<T>*features_mean, *features_grad_mean, *features_grad_var;  // [N]
+  double drop_rate;
+  const int64_t* seed;
+  int64_t layer, drop_rows;  // as in AppendFeatures
+  bool scaled;               // grad_x is x's gradient, to which is added; else that of relu(bn(x)), alone
+  Rows<const T> grad_in;     // added to the result; null: nothing, or grad_x's old value
+  bool accumulate;
+  Rows<T> grad_x;                  // or null
+  Taps<Acc<T>> grad_conv_weight;   // or null
+  Acc<T>* grad_conv_bias;          // [N] or null
+  Acc<T>*grad_weight, *grad_bias;  // [C], or both null
+  Acc<T>*grad_mean, *grad_var;     // [C], subtracted from; or both null
 };
 
 template <class T>

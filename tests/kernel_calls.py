@@ -68,11 +68,13 @@ def append_features(M: int, C: int, pitched: bool) -> list[Call]:
         "drop_rate": 0.0,
         "seed": None,
         "layer": 0,
+        "drop_rows": 1,
     }
     dropped = {**with_stats, "mean": None, "var": None, "drop_rate": 0.3, "seed": SEED, "layer": 5}
     return [
         Call(with_stats, ("out", "mean", "var")),
         Call(dropped, ("out",)),
+        Call({**dropped, "drop_rows": 5}, ("out",)),
         Call({**dropped, "drop_rate": 1.0}, ("out",)),
     ]
 
@@ -80,8 +82,9 @@ def append_features(M: int, C: int, pitched: bool) -> list[Call]:
 def feature_grad(M: int, C: int, pitched: bool) -> list[Call]:
     args = {"grad": rows(M, C, pitched), "x": rows(M, C, pitched)}
     args |= {"mean": vector(C), "grad_mean": vector(C), "grad_var": vector(C)}
-    args |= {"drop_rate": 0.0, "seed": None, "layer": 0, "out": rows(M, C, False)}
-    return [Call(args, ("out",)), Call({**args, "drop_rate": 0.4, "seed": SEED, "layer": 2}, ("out",))]
+    args |= {"drop_rate": 0.0, "seed": None, "layer": 0, "out": rows(M, C, False), "drop_rows": 1}
+    dropped = {**args, "drop_rate": 0.4, "seed": SEED, "layer": 2}
+    return [Call(changed, ("out",)) for changed in (args, dropped, {**dropped, "drop_rows": 5})]
 
 
 def bn_relu(M: int, C: int, pitched: bool) -> list[Call]:
@@ -142,6 +145,67 @@ def bn_relu_conv1x1_backward(M: int, C: int, pitched: bool, outputs: Sequence[in
         calls.append(Call({**args, **frozen, "accumulate": True}, outputs))
         calls.append(Call({**args, **no_z, "weight": None, "bias": None}, outputs))
     return calls
+
+
+# Of the 3x3 convolution: sizes of images with the number of their dimensions, and output channels
+IMAGES = [([2, 1, 1, 11], 1), ([1, 1, 1, 1], 2), ([3, 1, 7, 7], 2), ([2, 1, 5, 13], 2), ([2, 3, 4, 5], 3)]
+GROWTH = (1, 12, 17, 32, 48)
+
+
+def bn_relu_conv3x3(M: int, C: int, pitched: bool, images: Sequence[tuple[list[int], int]] = tuple(IMAGES)) -> list[Call]:
+    calls = []
+    for i, (size, dims) in enumerate(images):
+        M, k = _pixels(size), GROWTH[(i + C) % len(GROWTH)]
+        args = {"x": rows(M, C, pitched), "size": size, **norm(C, i % 2 == 0)}
+        args |= {"conv_weight": _window(k, C, dims, i % 2 == 1), "conv_bias": vector(k)}
+        args |= {"drop_rate": 0.0, "seed": None, "layer": 0, "drop_rows": 1}
+        args |= {"out": rows(M, k, True), "out_mean": vector(k), "out_var": vector(k)}
+        dropped = {"drop_rate": 0.3, "seed": SEED, "layer": 7, "out_mean": None, "out_var": None}
+        calls.append(Call(args, ("out", "out_mean", "out_var")))
+        calls.append(Call({**args, **dropped}, ("out",)))
+        calls.append(Call({**args, **dropped, **NO_NORM, "drop_rows": M // size[0], "conv_bias": None}, ("out",)))
+    return calls
+
+
+NO_NORM = dict.fromkeys(("mean", "var", "weight", "bias"))
+
+
+def _window(k: int, C: int, dims: int, channels_last: bool) -> Tensor:
+    weight = torch.randn(k, *[3] * dims, C, dtype=F64).movedim(-1, 1) / C**0.5
+    return weight if channels_last else weight.contiguous()
+
+
+def bn_relu_conv3x3_backward(
+    M: int, C: int, pitched: bool, images: Sequence[tuple[list[int], int]] = tuple(IMAGES)
+) -> list[Call]:
+    calls = []
+    for i, call in enumerate(bn_relu_conv3x3(M, C, pitched, images)[::3]):
+        given = {name: call.args[name] for name in list(call.args)[:8]}
+        M, k, dims = len(call.args["x"]), call.args["out"].shape[1], call.args["conv_weight"].dim() - 2
+        args = {**given, "grad": rows(M, k, pitched), "features": rows(M, k, True), "features_mean": vector(k)}
+        args |= {"features_grad_mean": vector(k), "features_grad_var": vector(k)}
+        args |= {"drop_rate": 0.0, "seed": None, "layer": 0, "drop_rows": 1, "scaled": True, "grad_in": None}
+        args |= {"accumulate": False, "grad_x": rows(M, C, True), "grad_conv_weight": _window(k, C, dims, i % 2 == 0)}
+        args |= {"grad_conv_bias": vector(k), **{name: vector(C) for name in SUMS}}
+        dropped = {"drop_rate": 0.4, "seed": SEED, "layer": 3}
+        no_features = dict.fromkeys(("features", "features_mean", "features_grad_mean", "features_grad_var"))
+        for change in (
+            {"grad_in": rows(M, C, pitched)},
+            {"accumulate": True, **dropped},
+            {**dropped, "drop_rows": M // args["size"][0], "scaled": False, "grad_mean": None, "grad_var": None},
+            {**no_features, "scaled": False, "grad_weight": None, "grad_bias": None, "grad_conv_bias": None},
+            {**NO_NORM, **dict.fromkeys(SUMS), **no_features, "scaled": False, "grad_conv_weight": None},
+            {"grad_x": None, "scaled": False},
+            {"grad_x": None, "scaled": False, **dict.fromkeys(SUMS)},
+            {name: None for name in CONV_GRADS},
+        ):
+            changed = {**args, **change}
+            calls.append(Call(changed, tuple(k for k in ("grad_x", *CONV_GRADS, *SUMS) if changed[k] is not None)))
+    return calls
+
+
+SUMS = ("grad_weight", "grad_bias", "grad_mean", "grad_var")
+CONV_GRADS = ("grad_conv_weight", "grad_conv_bias")
 
 
 def bn_relu_avg_pool(M: int, C: int, pitched: bool) -> list[Call]:

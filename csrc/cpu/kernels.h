@@ -16,6 +16,8 @@ struct Kernels {
   void (*bn_relu_backward)(const BnReluBackward<T>&, const Pool&);
   void (*bn_relu_conv1x1)(const BnReluConv1x1<T>&, const Pool&);
   void (*bn_relu_conv1x1_backward)(const BnReluConv1x1Backward<T>&, const Pool&);
+  void (*bn_relu_conv3x3)(const BnReluConv3x3<T>&, const Pool&);
+  void (*bn_relu_conv3x3_backward)(const BnReluConv3x3Backward<T>&, const Pool&);
   void (*bn_relu_avg_pool)(const BnReluPool<T>&, const Pool&);
   void (*bn_relu_avg_pool_backward_reduce)(const BnReluPoolBackwardReduce<T>&, const Pool&);
   void (*bn_relu_avg_pool_backward)(const BnReluPoolBackward<T>&, const Pool&);

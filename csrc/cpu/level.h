@@ -17,6 +17,12 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/panels.h"
 #include "kernels/conv1x1.h"
 #include "kernels/conv1x1_backward.h"
+#include "kernels/dropout.h"
+#include "kernels/lines.h"
+#include "kernels/conv3x3_tile.h"
+#include "kernels/conv3x3.h"
+#include "kernels/conv3x3_wgrad.h"
+#include "kernels/conv3x3_backward.h"
 #include "kernels/avg_pool.h"
 #include "kernels/max_pool.h"
 // clang-format on
@@ -31,6 +37,8 @@ constexpr Kernels<T> kKernels = {
     bn_relu_backward<T>,
     bn_relu_conv1x1<T>,
     bn_relu_conv1x1_backward<T>,
+    bn_relu_conv3x3<T>,
+    bn_relu_conv3x3_backward<T>,
     bn_relu_avg_pool<T>,
     bn_relu_avg_pool_backward_reduce<T>,
     bn_relu_avg_pool_backward<T>,

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) feature_grad_kernel(const __grid_con
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (r < rows) {
-        const uint32_t key = drop ? dropout_row_key(dropout, m + r * patch.step) : 0;
+        const int64_t row = m + r * patch.step;
+        const uint32_t key = drop ? dropout_row_key(dropout, p.drop_rows == 1 ? row : row / p.drop_rows) : 0;
         A g[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {

@@ -25,7 +25,7 @@ struct MomentsJob {
   Rows<T> out;  // null: statistics of x itself
   double drop_rate;
   const int64_t* seed;
-  int64_t layer;
+  int64_t layer, drop_rows;
   Tiling tiling;
   void* partials;  // null: no statistics
 };
@@ -34,12 +34,15 @@ template <class T, int V>
 class Dropped {
  public:
   using A = Acc<T>;
-  __device__ __forceinline__ explicit Dropped(double rate, const int64_t* seed, int64_t layer)
-      : any_(rate > 0), dropout_(any_ ? make_dropout(load_one(seed), layer, rate) : Dropout{}) {}
+  template <class Job>
+  __device__ __forceinline__ explicit Dropped(const Job& p)
+      : any_(p.drop_rate > 0),
+        dropout_(any_ ? make_dropout(load_one(p.seed), p.layer, p.drop_rate) : Dropout{}),
+        rows_(p.drop_rows) {}
   // As stored: what lies in `bits` of row m, after dropout.
   __device__ __forceinline__ Bits<T, V> operator()(const Bits<T, V>& bits, int64_t m, int64_t c) const {
     if (!any_) return bits;
-    const uint32_t key = dropout_row_key(dropout_, m);
+    const uint32_t key = dropout_row_key(dropout_, rows_ == 1 ? m : m / rows_);
     A kept[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) kept[v] = element<T, V>(bits, v) * dropout_factor<A>(dropout_, key, c + v);
@@ -49,6 +52,7 @@ class Dropped {
  private:
   bool any_;
   Dropout dropout_;
+  int64_t rows_;  // after each other that share their factors
 };
 
 template <class T, int V>
@@ -57,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_cons
   DX_SHARED_BYTES(bytes);
   const Patch patch(p.tiling, p.M, p.C, V);
   const int64_t c = patch.column;
-  const Dropped<T, V> drop(p.drop_rate, p.seed, p.layer);
+  const Dropped<T, V> drop(p);
   MomentSums<A, V> sums;
   Bits<T, V> pivot = {};  // every block must take the same one
   if (patch.any && p.M > 0) pivot = drop(load_bits<V>(p.x.row(0) + c), 0, c);
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant
   if (first != 0 || c >= p.C) return;
   A base = 0;
   if (p.M > 0) {
-    const Dropped<T, 1> drop(p.drop_rate, p.seed, p.layer);
+    const Dropped<T, 1> drop(p);
     base = pivot_of(element<T, 1>(drop(load_bits<1>(p.x.row(0) + c), 0, c), 0));
   }
   store_one(args.mean + c, A(double(base) + mean));
@@ -142,14 +146,16 @@ Width<T> width(const MomentsJob<T>& p) {
 }
 template <class T>
 MomentsJob<T> job(const ChannelStats<T>& p, void* workspace) {
-  MomentsJob<T> job = {p.M, p.C, p.x, {}, 0.0, nullptr, 0, Tiling(0, 1, 1, 1), workspace};
+  MomentsJob<T> job = {p.M, p.C, p.x, {}, 0.0, nullptr, 0, 1, Tiling(0, 1, 1, 1), workspace};
   job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
   return job;
 }
 template <class T>
 MomentsJob<T> job(const AppendFeatures<T>& p, void* workspace) {
-  MomentsJob<T> job = {
-      p.M, p.C, p.src, p.out, p.drop_rate, p.seed, p.layer, Tiling(0, 1, 1, 1), p.mean ? workspace : nullptr};
+  MomentsJob<T> job = {p.M,     p.C,         p.src,
+                       p.out,   p.drop_rate, p.seed,
+                       p.layer, p.drop_rows, Tiling(0, 1, 1, 1),
+                       p.mean ? workspace : nullptr};
   job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
   return job;
 }

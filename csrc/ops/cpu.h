@@ -23,7 +23,7 @@ class Cpu : public Place {
   template <class T>                                                            \
   void name(const Params<T>& p, int64_t elements) const {                       \
     constexpr int64_t kProductsPerElement = 32;                                 \
-    const int64_t products = p.M * p.C * p.N;                                   \
+    const int64_t products = rows_of(p) * p.C * p.N;                            \
     cpu::kernels<T>().name(p, pool(elements + products / kProductsPerElement)); \
   }
   DX_RUN(channel_stats, ChannelStats)
@@ -34,6 +34,8 @@ class Cpu : public Place {
   DX_RUN(bn_relu_backward, BnReluBackward)
   DX_RUN_PRODUCT(bn_relu_conv1x1, BnReluConv1x1)
   DX_RUN_PRODUCT(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
+  DX_RUN_PRODUCT(bn_relu_conv3x3, BnReluConv3x3)
+  DX_RUN_PRODUCT(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
   DX_RUN(bn_relu_avg_pool, BnReluPool)
   DX_RUN(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
   DX_RUN(bn_relu_avg_pool_backward, BnReluPoolBackward)
@@ -44,6 +46,15 @@ class Cpu : public Place {
 #undef DX_RUN_PRODUCT
 
  private:
+  // Rows that a product takes of its inputs: a window of every row.
+  template <class Params>
+  static auto rows_of(const Params& p) -> decltype(p.M) {
+    return p.M;
+  }
+  template <class Params>
+  static auto rows_of(const Params& p) -> decltype(p.images.rows()) {
+    return p.images.rows() * p.window[0] * p.window[1] * p.window[2];
+  }
   // As many of torch's threads as the work is worth.
   static cpu::Pool pool(int64_t elements) {
     constexpr int64_t kElementsPerTask = 16384;

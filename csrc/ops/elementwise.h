@@ -1,23 +1,10 @@
 // channel_stats, append_features, bn_relu, feature_grad, bn_relu_backward(_reduce), cat_bn_relu
 #pragma once
 
+#include "dropout.h"
 #include "tensors.h"
 
 namespace dx::ops {
-
-// The seed's place, or null without one. The layer is hashed in 32 bits.
-template <class D>
-const int64_t* check_dropout(const D& at, double rate, const OptionalTensor& seed, int64_t layer) {
-  STD_TORCH_CHECK(rate >= 0 && rate <= 1, "densenet_ext: drop_rate: expected a number in [0, 1], got ", rate);
-  STD_TORCH_CHECK(layer >= 0 && layer <= INT32_MAX, "densenet_ext: layer: expected a number in [0, ", INT32_MAX,
-                  "], got ", layer);
-  STD_TORCH_CHECK(rate == 0 || seed, "densenet_ext: seed: expected an int64 tensor of one element, got None");
-  if (!seed) return nullptr;
-  check_dtype<int64_t>(at, *seed, "seed");
-  STD_TORCH_CHECK(seed->dim() <= 1 && seed->numel() == 1,
-                  "densenet_ext: seed: expected an int64 tensor of one element, got shape ", shape_of(*seed));
-  return check_memory<int64_t>(at, *seed, "seed", 1, 1, 1, false);
-}
 
 template <class D>
 void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
@@ -35,13 +22,13 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
 
 template <class D>
 void append_features(const Tensor& src, const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var,
-                     double drop_rate, const OptionalTensor& seed, int64_t layer) {
+                     double drop_rate, const OptionalTensor& seed, int64_t layer, int64_t drop_rows) {
   const D at(defined(src, "src"));
   for_storage_type(src, "src", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t M = src.size(0), C = src.size(1);
-    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer);
+    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer, drop_rows);
     check_together(mean, var, "mean and var");
     const AppendFeatures<T> p = {M,
                                  C,
@@ -51,7 +38,8 @@ void append_features(const Tensor& src, const Tensor& out, const OptionalTensor&
                                  dense_out<A>(at, var, "var", C),
                                  drop_rate,
                                  checked_seed,
-                                 layer};
+                                 layer,
+                                 drop_rows};
     at.check_apart();
     if (C > 0) at.append_features(p, M * C);
   });
@@ -74,13 +62,13 @@ void bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const Optio
 template <class D>
 void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& grad_mean,
                   const Tensor& grad_var, double drop_rate, const OptionalTensor& seed, int64_t layer,
-                  const Tensor& out) {
+                  const Tensor& out, int64_t drop_rows) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const int64_t M = x.size(0), C = x.size(1);
-    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer);
+    const int64_t* checked_seed = check_dropout(at, drop_rate, seed, layer, drop_rows);
     const FeatureGrad<T> p = {M,
                               C,
                               rows<T>(at, grad, "grad", M, C),
@@ -91,6 +79,7 @@ void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const
                               drop_rate,
                               checked_seed,
                               layer,
+                              drop_rows,
                               rows_out<T>(at, out, "out", M, C)};
     at.check_apart({{"out", "grad"}});
     if (C > 0) at.feature_grad(p, M * C);

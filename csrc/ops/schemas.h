@@ -5,14 +5,15 @@
 
 namespace dx::ops {
 
-// BatchNorm's five arguments, wherever an operator takes a norm.
+// BatchNorm's five arguments, wherever an operator takes a norm; and where mean and var may be None: no norm.
 #define NORM "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps"
+#define MAYBE_NORM "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
       "append_features(Tensor src, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, float drop_rate, Tensor? seed, "
-      "int layer) -> ()");
+      "int layer, int drop_rows=1) -> ()");
   m.def("bn_relu(Tensor x, " NORM ", Tensor(a!) out) -> ()");
   m.def("cat_bn_relu(Tensor[] features, " NORM ", Tensor(a!) out) -> ()");
   m.def("bn_relu_conv1x1(Tensor x, " NORM
@@ -20,7 +21,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
         "Tensor(c!)? out_var, bool tf32=False) -> ()");
   m.def(
       "feature_grad(Tensor grad, Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_var, float drop_rate, "
-      "Tensor? seed, int layer, Tensor(a!) out) -> ()");
+      "Tensor? seed, int layer, Tensor(a!) out, int drop_rows=1) -> ()");
   m.def("bn_relu_backward_reduce(Tensor grad, Tensor x, " NORM ", Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
   m.def("bn_relu_backward(Tensor grad, Tensor x, " NORM
         ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
@@ -29,6 +30,15 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
         "Tensor? z_bias, float z_eps, Tensor? z_grad_weight, Tensor? z_grad_bias, Tensor? grad_in, bool accumulate, "
         "Tensor(a!) grad_x, Tensor(b!)? grad_conv_weight, Tensor(c!) grad_weight, Tensor(d!) grad_bias, "
         "Tensor(e!)? grad_mean, Tensor(f!)? grad_var, bool tf32=False) -> ()");
+  m.def("bn_relu_conv3x3(Tensor x, int[] size, " MAYBE_NORM
+        ", Tensor conv_weight, Tensor? conv_bias, float drop_rate, Tensor? seed, int layer, int drop_rows, "
+        "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()");
+  m.def("bn_relu_conv3x3_backward(Tensor x, int[] size, " MAYBE_NORM
+        ", Tensor conv_weight, Tensor grad, Tensor? features, Tensor? features_mean, Tensor? features_grad_mean, "
+        "Tensor? features_grad_var, float drop_rate, Tensor? seed, int layer, int drop_rows, bool scaled, "
+        "Tensor? grad_in, bool accumulate, Tensor(a!)? grad_x, Tensor(b!)? grad_conv_weight, "
+        "Tensor(c!)? grad_conv_bias, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? grad_mean, "
+        "Tensor(g!)? grad_var) -> ()");
   m.def("bn_relu_avg_pool(Tensor x, int[] size, int[] window, " NORM ", Tensor(a!) out) -> ()");
   m.def("bn_relu_avg_pool_backward_reduce(Tensor grad_out, Tensor x, int[] size, int[] window, " NORM
         ", Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
@@ -44,5 +54,6 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "int[] padding, " NORM ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
 }
 #undef NORM
+#undef MAYBE_NORM
 
 }  // namespace dx::ops

@@ -19,7 +19,7 @@ from densenet_ext import _extension
 from densenet_ext.kernels import fakes, plain
 from densenet_ext.kernels.plain import acc_dtype
 
-__all__ = ["OPS", "acc_dtype", "backend", "force_plain", "plain", "select", "why_plain"]
+__all__ = ["CPU_OPS", "OPS", "acc_dtype", "backend", "force_plain", "plain", "select", "why_plain"]
 
 OPS = (
     "channel_stats",
@@ -31,6 +31,8 @@ OPS = (
     "bn_relu_backward",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
     "bn_relu_avg_pool",
     "bn_relu_avg_pool_backward_reduce",
     "bn_relu_avg_pool_backward",
@@ -39,6 +41,9 @@ OPS = (
     "bn_relu_max_pool_backward",
 )
 """The names of the operations."""
+
+CPU_OPS = frozenset(("bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
+"""Those that have no kernel for GPUs."""
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 # Overloads rather than packets: resolving the overload would cost a microsecond at every call.
@@ -50,7 +55,8 @@ if _extension.module is not None:
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
-    fakes.register(OPS, ("cpu", "cuda") if _extension.has_cuda else ("cpu",))
+    for _name in OPS:
+        fakes.register((_name,), ("cpu", "cuda") if _extension.has_cuda and _name not in CPU_OPS else ("cpu",))
 _forced = 0
 
 

@@ -1,6 +1,7 @@
 """The compiled operations once more, in plain PyTorch: for devices without compiled kernels, and to test those that
 are."""
 
+from densenet_ext.kernels.plain_conv3x3 import bn_relu_conv3x3, bn_relu_conv3x3_backward
 from densenet_ext.kernels.plain_pool import (
     bn_relu_avg_pool,
     bn_relu_avg_pool_backward,
@@ -34,6 +35,8 @@ __all__ = [
     "bn_relu_backward_reduce",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
     "bn_relu_max_pool",
     "bn_relu_max_pool_backward",
     "bn_relu_max_pool_backward_reduce",

@@ -29,14 +29,15 @@ def acc(x: Tensor) -> Tensor:
     return x.to(acc_dtype(x.dtype))
 
 
-def _rstd_scale(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def rstd_scale(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns r and s [C]."""
     r = (var + eps).rsqrt()
     return r, r if weight is None else weight * r
 
 
 def affine(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Computes (x - mean) * s + bias in acc: unlike x * s + t, with t rounded, it does not cancel at a large mean."""
-    _, s = _rstd_scale(var, weight, eps)
+    _, s = rstd_scale(var, weight, eps)
     u = (acc(x) - mean).mul_(s)
     return u if bias is None else u.add_(bias)
 
@@ -86,15 +87,30 @@ def dropout_factor(seed: Tensor, layer: int, M: int, k: int, p: float, dtype: to
     return keep.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
+def dropped(x: Tensor, drop_rate: float, seed: Tensor | None, layer: int, drop_rows: int) -> Tensor:
+    """Returns x [M, k] in acc times its dropout factors, which ``drop_rows`` rows after each other share."""
+    if seed is None or drop_rate <= 0:
+        return acc(x)
+    M, k = x.shape
+    factors = dropout_factor(seed, layer, -(-M // drop_rows), k, drop_rate, acc_dtype(x.dtype))
+    return acc(x) * (factors if drop_rows == 1 else factors.repeat_interleave(drop_rows, 0)[:M])
+
+
 def append_features(
-    src: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None, drop_rate: float, seed: Tensor | None, layer: int
+    src: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    drop_rate: float,
+    seed: Tensor | None,
+    layer: int,
+    drop_rows: int = 1,
 ) -> None:
-    """out [M, k] = dropout(src); statistics of out as stored into mean, var [k]."""
-    if seed is not None and drop_rate > 0:
-        M, k = src.shape
-        out.copy_(acc(src) * dropout_factor(seed, layer, M, k, drop_rate, acc_dtype(src.dtype)))
-    else:
-        out.copy_(src)
+    """out [M, k] = dropout(src); statistics of out as stored into mean, var [k].
+
+    ``drop_rows``: so many rows after each other share their factors: 1, or the pixels of a sample.
+    """
+    out.copy_(src if seed is None or drop_rate <= 0 else dropped(src, drop_rate, seed, layer, drop_rows))
     if mean is not None and var is not None:
         channel_stats(out, mean, var)
 
@@ -109,13 +125,11 @@ def feature_grad(
     seed: Tensor | None,
     layer: int,
     out: Tensor,
+    drop_rows: int = 1,
 ) -> None:
-    """out [M, k] = dropout_backward(grad + (grad_mean + 2 (x - mean) grad_var) / M)."""
-    M, k = grad.shape
-    g = acc(grad) + ((acc(x) - mean) * (2 * grad_var) + grad_mean) / M
-    if seed is not None and drop_rate > 0:
-        g = g * dropout_factor(seed, layer, M, k, drop_rate, g.dtype)
-    out.copy_(g)
+    """out [M, k] = dropout_backward(grad + (grad_mean + 2 (x - mean) grad_var) / M); drop_rows: ``append_features``."""
+    g = acc(grad) + ((acc(x) - mean) * (2 * grad_var) + grad_mean) / grad.shape[0]
+    out.copy_(dropped(g, drop_rate, seed, layer, drop_rows))
 
 
 # ---- BatchNorm and ReLU ----------------------------------------------------------------------------------------------
@@ -181,7 +195,7 @@ def bn_relu_backward_reduce(
 ) -> None:
     """With dy = grad where bn(x) > 0: grad_bias [C] = sum dy, grad_weight [C] = r sum dy (x - mean)."""
     dy = _masked(acc(grad), affine(x, mean, var, weight, bias, eps))
-    _reduce(dy, x, mean, _rstd_scale(var, weight, eps)[0], grad_weight, grad_bias)
+    _reduce(dy, x, mean, rstd_scale(var, weight, eps)[0], grad_weight, grad_bias)
 
 
 def bn_relu_backward(
@@ -197,7 +211,7 @@ def bn_relu_backward(
     grad_x: Tensor,
 ) -> None:
     """grad_x [M, C] from the two sums, or s dy when both are None (the norm is frozen)."""
-    r, s = _rstd_scale(var, weight, eps)
+    r, s = rstd_scale(var, weight, eps)
     dy = _masked(acc(grad), affine(x, mean, var, weight, bias, eps))
     grad_x.copy_(_input_grad(dy, x, mean, r, s, grad_weight, grad_bias))
 
@@ -273,10 +287,10 @@ def bn_relu_conv1x1_backward(
     dz = acc(grad_out)
     if z is not None:
         assert z_mean is not None and z_var is not None
-        r2, s2 = _rstd_scale(z_var, z_weight, z_eps)
+        r2, s2 = rstd_scale(z_var, z_weight, z_eps)
         dz = _masked(dz, affine(z, z_mean, z_var, z_weight, z_bias, z_eps))
         dz = _input_grad(dz, z, z_mean, r2, s2, z_grad_weight, z_grad_bias)
-    r, s = _rstd_scale(var, weight, eps)
+    r, s = rstd_scale(var, weight, eps)
     u = affine(x, mean, var, weight, bias, eps)
     dy = _masked(dz @ conv_weight.flatten(1), u)
     if grad_conv_weight is not None:

@@ -38,9 +38,9 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
 
 STRUCTS = {
     "ChannelStats": "M:i C:i x:r mean:v var:v",
-    "AppendFeatures": "M:i C:i src:r out:r mean:v var:v drop_rate:d seed:v layer:i",
+    "AppendFeatures": "M:i C:i src:r out:r mean:v var:v drop_rate:d seed:v layer:i drop_rows:i",
     "BnRelu": "M:i C:i x:r norm:n out:r",
-    "FeatureGrad": "M:i C:i grad:r x:r mean:v grad_mean:v grad_var:v drop_rate:d seed:v layer:i out:r",
+    "FeatureGrad": "M:i C:i grad:r x:r mean:v grad_mean:v grad_var:v drop_rate:d seed:v layer:i drop_rows:i out:r",
     "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v",
     "BnReluBackward": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
     "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b",

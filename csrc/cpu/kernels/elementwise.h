@@ -35,7 +35,7 @@ void append_features(const AppendFeatures<T>& p, const Pool& pool) {
     A* factors = factors_of_tasks + task * Cp;
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
       for (int64_t m = m0; m < m0 + rows; ++m) {
-        if (drop) fill_factors(dropout, m, Cp, factors);
+        if (drop && (m == m0 || m % p.drop_rows == 0)) fill_factors(dropout, m / p.drop_rows, Cp, factors);
         const T* src = p.src.row(m);
         T* out = p.out.row(m);
         for_columns<A>(p.C, [&](int64_t c, auto columns) {
@@ -95,7 +95,7 @@ void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
     A* factors = factors_of_tasks + task * Cp;
     const Range range = part(p.M, kPanelRows, pool.tasks, task);
     for (int64_t m = range.begin; m < range.end; ++m) {
-      if (drop) fill_factors(dropout, m, Cp, factors);
+      if (drop && (m == range.begin || m % p.drop_rows == 0)) fill_factors(dropout, m / p.drop_rows, Cp, factors);
       const T *x = p.x.row(m), *grad = p.grad.row(m);
       T* out = p.out.row(m);
       for_columns<A>(p.C, [&](int64_t c, auto columns) {

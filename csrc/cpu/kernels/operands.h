@@ -18,6 +18,7 @@ struct Fma {
   static DX_INLINE Operand pack(const A* w, int64_t, bool) { return *w; }
   // A row's numbers from column c on, the inner dimension being the columns.
   static DX_INLINE void store_along_columns(Operand* row, int64_t c, Vec<A> v) { store_vec(row + c, v); }
+  static DX_INLINE Vec<A> load_along_columns(const Operand* row, int64_t c) { return load_vec(row + c); }
   // The numbers from column c on of kDepth rows, the inner dimension being the rows.
   static DX_INLINE void store_along_rows(Operand* rows, int64_t c, const Vec<A>* v) { store_vec(rows + c, v[0]); }
 };
@@ -48,6 +49,9 @@ struct DotBf16 {
   }
   static DX_INLINE void store_along_columns(Operand* row, int64_t c, Vec<A> v) {
     store(reinterpret_cast<bfloat16*>(row) + c, v);
+  }
+  static DX_INLINE Vec<A> load_along_columns(const Operand* row, int64_t c) {
+    return load(reinterpret_cast<const bfloat16*>(row) + c);
   }
   static DX_INLINE void store_along_rows(Operand* rows, int64_t c, const Vec<A>* v) {
     const __m512i kInterleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //

@@ -23,23 +23,29 @@ inline int64_t panel_rows(int64_t row_bytes) {
 constexpr int kRowGroup = kRowUnit % 4 == 0 ? 4 : 2;
 static_assert(kRowUnit % kRowGroup == 0, "panels are made of whole groups");
 
-// Fills a panel up to the next whole tile: target.put(row, c, v) for every group of rows and vector of columns, with
-// v[i] = source.value(source.at(c), row + i, c, columns), zero beyond `rows`. Source and target come by value: what
-// they point to is then known not to change by the stores.
+// Calls target.put(row, c, v) for every group of `whole` rows and vector of columns, with v[i] = source.value(
+// source.at(c), first + row + i, c, columns), zero beyond `rows`. Source and target come by value: what they point to is
+// then known not to change by the stores.
 template <class A, class Source, class Target>
-DX_INLINE void fill_panel(int64_t rows, int64_t C, const Source source, const Target target) {
-  for (int64_t row = 0; row < round_up(rows, kRowUnit); row += kRowGroup)
+DX_INLINE void fill_rows(int64_t first, int64_t rows, int64_t whole, int64_t C, const Source source,
+                         const Target target) {
+  for (int64_t row = 0; row < whole; row += kRowGroup)
     for_columns<A>(C, [&](int64_t c, auto columns) {
       const auto constants = source.at(c);
       Vec<A> v[kRowGroup];
       if (row + kRowGroup <= rows)
 #pragma GCC unroll 4
-        for (int i = 0; i < kRowGroup; ++i) v[i] = source.value(constants, row + i, c, columns);
+        for (int i = 0; i < kRowGroup; ++i) v[i] = source.value(constants, first + row + i, c, columns);
       else
         for (int i = 0; i < kRowGroup; ++i)
-          v[i] = row + i < rows ? source.value(constants, row + i, c, columns) : Vec<A>{};
+          v[i] = row + i < rows ? source.value(constants, first + row + i, c, columns) : Vec<A>{};
       target.put(row, c, v);
     });
+}
+// Fills a panel up to the next whole tile.
+template <class A, class Source, class Target>
+DX_INLINE void fill_panel(int64_t rows, int64_t C, const Source source, const Target target) {
+  fill_rows<A>(0, rows, round_up(rows, kRowUnit), C, source, target);
 }
 
 // y = relu(bn(x)), from the first row and column of x on.

@@ -1,0 +1,184 @@
+// The products behind the 3x3 convolutions, as sums over the window's positions and the input channels: of both passes
+// towards the other side (the forward pass, and dgrad, which is the forward pass of the gradient with the window turned
+// round), and of wgrad.
+//
+// A tile is some segments of G neighbouring pixels of a line x NV vectors of output channels. Segments rather than a
+// stretch of pixels, as 7 and 4 divide the sides of most images, so that few products fall beyond a line's end. Of the
+// two lengths that are compiled the one is used of which fewer do.
+//   AVX-512, 32 registers:  2 x 7 x 2 (28 sums + 2 vectors of weights + 1 pixel), 3 x 4 x 2, 1 x 7 x 3, 2 x 4 x 3
+//   16 registers:           1 x 4 x 2, 2 x 3 x 2
+#pragma once
+
+constexpr int kLongSegment = kRegisters == 32 ? 7 : 4, kShortSegment = kRegisters == 32 ? 4 : 3;
+template <int G, int NV>
+constexpr int kSegments = std::max(1, std::min(16 / G, (kRegisters - NV - 1) / (G * NV)));
+constexpr int kMostSegments = 16 / kShortSegment, kMostTilePixels = 16;
+static_assert(kSegments<kLongSegment, kMostVectors> * kLongSegment * kMostVectors + kMostVectors + 1 <= kRegisters &&
+                  kSegments<kShortSegment, kMostVectors> * kShortSegment * kMostVectors + kMostVectors + 1 <=
+                      kRegisters,
+              "sums stay in registers");
+
+// What the tiles of one stripe have in common.
+template <class P>
+struct ConvTile {
+  using A = typename P::A;
+  using Operand = typename P::Operand;
+  int rows;       // of the window
+  int runs;       // of each row of the window: 3, or 1 where a pixel's operands end where the next one's begin
+  int64_t steps;  // of a run
+  int64_t pitch;  // of pixels
+};
+
+// tile[j][r][lane] = sum over the window and the inner dimension for pixel r of the tile and vector j. left[row][i]:
+// the segments' first pixels, shifted by the window's row; all null where every one of them lies beyond the border.
+template <class P, int G, int NV>
+__attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::Operand* const (*left)[kMostSegments],
+                                         const typename P::Operand* b, typename P::A* tile) {
+  using A = typename P::A;
+  constexpr int S = kSegments<G, NV>, L = kLanes<A>;
+  Vec<A> acc[S * G][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < S * G; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
+  const int64_t pitch = t.pitch;
+  for (int row = 0; row < t.rows; ++row) {
+    if (!left[row][0]) {
+      b += t.runs * t.steps * NV * L;
+      continue;
+    }
+    for (int run = 0; run < t.runs; ++run) {
+      const typename P::Operand* a[S];
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) a[s] = left[row][s] + run * pitch;
+      for (int64_t k = 0; k < t.steps; ++k) {
+        typename P::Right right[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * L);
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s)
+#pragma GCC unroll 16
+          for (int g = 0; g < G; ++g) {
+            const typename P::Operand pixel = a[s][g * pitch];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) P::multiply_add(acc[s * G + g][j], pixel, right[j]);
+          }
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) ++a[s];
+        b += NV * L;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < S * G; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store_vec(tile + (j * S * G + r) * L, acc[r][j]);
+}
+
+// ---- weights --------------------------------------------------------------------------------------------------------
+// Weights [taps, K, N] as right operands in column blocks, as packed_size and pack_right have them for one tap; a
+// block holds its taps one after the other. `w` has them with the inner dimension as its `input`, `backwards` with the
+// window turned round.
+template <class P>
+inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, int64_t taps, bool backwards,
+                      typename P::Operand* packed, const Pool& pool) {
+  using A = typename P::A;
+  constexpr int64_t kChunk = 16;  // steps of all taps: in an L1 cache, as neighbours of n share its lines
+  const int64_t steps = depth_steps<P>(K), tap = backwards ? -w.tap : w.tap;
+  const A* first = backwards ? w.data + (taps - 1) * w.tap : w.data;
+  const auto pack_block = [&](int64_t n0, int64_t NB, int64_t k0, int64_t k1) {
+    typename P::Operand* out = packed + n0 * steps * taps;
+    const auto pack = [&](int64_t n, int64_t k, int64_t t) {
+      const int64_t i = k * P::kDepth;
+      out[(t * steps + k) * NB + n] =
+          P::pack(first + (n0 + n) * w.output + i * w.input + t * tap, w.input, i + 1 < K);
+    };
+    const int64_t columns = std::min(NB, N - n0);
+    if (w.output < w.input) {
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t n = 0; n < columns; ++n)
+          for (int64_t t = 0; t < taps; ++t) pack(n, k, t);
+    } else {
+      for (int64_t n = 0; n < columns; ++n)
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t t = 0; t < taps; ++t) pack(n, k, t);
+    }
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t n = columns; n < NB; ++n) out[(t * steps + k) * NB + n] = typename P::Operand{};
+  };
+  pool.run([&](int task) {
+    const Range range = part(steps, kChunk, pool.tasks, task);
+    for (int64_t k = range.begin; k < range.end; k += kChunk)
+      for_column_blocks<A>(0, N, [&](int64_t n, auto vectors) {
+        pack_block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kChunk, range.end));
+      });
+  });
+}
+
+// ---- a stripe -------------------------------------------------------------------------------------------------------
+// The convolution of a ring's lines with packed weights.
+template <class P>
+struct LineConv {
+  using A = typename P::A;
+  using Operand = typename P::Operand;
+  static constexpr int L = kLanes<A>;
+  const ImageLines& image;
+  const Operand* packed;
+  int64_t K, N;
+
+  int64_t taps() const { return image.rows * 3; }
+  // The pixels' distance holds whole vectors of columns.
+  static int64_t pitch(int64_t K) {
+    constexpr int kUnit = L / P::kDepth;
+    return (depth_steps<P>(K) + kUnit - 1) / kUnit * kUnit;
+  }
+  static int64_t packed_size(int64_t K, int64_t N, const ImageLines& image) {
+    return padded<A>(N) * depth_steps<P>(K) * image.rows * 3;
+  }
+
+  // Calls make(first column, NV) for each block of columns, and what that returns for each segment: f(sums of the
+  // first pixel's first vector, distance of vectors, line, first pixel of the band, pixels).
+  template <class Make>
+  DX_INLINE void run(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, const Make& make) const {
+    const bool shorter = round_up(band.width, kShortSegment) < round_up(band.width, kLongSegment);
+    for_column_blocks<A>(0, N, [&](int64_t n, auto vectors) {
+      constexpr int NV = decltype(vectors)::value;
+      auto f = make(n, vectors);
+      if (shorter)
+        run_tiles<kShortSegment, NV>(ring, band, line, lines, n, f);
+      else
+        run_tiles<kLongSegment, NV>(ring, band, line, lines, n, f);
+    });
+  }
+
+ private:
+  template <int G, int NV, class F>
+  DX_INLINE void run_tiles(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, int64_t n,
+                           F& f) const {
+    constexpr int S = kSegments<G, NV>;
+    const int64_t steps = depth_steps<P>(K), per_line = (band.width + G - 1) / G, count = lines * per_line;
+    const bool joined = steps == ring.pitch;
+    const ConvTile<P> tile = {image.rows, joined ? 1 : 3, joined ? 3 * steps : steps, ring.pitch};
+    for (int64_t first = 0; first < count; first += S) {
+      const Operand* left[kMostWindowRows][kMostSegments];
+      for (int row = 0; row < image.rows; ++row) {
+        bool any = false;
+        for (int s = 0; s < S; ++s) {
+          // A tile that is not full repeats its last segment.
+          const int64_t i = std::min(first + s, count - 1);
+          const int64_t from = image.neighbour(line + i / per_line, row);
+          any |= from >= 0;
+          left[row][s] = (from < 0 ? ring.zeros : ring.line(from)) + i % per_line * G * ring.pitch;
+        }
+        if (!any) left[row][0] = nullptr;
+      }
+      alignas(64) A sums[NV * S * G * L];
+      conv_tile<P, G, NV>(tile, left, packed + n * steps * taps(), sums);
+      for (int s = 0; s < S && first + s < count; ++s) {
+        const int64_t i = first + s, w = i % per_line * G;
+        f(sums + s * G * L, S * G * L, line + i / per_line, w, std::min<int64_t>(G, band.width - w));
+      }
+    }
+  }
+};
