@@ -152,7 +152,9 @@ IMAGES = [([2, 1, 1, 11], 1), ([1, 1, 1, 1], 2), ([3, 1, 7, 7], 2), ([2, 1, 5, 1
 GROWTH = (1, 12, 17, 32, 48)
 
 
-def bn_relu_conv3x3(M: int, C: int, pitched: bool, images: Sequence[tuple[list[int], int]] = tuple(IMAGES)) -> list[Call]:
+def bn_relu_conv3x3(
+    M: int, C: int, pitched: bool, images: Sequence[tuple[list[int], int]] = tuple(IMAGES)
+) -> list[Call]:
     calls = []
     for i, (size, dims) in enumerate(images):
         M, k = _pixels(size), GROWTH[(i + C) % len(GROWTH)]
@@ -197,7 +199,7 @@ def bn_relu_conv3x3_backward(
             {**NO_NORM, **dict.fromkeys(SUMS), **no_features, "scaled": False, "grad_conv_weight": None},
             {"grad_x": None, "scaled": False},
             {"grad_x": None, "scaled": False, **dict.fromkeys(SUMS)},
-            {name: None for name in CONV_GRADS},
+            dict.fromkeys(CONV_GRADS),
         ):
             changed = {**args, **change}
             calls.append(Call(changed, tuple(k for k in ("grad_x", *CONV_GRADS, *SUMS) if changed[k] is not None)))

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kernel_calls import MAKERS, Call, converted
+from kernel_calls import MAKERS, SEED, Call, converted
 from torch import Tensor
 
 from densenet_ext import kernels
@@ -85,6 +85,14 @@ A_MATRIX = ANY_TENSOR | {
     "in another layout": lambda x: x.t().contiguous().t(),
     "of windows": lambda x: x[..., None].repeat(1, 1, 3),
 }
+A_WINDOW = ANY_TENSOR | {
+    "misaligned": misaligned,
+    "flat": lambda x: x.flatten(1),
+    "with a window of one": lambda x: x[:, :, :1],
+    "with one dimension more": lambda x: x[..., None],
+    "with outputs and inputs exchanged": lambda x: x.transpose(0, 1),
+    "in another layout": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+}
 A_SEED = {
     "on the meta device": lambda x: x.to("meta"),
     "of 32 bits": lambda x: x.to(torch.int32),
@@ -100,6 +108,7 @@ NUMBERS = {
     "z_eps": [-1e-5, NAN, float("inf")],
     "drop_rate": [-0.1, 1.1, NAN, float("inf"), -float("inf")],
     "layer": [-1, 2**31, HUGE, -HUGE - 1],
+    "drop_rows": [0, -1, -HUGE - 1],
 }
 LISTS: dict[str, list[Callable[[list[int]], list[int]]]] = {
     "size": [
@@ -135,13 +144,14 @@ def changes(name: str, value: Any, optional: set[str]) -> Iterator[tuple[str, An
         yield from ((repr(x), x) for x in NUMBERS[name])
     elif name in LISTS:
         yield from ((repr(x), x) for x in (change(value) for change in LISTS[name]))
-    elif name == "features":
+    elif name == "features" and isinstance(value, list):
         for text, change in A_MAP.items():
             yield text, [*value[:2], change(value[2])]
         yield "none", []
         yield "one less", value[1:]
     elif isinstance(value, Tensor):
-        table = A_SEED if name == "seed" else A_MATRIX if name in MATRICES else A_VECTOR if value.dim() == 1 else A_MAP
+        matrix = A_WINDOW if value.dim() > 2 else A_MATRIX
+        table = A_SEED if name == "seed" else matrix if name in MATRICES else A_VECTOR if value.dim() == 1 else A_MAP
         for text, change in table.items():
             if not (text == "misaligned" and value.element_size() == 1):
                 yield text, change(value)
@@ -155,6 +165,7 @@ IN_PLACE = {
     ("feature_grad", "out", "grad"),
     ("bn_relu_backward", "grad_x", "grad"),
     ("bn_relu_conv1x1_backward", "grad_x", "grad_in"),
+    ("bn_relu_conv3x3_backward", "grad_x", "grad_in"),
 }
 
 
@@ -166,7 +177,7 @@ def overlaps(op: str, call: Call, args: dict[str, Any]) -> Iterator[tuple[str, d
     """Every result over every other argument of its dtype: the same memory, and shifted by one element."""
     for out in call.outputs:
         for other, value in args.items():
-            y = value[2] if other == "features" else value
+            y = value[2] if isinstance(value, list) and other == "features" else value
             if other == out or not isinstance(y, Tensor) or not isinstance(args[out], Tensor):
                 continue
             x = args[out]
@@ -178,7 +189,7 @@ def overlaps(op: str, call: Call, args: dict[str, Any]) -> Iterator[tuple[str, d
                 memory = torch.ones(x.numel() + y.numel() + 1, dtype=x.dtype)
                 over = memory[shift : shift + x.numel()].view(x.shape)
                 under = memory[: y.numel()].view(y.shape)
-                replaced = [*value[:2], under] if other == "features" else under
+                replaced = [*value[:2], under] if isinstance(value, list) else under
                 yield f"{out} over {other}, shifted by {shift}", {**args, out: over, other: replaced}
 
 
@@ -190,10 +201,33 @@ def full_call(op: str, dtype: torch.dtype) -> Call:
     """The call of an operator that gives most of its tensors, all packed."""
     found = MAKERS[op](7, 10, False)
     call = max(found, key=lambda c: sum(isinstance(v, Tensor) and v.shape[-1] > 1 for v in c.args.values()))
-    if "drop_rate" in call.args:
+    if "drop_rate" in call.args and "size" not in call.args:
         call = next(c for c in found if c.args["drop_rate"] == 0.3 or c.args["drop_rate"] == 0.4)
+    elif "drop_rate" in call.args:
+        call = Call({**call.args, "drop_rate": 0.3, "seed": SEED}, call.outputs)
     packed = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in call.args.items()}
     return Call(converted(Call(packed, call.outputs), dtype), call.outputs)
+
+
+def refusals_of_what_is_not_there(call: Call) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+    """The convolution's backward pass without a norm, without features, without an input's gradient."""
+    args = call.args
+    features = [name for name in args if name.startswith("features")]
+    for name in features[1:]:
+        yield f"{name} without features", [name], {**args, **dict.fromkeys(features), name: args[name]}
+        yield f"features without {name}", [name], {**args, name: None}
+    norm = dict.fromkeys(("mean", "var", "weight", "bias"))
+    sums = dict.fromkeys(("grad_weight", "grad_bias", "grad_mean", "grad_var"))
+    bare = {**args, **norm, **sums, "scaled": False, "grad_in": None, "accumulate": False}
+    yield "scaled without a norm", ["scaled"], {**bare, "scaled": True}
+    for name in ("weight", "bias"):
+        yield f"{name} without a norm", [name], {**bare, name: args[name]}
+    for pair in (("grad_weight", "grad_bias"), ("grad_mean", "grad_var")):
+        yield f"{pair[0]} without a norm", [pair[0]], {**bare, **{name: args[name] for name in pair}}
+    for name, value in (("grad_in", args["grad_in"]), ("accumulate", True)):
+        alone = {**args, "grad_in": None, "accumulate": False, name: value}
+        yield f"{name} with a gradient that is not scaled", [name], {**alone, "scaled": False}
+        yield f"{name} without grad_x", [name], {**alone, "grad_x": None}
 
 
 def refusals(op: str) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
@@ -206,7 +240,8 @@ def refusals(op: str) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
         for text, changed in changes(name, value, optional):
             if (op, name, text) in RIGHT:
                 continue
-            blamed = names if name in DEFINING or name == names[0] else [name]
+            defines = name in DEFINING or name == names[0] or (op, name) == ("bn_relu_conv3x3_backward", "grad")
+            blamed = names if defines else [name]
             yield f"{name} {text}", blamed, {**call.args, name: changed}
     for text, args in overlaps(op, call, call.args):
         yield text, [text.split()[0], text.split()[2].rstrip(",")], args
@@ -214,6 +249,8 @@ def refusals(op: str) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
         for name in pair:
             if name in optional and isinstance(call.args.get(name), Tensor):
                 yield f"{name} without its pair", list(pair), {**call.args, name: None}
+    if op == "bn_relu_conv3x3_backward":
+        yield from refusals_of_what_is_not_there(call)
     if op == "bn_relu_conv1x1_backward":
         for name in ("z_mean", "z_var", "z_weight", "z_bias"):
             none = dict.fromkeys(("z", "z_mean", "z_var", "z_weight", "z_bias", "z_grad_weight", "z_grad_bias"))

@@ -54,6 +54,15 @@ def vector(name: str, dtype: torch.dtype, C: int) -> Spec:
     return Spec(name, dtype, (C,), (1,))
 
 
+def taps(name: str, dtype: torch.dtype, N: int, C: int, dims: int, channels_last: bool) -> Spec:
+    """The weight of a 3x3 convolution of so many dimensions."""
+    count = 3**dims
+    strides = [3**i for i in reversed(range(dims))]
+    if channels_last:
+        return Spec(name, dtype, (N, C, *[3] * dims), (C * count, 1, *(C * s for s in strides)))
+    return Spec(name, dtype, (N, C, *[3] * dims), (C * count, count, *strides))
+
+
 Arguments = dict[str, Any]
 
 
@@ -65,6 +74,13 @@ def valid(draw: st.DrawFn, op: str) -> Arguments:
     M, C, N = (draw(st.integers(low, high)) for low, high in ((1, 40), (1, 40), (1, 70)))
     Mo = M
     args: Arguments = {}
+    dims = draw(st.integers(1, 3))
+    if "conv3x3" in op:
+        M, N = 1, draw(st.integers(1, 40))
+        args["size"] = [draw(st.integers(1, high)) for high in (3, 3 if dims > 2 else 1, 5 if dims > 1 else 1, 7)]
+        for n in args["size"]:
+            M *= n
+        Mo = M
     if "pool" in op:
         size = [draw(st.integers(1, high)) for high in (2, 3, 6, 6)]
         if "max" in op:
@@ -89,25 +105,29 @@ def valid(draw: st.DrawFn, op: str) -> Arguments:
     rate = draw(st.sampled_from([0.0, 0.3, 0.999, 1.0]))
     args |= {"eps": 1e-5, "z_eps": 1e-3, "drop_rate": rate, "layer": draw(st.integers(0, 300)), "tf32": False}
     args |= {"out_relu": draw(st.booleans()), "accumulate": draw(st.booleans())}
+    args |= {"drop_rows": draw(st.sampled_from([1, 3, M])), "scaled": True}
     args["seed"] = Spec("seed", torch.int64, (1,), (1,)) if rate or draw(st.booleans()) else None
     for argument in schema.arguments:
         name, optional = argument.name, "Optional" in str(argument.type)
         if name in args:
             continue
         z_part = name.startswith("z_") or name == "z"
-        count = N if z_part or name.startswith("out_") else C
+        count = N if z_part or name.startswith(("out_", "features_")) or name in ("conv_bias", "grad_conv_bias") else C
         if name == "grad_out" or name in ("out", "index", "pooled"):
-            columns = N if "conv1x1" in op else C
+            columns = N if "conv" in op else C
             args[name] = draw(rows(name, torch.uint8 if name == "index" else dtype, Mo, columns))
+        elif "conv3x3" in op and name in ("grad", "features"):
+            args[name] = draw(rows(name, dtype, M, N))
         elif name in ("x", "src", "grad", "grad_x", "grad_in"):
             args[name] = draw(rows(name, dtype, M, C))
         elif name == "z":
             args[name] = draw(rows(name, dtype, M, N))
         elif name in ("conv_weight", "grad_conv_weight"):
-            args[name] = Spec(name, acc, (N, C), (C, 1))
+            matrix = Spec(name, acc, (N, C), (C, 1))
+            args[name] = taps(name, acc, N, C, dims, draw(st.booleans())) if "conv3x3" in op else matrix
         else:
             args[name] = vector(name, acc, count)
-        if optional:
+        if optional and "conv3x3" not in op:
             paired = {"mean": "statistics", "var": "statistics", "out_mean": "statistics", "out_var": "statistics"}
             paired |= {"grad_weight": "frozen", "grad_bias": "frozen", "grad_mean": "frozen", "grad_var": "frozen"}
             paired |= {"z_grad_weight": "z_frozen", "z_grad_bias": "z_frozen"}
@@ -116,7 +136,25 @@ def valid(draw: st.DrawFn, op: str) -> Arguments:
                 keep = with_z
             if not keep or (z_part and not with_z) or (name == "index" and "backward" in op and not keep):
                 args[name] = None
+    if "conv3x3" in op:
+        args |= draw(left_out(args))
     return {argument.name: args[argument.name] for argument in schema.arguments}
+
+
+@st.composite
+def left_out(draw: st.DrawFn, args: Arguments) -> Arguments:
+    """What a call of the 3x3 convolution does without: each by itself, or with what is nothing without it."""
+    groups = [["mean", "var", "weight", "bias", "grad_weight", "grad_bias", "grad_mean", "grad_var"]]
+    groups += [["out_mean", "out_var"], ["grad_weight", "grad_bias"], ["grad_mean", "grad_var"], ["grad_x", "grad_in"]]
+    groups += [["features", "features_mean", "features_grad_mean", "features_grad_var"]]
+    groups += [[name] for name in ("weight", "bias", "conv_bias", "grad_in", "grad_conv_weight", "grad_conv_bias")]
+    names = [name for group in groups if draw(st.integers(0, 3)) == 0 for name in group]
+    changes: Arguments = dict.fromkeys(name for name in names if name in args)
+    if "scaled" in args:
+        scaled = draw(st.booleans()) and "mean" not in changes and "grad_x" not in changes
+        changes |= {"scaled": scaled, "accumulate": scaled and args["accumulate"]}
+        changes |= {} if scaled else {"grad_in": None}
+    return changes
 
 
 @st.composite

@@ -18,6 +18,7 @@ from densenet_ext.kernels import plain
 
 MISSING = kernels.why_plain(DEVICE)
 LEVELS = _extension.module.simd_levels() if _extension.module is not None and DEVICE.type == "cpu" else []
+OPS = [name for name in kernels.OPS if DEVICE.type == "cpu" or name not in kernels.CPU_OPS]
 compiled_only = pytest.mark.skipif(MISSING is not None, reason=f"no compiled part: {MISSING}")
 
 
@@ -68,17 +69,21 @@ def check(name: str, call: Call, dtype: torch.dtype) -> None:
         # a GPU's tensor cores and the processor's dot products multiply what was rounded to dtype, as eager does; plain
         # PyTorch multiplies in float32
         rounded_factors = "conv" in name and (DEVICE.type == "cuda" or dtype == torch.bfloat16)
-        # the sums of a single channel may cancel, and there is none beside it to measure their error by
-        roundings = 32 if "conv3x3" in name and got["x"].shape[1] == 1 else 4
+        # sums of few channels, of what was rounded, may cancel; test_conv3x3.py judges them by eager's own error
+        roundings = 32 if "conv3x3" in name and got["x"].shape[1] < 4 else 4
         least = roundings * torch.finfo(dtype).eps if rounded_factors else 0.0
         assert_as_good(*results, factor=3.0, floor=64.0, least=least)
     assert all(outside_is_untouched(args) for args in got.values() if isinstance(args, Tensor))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_compiled_equals_plain(name: str, dtype: torch.dtype, level: str) -> None:
-    shapes = [(0, C, i % 2 == 1) for i, C in enumerate((1, 3, 12, 33, 70))] if "size" in MAKERS[name](1, 1, False)[0].args else SHAPES
+    shapes = SHAPES
+    if "pool" in name or "conv3x3" in name:
+        # the sums of a single channel may cancel, and there is none beside it to measure their error by
+        channels = (1, 3, 12, 33, 70) if "pool" in name else (3, 12, 33, 70)
+        shapes = [(0, C, i % 2 == 1) for i, C in enumerate(channels)]
     for M, C, pitched in shapes:
         for call in MAKERS[name](M, C, pitched):
             check(name, call, dtype)
@@ -226,9 +231,11 @@ def test_statistics_of_infinity(M: int, dtype: torch.dtype, level: str) -> None:
         torch.testing.assert_close(var * M / (M - 1), usual.running_var, equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_no_rows(name: str, backend: str) -> None:
     """What an empty local batch asks for, beside other processes that have one. It has no statistics."""
+    if backend == "emulated" and name in kernels.CPU_OPS:
+        pytest.skip("no kernel for GPUs")
     statistics = {"channel_stats": ("mean", "var"), "append_features": ("mean", "var")}
     statistics["bn_relu_conv1x1"] = statistics["bn_relu_conv3x3"] = ("out_mean", "out_var")
     for call in MAKERS[name](7, 12, True):
@@ -252,7 +259,7 @@ def _without_rows(x: Any) -> Any:
 
 
 @compiled_only
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_the_same_bits_from_run_to_run(name: str) -> None:
     for call in MAKERS[name](1031, 24, True):
         runs = [converted(call, torch.float32) for _ in range(2)]
@@ -326,14 +333,14 @@ def test_misaligned_storage_is_an_error() -> None:
 
 
 @compiled_only
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     call = MAKERS[name](7, 5, False)[0]
     torch.library.opcheck(getattr(torch.ops.densenet_ext, name).default, tuple(converted(call, torch.float32).values()))
 
 
 @compiled_only
-@pytest.mark.parametrize("name", kernels.OPS)
+@pytest.mark.parametrize("name", OPS)
 def test_every_schema_has_the_plain_functions_arguments(name: str) -> None:
     """A wrong schema fails without a sound in some versions of torch: names and order have to agree."""
     import inspect

@@ -152,9 +152,15 @@ MomentsJob<T> job(const ChannelStats<T>& p, void* workspace) {
 }
 template <class T>
 MomentsJob<T> job(const AppendFeatures<T>& p, void* workspace) {
-  MomentsJob<T> job = {p.M,     p.C,         p.src,
-                       p.out,   p.drop_rate, p.seed,
-                       p.layer, p.drop_rows, Tiling(0, 1, 1, 1),
+  MomentsJob<T> job = {p.M,
+                       p.C,
+                       p.src,
+                       p.out,
+                       p.drop_rate,
+                       p.seed,
+                       p.layer,
+                       p.drop_rows,
+                       Tiling(0, 1, 1, 1),
                        p.mean ? workspace : nullptr};
   job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
   return job;

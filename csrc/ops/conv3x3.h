@@ -94,14 +94,16 @@ inline void check_belongs_to_features(const OptionalTensor& features, const Opti
 }
 
 template <class D>
-void bn_relu_conv3x3_backward(
-    const Tensor& x, const Ints& size, const OptionalTensor& mean, const OptionalTensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight, const Tensor& grad,
-    const OptionalTensor& features, const OptionalTensor& features_mean, const OptionalTensor& features_grad_mean,
-    const OptionalTensor& features_grad_var, double drop_rate, const OptionalTensor& seed, int64_t layer,
-    int64_t drop_rows, bool scaled, const OptionalTensor& grad_in, bool accumulate, const OptionalTensor& grad_x,
-    const OptionalTensor& grad_conv_weight, const OptionalTensor& grad_conv_bias, const OptionalTensor& grad_weight,
-    const OptionalTensor& grad_bias, const OptionalTensor& grad_mean, const OptionalTensor& grad_var) {
+void bn_relu_conv3x3_backward(const Tensor& x, const Ints& size, const OptionalTensor& mean, const OptionalTensor& var,
+                              const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                              const Tensor& conv_weight, const Tensor& grad, const OptionalTensor& features,
+                              const OptionalTensor& features_mean, const OptionalTensor& features_grad_mean,
+                              const OptionalTensor& features_grad_var, double drop_rate, const OptionalTensor& seed,
+                              int64_t layer, int64_t drop_rows, bool scaled, const OptionalTensor& grad_in,
+                              bool accumulate, const OptionalTensor& grad_x, const OptionalTensor& grad_conv_weight,
+                              const OptionalTensor& grad_conv_bias, const OptionalTensor& grad_weight,
+                              const OptionalTensor& grad_bias, const OptionalTensor& grad_mean,
+                              const OptionalTensor& grad_var) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);

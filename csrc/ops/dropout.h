@@ -7,8 +7,7 @@ namespace dx::ops {
 
 // The seed's place, or null without one. The layer is hashed in 32 bits.
 template <class D>
-const int64_t* check_dropout(const D& at, double rate, const OptionalTensor& seed, int64_t layer,
-                             int64_t drop_rows) {
+const int64_t* check_dropout(const D& at, double rate, const OptionalTensor& seed, int64_t layer, int64_t drop_rows) {
   STD_TORCH_CHECK(rate >= 0 && rate <= 1, "densenet_ext: drop_rate: expected a number in [0, 1], got ", rate);
   STD_TORCH_CHECK(layer >= 0 && layer <= INT32_MAX, "densenet_ext: layer: expected a number in [0, ", INT32_MAX,
                   "], got ", layer);

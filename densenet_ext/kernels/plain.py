@@ -22,6 +22,7 @@ from densenet_ext.kernels.plain_rows import (
     channel_stats,
     dropout_factor,
     feature_grad,
+    rstd_scale,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "channel_stats",
     "dropout_factor",
     "feature_grad",
+    "rstd_scale",
 ]

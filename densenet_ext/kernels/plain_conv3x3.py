@@ -65,7 +65,7 @@ def bn_relu_conv3x3(
     out_mean: Tensor | None,
     out_var: Tensor | None,
 ) -> None:
-    """out [M, k] = dropout(conv3x3(relu(bn(x [M, C]))) + conv_bias [k]); its statistics as stored into out_mean, out_var.
+    """out [M, k] = dropout(conv3x3(relu(bn(x [M, C]))) + conv_bias [k]); its statistics as stored.
 
     ``drop_rows``: so many rows after each other share their factors: 1, or the pixels of a sample.
     """

@@ -1,6 +1,6 @@
-// out = dropout(conv3x3(relu(bn(x))) + bias): each line of x is normalised once by a task into a ring of lines that fits
-// the cache, and multiplied from there; the normalised tensor never exists in memory. The output's statistics are taken
-// from the lines just written, as stored.
+// out = dropout(conv3x3(relu(bn(x))) + bias): each line of x is normalised once by a task into a ring of lines that
+// fits the cache, and multiplied from there; the normalised tensor never exists in memory. The output's statistics are
+// taken from the lines just written, as stored.
 #pragma once
 
 template <class T>
@@ -49,23 +49,28 @@ void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool) {
         else
           fill_band<P>(band, image.width, p.C, GivenPixels<T>{x}, target, to, pitch);
       }
-      conv.run(own, band, line, lines, [&](int64_t n, auto vectors) {
-        return [&, n](const A* sums, int64_t vector_distance, int64_t at, int64_t w, int64_t pixels) {
-          const int64_t m = at * image.width + band.begin + w;
-          for (int64_t r = 0; r < pixels; ++r)
+      // The lines of the next stripe, where those lie behind each other in memory.
+      const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
+      ReadAhead next_x(p.x, std::min(filled, image.count - 1) * image.width, next, p.C, conv.tiles(band, lines));
+      conv.run(
+          own, band, line, lines, [&] { next_x.step(); },
+          [&](int64_t n, auto vectors) {
+            return [&, n](const A* sums, int64_t vector_distance, int64_t at, int64_t w, int64_t pixels) {
+              const int64_t m = at * image.width + band.begin + w;
+              for (int64_t r = 0; r < pixels; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < decltype(vectors)::value; ++j) {
-              const int64_t c = n + j * L, left = p.N - c;
-              Vec<A> v = load_vec(sums + j * vector_distance + r * L) + load_vec(bias + c);
-              if (drop) v *= drop.at(m + r, c);
-              T* out = p.out.row(m + r) + c;
-              if (left >= L)
-                store(out, v);
-              else
-                store_part(out, v, int(left));
-            }
-        };
-      });
+                for (int j = 0; j < decltype(vectors)::value; ++j) {
+                  const int64_t c = n + j * L, left = p.N - c;
+                  Vec<A> v = load_vec(sums + j * vector_distance + r * L) + load_vec(bias + c);
+                  if (drop) v *= drop.at(m + r, c);
+                  T* out = p.out.row(m + r) + c;
+                  if (left >= L)
+                    store(out, v);
+                  else
+                    store_part(out, v, int(left));
+                }
+            };
+          });
       if (!p.out_mean) return;
       if (stripes.bands == 1) {
         sum.add_panel(p.out.row(line * image.width), p.out.pitch, lines * image.width, p.N);

@@ -1,4 +1,5 @@
-// The backward pass of out = dropout(conv3x3(relu(bn(x))) + bias) in one pass over x and the gradient, stripe by stripe:
+// The backward pass of out = dropout(conv3x3(relu(bn(x))) + bias) in one pass over x and the gradient, stripe by
+// stripe:
 //   g   = dropout'(grad + the statistics' share)            as in feature_grad
 //   y   = relu(bn(x))                                       recomputed
 //   dW += g^T @ y, shifted for each position of the window  one sum per task
@@ -56,10 +57,10 @@ struct InputGradColumns {
   InputGradColumns() = default;
   InputGradColumns(const BnReluConv3x3Backward<T>& p, const Affine<A>& affine, int64_t c)
       : x(p.scaled || p.grad_weight || p.grad_mean ? p.x.data + c : nullptr),
-        in(!p.scaled        ? nullptr
-           : p.grad_in      ? p.grad_in.data + c
-           : p.accumulate   ? p.grad_x.data + c
-                            : nullptr),
+        in(!p.scaled      ? nullptr
+           : p.grad_in    ? p.grad_in.data + c
+           : p.accumulate ? p.grad_x.data + c
+                          : nullptr),
         out(p.grad_x ? p.grad_x.data + c : nullptr),
         x_pitch(p.x.pitch),
         in_pitch(p.grad_in ? p.grad_in.pitch : p.grad_x.pitch),
@@ -153,9 +154,8 @@ class Conv3x3Backward {
         g_rows_size(kPairs ? g.slots * g_rows_line + kLongRows : 0),
         scratch(Affine<A>::bytes(norm_size) + 3 * Scratch::bytes<A>(padded<A>(p.N)) +
                 Scratch::bytes<Operand>(g.zeros_size()) + Scratch::bytes<Operand>(packed_size()) +
-                Scratch::bytes<Operand>(pool.tasks * task_operands()) +
-                Scratch::bytes<A>(pool.tasks * wgrad_size()) + TaskSums::bytes(pool.tasks, p.C) +
-                TaskSums::bytes(pool.tasks, p.N)),
+                Scratch::bytes<Operand>(pool.tasks * task_operands()) + Scratch::bytes<A>(pool.tasks * wgrad_size()) +
+                TaskSums::bytes(pool.tasks, p.C) + TaskSums::bytes(pool.tasks, p.N)),
         affine(scratch, p.norm, norm_size),
         grad(completed_grad()),
         packed(scratch.take<Operand>(packed_size())),
@@ -216,9 +216,14 @@ class Conv3x3Backward {
       if (p.grad_conv_bias) add_bias(task, band, line, lines, own_g);
       if (want_wgrad) add_wgrad(band, line, lines, own_g, g_rows, own_y, own_wgrad);
       if (!want_dgrad) return;
-      conv.run(own_g, band, line, lines, [&](int64_t c, auto vectors) {
-        return Columns<decltype(vectors)::value>(*this, task, band, c);
-      });
+      // The lines of the next stripe, where those lie behind each other in memory.
+      const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
+      const int64_t first = std::min(filled, image.count - 1) * image.width, tiles = conv.tiles(band, lines);
+      ReadAhead next_x(p.x, first, want_wgrad ? next : 0, p.C, tiles), next_grad(p.grad, first, next, p.N, tiles);
+      ReadAhead next_features(p.features ? p.features : p.grad, first, p.features ? next : 0, p.N, tiles);
+      const auto ahead = [&] { next_x.step(), next_grad.step(), next_features.step(); };
+      conv.run(own_g, band, line, lines, ahead,
+               [&](int64_t c, auto vectors) { return Columns<decltype(vectors)::value>(*this, task, band, c); });
     });
   }
 
@@ -242,15 +247,15 @@ class Conv3x3Backward {
     for (int64_t c = 0; c < p.N; c += L) {
       Vec<A> sum = {};
       for (int64_t l = line; l < line + lines; ++l)
-        for (int64_t w = 0; w < band.width; ++w)
-          sum += P::load_along_columns(own_g.line(l) + (w + 1) * g.pitch, c);
+        for (int64_t w = 0; w < band.width; ++w) sum += P::load_along_columns(own_g.line(l) + (w + 1) * g.pitch, c);
       bias_sums.add<A>(task, c, sum, Vec<A>{});
     }
   }
 
   void add_wgrad(Stripes::Band band, int64_t line, int64_t lines, const LineRing<P>& own_g, const Operand* g_rows,
                  const LineRing<P>& own_y, A* own_wgrad) const {
-    const Operand *of_g[Stripes::kMostLines], *of_y[kMostWindowRows][Stripes::kMostLines], *const* rows[kMostWindowRows];
+    const Operand *of_g[Stripes::kMostLines],
+        *of_y[kMostWindowRows][Stripes::kMostLines], *const *rows[kMostWindowRows];
     for (int64_t i = 0; i < lines; ++i) {
       const int64_t l = line + i;
       of_g[i] = kPairs ? g_rows + l % g.slots * g_rows_line : own_g.line(l) + g.pitch;

@@ -90,19 +90,18 @@ inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, i
     typename P::Operand* out = packed + n0 * steps * taps;
     const auto pack = [&](int64_t n, int64_t k, int64_t t) {
       const int64_t i = k * P::kDepth;
-      out[(t * steps + k) * NB + n] =
-          P::pack(first + (n0 + n) * w.output + i * w.input + t * tap, w.input, i + 1 < K);
+      out[(t * steps + k) * NB + n] = P::pack(first + (n0 + n) * w.output + i * w.input + t * tap, w.input, i + 1 < K);
     };
     const int64_t columns = std::min(NB, N - n0);
-    if (w.output < w.input) {
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t n = 0; n < columns; ++n)
-          for (int64_t t = 0; t < taps; ++t) pack(n, k, t);
-    } else {
-      for (int64_t n = 0; n < columns; ++n)
+    // One tap after the other: what they write lies at distances that would all fall into the same cache sets.
+    for (int64_t t = 0; t < taps; ++t)
+      if (w.output < w.input) {
         for (int64_t k = k0; k < k1; ++k)
-          for (int64_t t = 0; t < taps; ++t) pack(n, k, t);
-    }
+          for (int64_t n = 0; n < columns; ++n) pack(n, k, t);
+      } else {
+        for (int64_t n = 0; n < columns; ++n)
+          for (int64_t k = k0; k < k1; ++k) pack(n, k, t);
+      }
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t k = k0; k < k1; ++k)
         for (int64_t n = columns; n < NB; ++n) out[(t * steps + k) * NB + n] = typename P::Operand{};
@@ -137,25 +136,31 @@ struct LineConv {
     return padded<A>(N) * depth_steps<P>(K) * image.rows * 3;
   }
 
+  // How often run() calls ahead().
+  int64_t tiles(Stripes::Band band, int64_t lines) const {
+    return std::max<int64_t>(1, lines * band.width * padded<A>(N) / (L * kMostTilePixels * kMostVectors));
+  }
   // Calls make(first column, NV) for each block of columns, and what that returns for each segment: f(sums of the
-  // first pixel's first vector, distance of vectors, line, first pixel of the band, pixels).
-  template <class Make>
-  DX_INLINE void run(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, const Make& make) const {
+  // first pixel's first vector, distance of vectors, line, first pixel of the band, pixels). Before a tile's products
+  // ahead() asks for memory.
+  template <class Make, class Ahead>
+  DX_INLINE void run(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, const Ahead& ahead,
+                     const Make& make) const {
     const bool shorter = round_up(band.width, kShortSegment) < round_up(band.width, kLongSegment);
     for_column_blocks<A>(0, N, [&](int64_t n, auto vectors) {
       constexpr int NV = decltype(vectors)::value;
       auto f = make(n, vectors);
       if (shorter)
-        run_tiles<kShortSegment, NV>(ring, band, line, lines, n, f);
+        run_tiles<kShortSegment, NV>(ring, band, line, lines, n, ahead, f);
       else
-        run_tiles<kLongSegment, NV>(ring, band, line, lines, n, f);
+        run_tiles<kLongSegment, NV>(ring, band, line, lines, n, ahead, f);
     });
   }
 
  private:
-  template <int G, int NV, class F>
+  template <int G, int NV, class Ahead, class F>
   DX_INLINE void run_tiles(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, int64_t n,
-                           F& f) const {
+                           const Ahead& ahead, F& f) const {
     constexpr int S = kSegments<G, NV>;
     const int64_t steps = depth_steps<P>(K), per_line = (band.width + G - 1) / G, count = lines * per_line;
     const bool joined = steps == ring.pitch;
@@ -173,6 +178,7 @@ struct LineConv {
         }
         if (!any) left[row][0] = nullptr;
       }
+      ahead();
       alignas(64) A sums[NV * S * G * L];
       conv_tile<P, G, NV>(tile, left, packed + n * steps * taps(), sums);
       for (int s = 0; s < S && first + s < count; ++s) {

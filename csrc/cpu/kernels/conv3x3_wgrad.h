@@ -1,5 +1,5 @@
-// dW[t, n, c] = sum over pixels p of g[p, n] * y[p + t, c]: the inner dimension is the pixels of a stripe's lines, as many
-// as a line has for each of them, so that no product is taken beyond a border.
+// dW[t, n, c] = sum over pixels p of g[p, n] * y[p + t, c]: the inner dimension is the pixels of a stripe's lines, as
+// many as a line has for each of them, so that no product is taken beyond a border.
 #pragma once
 
 // Rows of a tile are output channels here. Of two heights the one is used that leaves fewer rows over.
@@ -102,8 +102,8 @@ struct TaskWgrad {
   }
 };
 
-// A band of a line as pairs along the pixels: operand [i, c] = pixels i and i + 1, counted from the one before the band.
-// wgrad takes every second of them, the even ones or the odd ones as its position in the window has it.
+// A band of a line as pairs along the pixels: operand [i, c] = pixels i and i + 1, counted from the one before the
+// band. wgrad takes every second of them, the even ones or the odd ones as its position in the window has it.
 template <class P, class Source>
 DX_INLINE void fill_pairs(Stripes::Band band, int64_t line_width, int64_t C, const Source source,
                           typename P::Operand* line, int64_t pitch) {

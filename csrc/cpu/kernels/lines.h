@@ -3,8 +3,8 @@
 //
 // A line is a row of pixels along W. A line of outputs takes the lines (d + i, h + j) of its own image, i and j in
 // -1 .. 1; in the order (n, d, h) of all lines these lie at constant distances. Lines beyond an image's border are
-// zeros, as padding comes after BatchNorm and ReLU. Long lines are cut into bands, each of which brings the pixel before
-// it and the one behind it.
+// zeros, as padding comes after BatchNorm and ReLU. Long lines are cut into bands, each of which brings the pixel
+// before it and the one behind it.
 #pragma once
 
 struct ImageLines {
@@ -39,14 +39,15 @@ struct ImageLines {
 
 constexpr int kMostWindowRows = 9;
 
-// How the lines are worked on: in bands of `width` pixels, `lines` of a band at a time. Tasks have ranges of lines, band
-// after band.
+// How the lines are worked on: in bands of `width` pixels, `lines` of a band at a time. Tasks have ranges of lines,
+// band after band.
 struct Stripes {
   static constexpr int64_t kMostLines = 64;
   int64_t width, bands, lines;
 
   // pixel_bytes: of all operands of a pixel.
   Stripes(const ImageLines& image, int64_t pixel_bytes, int tasks) {
+    pixel_bytes = std::max<int64_t>(1, pixel_bytes);  // a convolution of no channels is its bias
     // Half an L2 cache of 1 MiB for what is kept; enough pixels to make loads and stores of sums and the work per
     // stripe small beside the products, and not more.
     constexpr int64_t kKeptBytes = 512 * 1024, kPixels = 224, kLeastBand = 32, kLeastPart = 8;
@@ -78,8 +79,8 @@ struct Stripes {
   };
 };
 
-// Lines of a band as operands, those that a stripe and its neighbours need, in a ring: `positions` pixels each, of which
-// the first is the one before the band.
+// Lines of a band as operands, those that a stripe and its neighbours need, in a ring: `positions` pixels each, of
+// which the first is the one before the band.
 template <class P>
 struct LineRing {
   using Operand = typename P::Operand;

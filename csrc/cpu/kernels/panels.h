@@ -24,8 +24,8 @@ constexpr int kRowGroup = kRowUnit % 4 == 0 ? 4 : 2;
 static_assert(kRowUnit % kRowGroup == 0, "panels are made of whole groups");
 
 // Calls target.put(row, c, v) for every group of `whole` rows and vector of columns, with v[i] = source.value(
-// source.at(c), first + row + i, c, columns), zero beyond `rows`. Source and target come by value: what they point to is
-// then known not to change by the stores.
+// source.at(c), first + row + i, c, columns), zero beyond `rows`. Source and target come by value: what they point to
+// is then known not to change by the stores.
 template <class A, class Source, class Target>
 DX_INLINE void fill_rows(int64_t first, int64_t rows, int64_t whole, int64_t C, const Source source,
                          const Target target) {
