@@ -59,7 +59,8 @@ class SavedBytes(saved_tensors_hooks):
         if storage not in self._seen:
             self._seen[storage] = True
             self.by_owner[self._owner] += storage.nbytes()
-        return tensor.detach()  # a node that holds its own output by way of a hook would never be freed
+        # A node that holds its own output by way of a hook would never be freed; what has no node can't.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _unpack(tensor: Tensor) -> Tensor:

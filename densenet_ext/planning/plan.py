@@ -157,16 +157,23 @@ def set_level(model: nn.Module, level: str) -> list[Found]:
 
 def _level(name: str, run: DryRun, shape: tuple[int, ...], budget: int | None, optimizer: int) -> Level:
     batch = shape[0]
+    larger = (batch + 1, *shape[1:])
+    largest = None
     try:
-        one, other = (run.step((n, *shape[1:])) for n in (batch, batch + 1))
+        one = run.step(shape)
+        if budget is None:  # what one more image adds to the peak is not asked for
+            more = run.forward(larger)
+        else:
+            other = run.step(larger)
+            more, largest = other.saved, _largest_batch(one, other, batch, budget - optimizer)
     except REFUSALS as error:
         raise refused(shape, error) from error
     return Level(
         name=name,
         kept=one.saved.total,
-        kept_per_image=other.saved.total - one.saved.total,
+        kept_per_image=more.total - one.saved.total,
         peak=one.standing + optimizer + max(one.timeline, default=0),
-        largest_batch=None if budget is None else _largest_batch(one, other, batch, budget - optimizer),
+        largest_batch=largest,
     )
 
 
