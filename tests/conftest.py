@@ -108,7 +108,7 @@ def emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     torch.ops.load_library(library.compile_operators(tmp_path_factory.mktemp("operators")))
-    names = [name for name in kernels.OPS if name not in kernels.CPU_OPS]
+    names = [name for name in (*kernels.OPS, *kernels.BLOCK_OPS) if name not in kernels.CPU_OPS]
     return SimpleNamespace(**{name: getattr(torch.ops.densenet_ext_emulated, name).default for name in names})
 
 

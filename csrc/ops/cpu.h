@@ -4,13 +4,13 @@
 #include <algorithm>
 
 #include "../cpu/levels.h"
-#include "tensors.h"
+#include "torch_calls.h"
 
 namespace dx::ops {
 
-class Cpu : public Place {
+class Cpu : public TorchCalls {
  public:
-  explicit Cpu(const Tensor& first) : Place(first) {}
+  explicit Cpu(const Tensor& first) : TorchCalls(first) {}
 
 // `elements`: of all feature maps, the measure of the work
 #define DX_RUN(name, Params)                              \
@@ -44,6 +44,15 @@ class Cpu : public Place {
   DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
 #undef DX_RUN
 #undef DX_RUN_PRODUCT
+
+  static constexpr bool kHasConv3x3 = true;
+  // Where the convolution is ours: whenever its kernel is of 3 in every dimension.
+  template <class T>
+  bool has_conv3x3(const Images& images, const SameConvolution<T>& conv) const {
+    for (int i = 0; i < 3; ++i)
+      if (conv.window[i] != 3 && (conv.window[i] != 1 || images.size[i] != 1)) return false;
+    return conv.window[2] == 3;
+  }
 
  private:
   // Rows that a product takes of its inputs: a window of every row.

@@ -1,7 +1,9 @@
 // The operators for CUDA tensors.
 #include "cuda.h"
 
+#include "basic_layers.h"
 #include "conv1x1.h"
+#include "dense_layers.h"
 #include "elementwise.h"
 #include "pool.h"
 
@@ -9,4 +11,6 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
   dx::ops::implement_elementwise<dx::ops::Cuda>(m);
   dx::ops::implement_conv1x1<dx::ops::Cuda>(m);
   dx::ops::implement_pool<dx::ops::Cuda>(m);
+  dx::ops::implement_dense_layers<dx::ops::Cuda>(m);
+  dx::ops::implement_basic_layers<dx::ops::Cuda>(m);
 }

@@ -11,13 +11,13 @@
 
 #include "../cuda/errors.h"
 #include "../cuda/kernels.h"
-#include "tensors.h"
+#include "torch_calls.h"
 
 namespace dx::ops {
 
-class Cuda : public Place {
+class Cuda : public TorchCalls {
  public:
-  explicit Cuda(const Tensor& first) : Place(first), first_(first), guard_(device().index()) {
+  explicit Cuda(const Tensor& first) : TorchCalls(first), first_(first), guard_(device().index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device().index(), &stream));
     stream_ = static_cast<cuda::Stream>(stream);
@@ -50,6 +50,8 @@ class Cuda : public Place {
   DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
+
+  static constexpr bool kHasConv3x3 = false;
 
  private:
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only

@@ -9,6 +9,13 @@ namespace dx::ops {
 #define NORM "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps"
 #define MAYBE_NORM "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 
+// What a block's call and its backward pass have in common: the tensors of its layers, those that are there, with a bit
+// for each in `given`; what is no tensor; and the results of the forward pass.
+#define LAYERS                                                                                              \
+  "int[] size, Tensor[] tensors, int[] given, bool[] batch_stats, float[] eps, float[] drop_rates, bool[] " \
+  "drop_channels, "
+#define INNER_DROPOUT "float[] inner_drop_rates, bool[] inner_drop_channels, "
+
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
@@ -52,8 +59,25 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "bn_relu_max_pool_backward(Tensor grad_out, Tensor index, Tensor x, int[] size, int[] window, int[] stride, "
       "int[] padding, " NORM ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
+  m.def(
+      "move_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] means, Tensor[] vars, "
+      "int[] which, int[] starts, float[] momenta, float unbiased) -> ()");
+  m.def("dense_layers(Tensor x, " LAYERS INNER_DROPOUT
+        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, Tensor(d!)? var, "
+        "Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False) -> ()");
+  m.def(
+      "dense_layers_backward(Tensor(a!) grad, bool writable, " LAYERS INNER_DROPOUT
+      "Tensor? seed, bool new_first, Tensor out, Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, "
+      "Tensor? z_var, Tensor(b!)? grad_x, Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool tf32=False) -> ()");
+  m.def("basic_layers(Tensor x, " LAYERS
+        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, Tensor(d!) scratch) -> ()");
+  m.def("basic_layers_backward(Tensor(a!) grad, bool writable, " LAYERS
+        "Tensor? seed, bool new_first, Tensor out, Tensor? mean, Tensor? var, Tensor(b!)? grad_x, "
+        "Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch) -> ()");
 }
 #undef NORM
 #undef MAYBE_NORM
+#undef LAYERS
+#undef INNER_DROPOUT
 
 }  // namespace dx::ops

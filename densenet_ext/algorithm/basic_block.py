@@ -28,54 +28,74 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 from densenet_ext.algorithm.conversions import frozen_norm, grad_like, is_empty, norm_tensors, norm_values, result_dtype
 from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
-from densenet_ext.algorithm.layout import new_features, pixels, to_rows
-from densenet_ext.algorithm.norm import check_count, update_running_stats
+from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
+from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.values import BasicLayer, Stats, Tensors
 
 
-def basic_block(x: Tensor, layers: Sequence[BasicLayer], new_first: bool = False) -> tuple[Tensor, Stats | None]:
+class BasicLayers:
+    """The layers of a block, and all that follows from them alone: made once, used by every call until they change."""
+
+    def __init__(self, layers: Sequence[BasicLayer], new_first: bool = False) -> None:
+        self.layers = layers
+        groups = tuple(layer.norm.group for layer in layers)
+        self.synced = any(groups)
+        self.one_group = shared_group(groups, (layer.norm.batch_stats for layer in layers)) is not None
+        self.norms = [layer.norm for layer in layers]
+        growth = tuple(layer.conv.shape[0] for layer in layers)
+        columns = layer_columns(layers[0].conv.shape[1], growth, new_first) if layers else []
+        self.movement = Movement(self.norms, [0] * len(layers), [own.read for own in columns])
+        self.config = Config(
+            batch_stats=tuple(norm.batch_stats for norm in self.norms),
+            eps=tuple(norm.eps for norm in self.norms),
+            dtype=torch.float32,
+            drop_rates=tuple(layer.drop_rate for layer in layers),
+            groups=groups,
+            new_first=new_first,
+            drop_channels=tuple(layer.drop_channels for layer in layers),
+        )
+        self.tensors = [x for layer in layers for x in (*norm_tensors(layer.norm), layer.conv, layer.bias)]
+
+    def check_counts(self, size: Sequence[int]) -> None:
+        """Raises PyTorch's own ValueError where a norm in training sees one value per channel of images of ``size``."""
+        if pixels(size) == 1:
+            for layer in self.layers:
+                check_count(layer.norm, (size[0], layer.conv.shape[1], *size[2:]))
+
+
+def basic_block(
+    x: Tensor, layers: Sequence[BasicLayer] | BasicLayers, new_first: bool = False
+) -> tuple[Tensor, Stats | None]:
     """All features [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial], channels_last in memory, and their statistics.
 
     ``new_first``: a layer's new features come before those that it read. The dtype is that of eager's concatenation:
     promote(x, a convolution's result). There are no statistics where no norm uses the batch's own,
     and in compiled code. Raises PyTorch's own ValueError for one value per channel in training.
     """
-    groups = tuple(layer.norm.group for layer in layers)
-    if not layers or (is_empty(x) and not any(groups)):
-        return reference.basic_block(x, layers, new_first), None
-    if shared_group(groups, (layer.norm.batch_stats for layer in layers)) is None:
+    own = layers if isinstance(layers, BasicLayers) else BasicLayers(layers, new_first)
+    if not own.layers or (is_empty(x) and not own.synced):
+        return reference.basic_block(x, own.layers, new_first), None
+    if not own.one_group:
         stats = None
-        for layer in layers:  # each a block of its own, whose statistics are of one group
+        for layer in own.layers:  # each a block of its own, whose statistics are of one group
             x, stats = basic_block(x, [layer], new_first)
         return x, stats
-    for layer in layers:
-        check_count(layer.norm, (x.shape[0], layer.conv.shape[1], *x.shape[2:]))
-    config = Config(
-        batch_stats=tuple(layer.norm.batch_stats for layer in layers),
-        eps=tuple(layer.norm.eps for layer in layers),
-        dtype=torch.promote_types(x.dtype, result_dtype(x)),
-        drop_rates=tuple(layer.drop_rate for layer in layers),
-        groups=groups,
-        new_first=new_first,
-        drop_channels=tuple(layer.drop_channels for layer in layers),
-    )
-    tensors: list[Tensor | None] = [x, new_seed(config.drop_rates, x.device)]
-    for layer in layers:
-        tensors += (*norm_tensors(layer.norm), layer.conv, layer.bias)
+    own.check_counts(x.shape)
+    config = own.config._replace(dtype=torch.promote_types(x.dtype, result_dtype(x)))
+    tensors = [x, new_seed(config.drop_rates, x.device), *own.tensors]
 
     def move(results: Sequence[Tensor]) -> None:
-        if any(layer.norm.update for layer in layers):
-            mean, var, count = results[1:4]
-            read = [columns.read for columns in _layer_columns(config, tensors)]
-            norms = [layer.norm for layer in layers]
-            rows = [count if group else pixels(x.shape) for group in groups]
-            update_running_stats(norms, [mean[c] for c in read], [var[c] for c in read], rows)
+        mean, var, count = results[1:4]
+        M = pixels(x.shape)
+        rows = [count if group else M for group in config.groups] if own.synced else M
+        own.movement.move([mean], [var], rows)
 
     out, mean, var, _, own_mean, own_var = run(BASIC_BLOCK, config, tensors, move)
     if not mean.numel() or torch.compiler.is_compiling():
@@ -146,9 +166,50 @@ def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
 
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    results = _allocate(config, tensors)
+    run_whole = whole.operation("basic_layers", results[0], config.groups)
+    if run_whole is None:
+        _forward_by_layers(config, tensors, results)
+    else:
+        assert tensors[0] is not None
+        a, g, _ = _scratch_sizes(tensors, results[0])
+        scratch, held = whole.scratch(results[0], a), whole.results(results[0], g)
+        run_whole(to_rows(tensors[0].to(config.dtype)), *_call(config, tensors, results), scratch)
+        del held
+    return results
+
+
+def _call(config: Config, tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
+    """The arguments that the operations of both directions take."""
+    present, given = whole.present(tensors[_FIRST:], _COUNT)
+    out, mean, var = results[:3]
+    assert out is not None and mean is not None
+    return (
+        [out.shape[0], *out.shape[2:]],
+        present,
+        given,
+        config.batch_stats,
+        config.eps,
+        config.drop_rates,
+        config.drop_channels,
+        tensors[1],
+        config.new_first,
+        to_rows(out),
+        *((mean, var) if mean.numel() else (None, None)),
+    )
+
+
+def _scratch_sizes(tensors: Tensors, out: Tensor) -> tuple[int, int, int]:
+    """Columns of the scratch for PyTorch's own convolution, before and behind it, and of what the last layer reads."""
+    weights: Any = tensors[_FIRST + _Parameters._fields.index("conv") :: _COUNT]
+    last = weights[-1].shape[1]
+    return (0, 0, last) if whole.has_kernel(out, weights) else (last, max(W.shape[0] for W in weights), last)
+
+
+def _forward_by_layers(config: Config, tensors: Tensors, results: Sequence[Tensor]) -> None:
     x = tensors[0]
     assert x is not None
-    out, mean, var, count, own_mean, own_var = results = _allocate(config, tensors)
+    out, mean, var, count, own_mean, own_var = results
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)
     X, M, size = to_rows(out), pixels(out.shape), out.shape
     layers, columns, group = _parameters(tensors), _layer_columns(config, tensors), _group(config)
@@ -173,13 +234,37 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
         ops.bn_relu(X[:, read], *norm, a)
         bias = None if own.bias is None else own.bias.to(out.dtype)
         append(conv_same(a, size, own.conv.to(out.dtype), bias), new, drops[l])
-    return results
 
 
 def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """``grad`` is only read."""
+    out, x_grad = results[0], None
+    assert out is not None
+    run_whole = whole.operation("basic_layers_backward", out, config.groups)
+    if run_whole is None:
+        return _backward_by_layers(config, grad, tensors, results, needs)
+    incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
+    asked = whole.Gradients(tensors[_FIRST:], needs[_FIRST:], _COUNT, kernels.acc_dtype(out.dtype))
+    if needs[0]:
+        C = _Parameters(*tensors[_FIRST : _FIRST + _COUNT]).conv.shape[1]
+        x_grad = new_features(out, (out.shape[0], C, *out.shape[2:]))
+    dx = None if x_grad is None else to_rows(x_grad)
+    a, g, last = _scratch_sizes(tensors, out)
+    alone = (
+        out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
+    )  # the first norm's gradients, not its input's
+    scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
+    held = whole.results(out, a)
+    run_whole(incoming, writable, *_call(config, tensors, results), dx, asked.found, asked.bits, scratch)
+    del held
+    return [x_grad, None, *asked.gradients()]
+
+
+def _backward_by_layers(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
     out, mean, var, count = results[:4]
     assert out is not None and mean is not None and var is not None and count is not None
     ops, acc = kernels.select(out), kernels.acc_dtype(out.dtype)

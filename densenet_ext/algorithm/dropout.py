@@ -36,26 +36,19 @@ class Dropout(NamedTuple):
         return from_rows(found, size)
 
     def forward(self, ops: Any, src: Tensor, size: Sequence[int], out: Tensor, stats: Any) -> None:
-        """out [M, k] = dropout(src), and its statistics (mean and variance [k], or two None); src is overwritten."""
-        if self.channels:
-            self._scale(src, size)
-            ops.append_features(src, out, *stats, 0.0, None, 0)
-        else:
-            ops.append_features(src, out, *stats, self.rate, self.seed, self.site)
+        """out [M, k] = dropout(src), and its statistics (mean and variance [k], or two None)."""
+        ops.append_features(src, out, *stats, self.rate, self.seed, self.site, self._rows(size))
 
     def backward(self, ops: Any, grad: Tensor, x: Tensor, stats: Any, size: Sequence[int], out: Tensor) -> None:
         """out [M, k] = dropout_backward(grad + what the features x receive through their statistics).
 
         stats: the features' means and the gradients of their means and variances, [k] each.
         """
-        if self.channels:
-            ops.feature_grad(grad, x, *stats, 0.0, None, 0, out)
-            self._scale(out, size)
-        else:
-            ops.feature_grad(grad, x, *stats, self.rate, self.seed, self.site, out)
+        ops.feature_grad(grad, x, *stats, self.rate, self.seed, self.site, out, self._rows(size))
 
-    def _scale(self, rows: Tensor, size: Sequence[int]) -> None:
-        from_rows(rows, size).mul_(self.factors(size, rows.shape[1], rows.dtype))
+    def _rows(self, size: Sequence[int]) -> int:
+        """So many rows after each other share their factors."""
+        return pixels((1, *size[1:])) if self.channels else 1
 
 
 def dropout_at(rate: float, channels: bool, seed: Tensor | None, site: int) -> Dropout | None:

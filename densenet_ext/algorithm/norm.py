@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from densenet_ext import kernels
 from densenet_ext.algorithm.values import Norm
 
 
@@ -51,6 +52,52 @@ def update_running_stats(
         with _same_versions(now):
             _move_once(now)
         moving = later
+
+
+class Movement:
+    """The running statistics of all norms of a unit, and where in its results the batch's statistics of each lie."""
+
+    def __init__(self, norms: Sequence[Norm], which: Sequence[int], parts: Sequence[slice]) -> None:
+        """which, parts: norm i reads the channels parts[i] of the pair of means and variances which[i]."""
+        moving = [i for i, norm in enumerate(norms) if norm.update and norm.batch_stats]
+        self._moving = moving
+        self._norms = [norms[i] for i in moving]
+        self._parts = [parts[i] for i in moving]
+        self._which, self._starts = [which[i] for i in moving], [parts[i].start for i in moving]
+        self._running = [t for norm in self._norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        self._momenta = [norm.momentum for norm in self._norms if norm.momentum is not None]
+        self._counters = [norm.num_batches_tracked for norm in self._norms if norm.num_batches_tracked is not None]
+        # one operation moves them all: no average over all batches, and none without statistics
+        self._alike = len(self._momenta) == len(self._norms) and len(self._running) == 2 * len(self._norms)
+        self._alike = self._alike and not any(norm.group for norm in self._norms)
+
+    def move(self, means: Sequence[Tensor], vars: Sequence[Tensor], counts: int | Sequence[int | Tensor]) -> None:
+        """Moves them by pairs of means and biased variances in acc.
+
+        counts: the values per channel behind them, one number, or one for each norm.
+        """
+        if not self._norms:
+            return
+        run = self._operation(means[0]) if isinstance(counts, int) else None
+        if run is None or not isinstance(counts, int):
+            pairs = list(zip(self._which, self._parts, strict=True))
+            own = [counts] * len(pairs) if isinstance(counts, int) else [counts[i] for i in self._moving]
+            batch = [means[i][part] for i, part in pairs], [vars[i][part] for i, part in pairs]
+            update_running_stats(self._norms, *batch, own)
+            return
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)
+        unbiased = counts / (counts - 1) if counts > 1 else float("nan")
+        running = self._running
+        run(running[0::2], running[1::2], means, vars, self._which, self._starts, self._momenta, unbiased)
+
+    def _operation(self, like: Tensor) -> Any:
+        """The compiled operation that moves them all, or None where they have to be moved one by one."""
+        if not self._alike or not like.is_cpu or torch.compiler.is_compiling():
+            return None
+        if {(t.dtype, t.device) for t in self._running} != {(like.dtype, like.device)}:
+            return None
+        return getattr(kernels.select(like), "move_running_stats", None)
 
 
 _Moving = tuple[Norm, Tensor, Tensor, int | Tensor]  # norm, mean, variance, count

@@ -61,6 +61,7 @@ class Parameters(NamedTuple):
 COUNT = len(Parameters._fields)
 NORMS = (Parameters._fields.index("gamma1"), Parameters._fields.index("gamma2"))
 """Where the tensors of the two norms start."""
+CONV1, CONV2 = Parameters._fields.index("conv1"), Parameters._fields.index("conv2")
 
 
 class Step(NamedTuple):
@@ -136,8 +137,12 @@ def first_half(step: Step, z: Tensor, stats: tuple[Tensor | None, Tensor | None]
 
 def first_half_folded(step: Step, s2: Tensor, t2: Tensor, a: Tensor) -> None:
     """Writes a [M, b] = relu(z s2 + t2) without z; s2 and t2 [b] as of :func:`folded`."""
-    W1 = step.W1 * s2.view(-1, *[1] * (step.W1.dim() - 1))
-    step.ops.bn_relu_conv1x1(step.x, *step.norm1, W1, t2, True, a, None, None)
+    step.ops.bn_relu_conv1x1(step.x, *step.norm1, folded_weight(step.W1, s2), t2, True, a, None, None)
+
+
+def folded_weight(W1: Tensor, s2: Tensor) -> Tensor:
+    """W1 [b, C, 1...] with a frozen norm2's scale s2 [b] in it."""
+    return W1 * s2.view(-1, *[1] * (W1.dim() - 1))
 
 
 def folded(layers: Sequence[tuple[Parameters, float]], acc: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,18 @@ from densenet_ext import _extension
 from densenet_ext.kernels import fakes, plain
 from densenet_ext.kernels.plain import acc_dtype
 
-__all__ = ["CPU_OPS", "OPS", "acc_dtype", "backend", "force_plain", "plain", "select", "why_plain"]
+__all__ = [
+    "BLOCK_OPS",
+    "CPU_OPS",
+    "OPS",
+    "acc_dtype",
+    "backend",
+    "force_plain",
+    "plain",
+    "select",
+    "tf32",
+    "why_plain",
+]
 
 OPS = (
     "channel_stats",
@@ -40,9 +51,12 @@ OPS = (
     "bn_relu_max_pool_backward_reduce",
     "bn_relu_max_pool_backward",
 )
-"""The names of the operations."""
+"""The names of the operations over rows, which ``plain`` has, too."""
 
-CPU_OPS = frozenset(("bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
+BLOCK_OPS = ("move_running_stats", "dense_layers", "dense_layers_backward", "basic_layers", "basic_layers_backward")
+"""The operations that run all layers of a block; what they compute stands, in plain PyTorch, in ``algorithm``."""
+
+CPU_OPS = frozenset(("move_running_stats", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
 """Those that have no kernel for GPUs."""
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -51,11 +65,11 @@ _compiled: Any = None
 # The same, with the products of float32 numbers on a GPU's tensor cores.
 _compiled_tf32: Any = None
 if _extension.module is not None:
-    _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in OPS})
+    _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *BLOCK_OPS)})
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
-    for _name in OPS:
+    for _name in (*OPS, *BLOCK_OPS):
         fakes.register((_name,), ("cpu", "cuda") if _extension.has_cuda and _name not in CPU_OPS else ("cpu",))
 _forced = 0
 
@@ -111,8 +125,15 @@ def select(x: Tensor) -> Any:
         return plain if _compiled is None else _compiled
     if not x.is_cuda or _why_not_on_gpu(_index(x.device)) is not None:
         return plain
+    return _compiled_tf32 if tf32(x) else _compiled
+
+
+def tf32(x: Tensor) -> bool:
+    """Returns whether float32 on a GPU is multiplied as TF32: where PyTorch's convolutions are."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        return False
     cudnn: Any = torch.backends.cudnn
-    return _compiled_tf32 if x.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32" else _compiled
+    return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 @contextmanager

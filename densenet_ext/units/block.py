@@ -6,13 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.basic_block import basic_block
+from densenet_ext.algorithm.basic_block import BasicLayers, basic_block
+from densenet_ext.algorithm.block import Layers as DenseLayers
 from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.layout import convolution_format
 from densenet_ext.algorithm.values import BasicLayer, Layer, Norm, Stats
@@ -168,21 +170,20 @@ class Block(MapUnit):
         reading = self._read(module)
         if reading is None:
             return None
-        layers: list[Any] = [layer.values() for layer in reading.layers]
-        weights = [weight for layer in layers for weight in _weights(layer)]
-        if not reading.fits(weights) or not all(map(is_usual, norms_of(layers))):
+        layers = reading.now(self.new_first)
+        if layers is None:
             return None
-        first = weights[0]
+        first = reading.weights[0]
         words = checks.mismatch(flow.x, first.shape[1], first.dim() - 2, first)
         if words is not None:
             return Mismatch(words)
         ran(module, self.kind)
-        new = functools.reduce(convolution_format, _weights(layers[0]), flow.layout)
+        new = functools.reduce(convolution_format, reading.weights[: len(self.parts.convs)], flow.layout)
         layout = flow.layout if new == flow.layout else torch.contiguous_format  # of their concatenation
         stats: list[Stats | None] = []
 
         def compute(x: Tensor) -> Tensor:
-            if isinstance(layers[0], Layer):
+            if isinstance(layers, DenseLayers):
                 out, taken = dense_block(x, layers, self.level(module), self.new_first)
             else:
                 out, taken = basic_block(x, layers, self.new_first)
@@ -214,18 +215,47 @@ class Block(MapUnit):
 
 
 class _Reading:
-    """The modules of a block's layers, and the shapes that add up."""
+    """The modules of a block's layers; and the layers as the last call found them, which most calls find again."""
 
     def __init__(self, block: Block, layers: Sequence[nn.Module]) -> None:
         self.layers = [_LayerParts(block, layer) for layer in layers]
-        self._shapes = [weight.shape for layer in self.layers for weight in _weights(layer.values())]
+        self.weights = [weight for layer in self.layers for weight in _weights(layer.values())]
+        self._shapes = [weight.shape for weight in self.weights]
+        self._tensors = [entry for layer in self.layers for entry in layer.tensors()]
+        self._settings = [entry for layer in self.layers for entry in layer.settings()]
+        # what these norms do follows from the process group, too
+        self._synced = any(isinstance(norm, nn.SyncBatchNorm) for layer in self.layers for norm in layer.norms)
+        self._found: tuple[list[Tensor | None], list[Any], DenseLayers | BasicLayers] | None = None
 
-    def fits(self, weights: Sequence[Tensor]) -> bool:
-        """Returns whether the weights of this call are plain tensors of these shapes, alike in dtype and device."""
-        dtype, device = weights[0].dtype, weights[0].device
-        if [weight.shape for weight in weights] != self._shapes or not all(map(is_plain, weights)):
+    def now(self, new_first: bool) -> DenseLayers | BasicLayers | None:
+        """Returns the layers as they stand at this call; None where they are no plain tensors of the shapes that were
+        read, alike in dtype and device."""
+        if torch.compiler.is_compiling() or self._synced:
+            return self._read(new_first)
+        try:
+            tensors = [holder[name] for holder, name in self._tensors]
+            settings = [get(values) for values, get in self._settings]
+        except KeyError:  # a parameter is no longer one, but an attribute
+            return self._read(new_first)
+        found = self._found
+        if found is not None and all(map(is_, tensors, found[0])) and settings == found[1]:
+            return found[2] if self._fits() else None
+        layers = self._read(new_first)
+        self._found = None if layers is None else (tensors, settings, layers)
+        return layers
+
+    def _read(self, new_first: bool) -> DenseLayers | BasicLayers | None:
+        layers: list[Any] = [layer.values() for layer in self.layers]
+        self.weights = [weight for layer in layers for weight in _weights(layer)]
+        if not self._fits() or not all(map(is_plain, self.weights)) or not all(map(is_usual, norms_of(layers))):
+            return None
+        return DenseLayers(layers, new_first) if isinstance(layers[0], Layer) else BasicLayers(layers, new_first)
+
+    def _fits(self) -> bool:
+        """Returns whether the weights of this call have the shapes that were read, and one dtype and device."""
+        if [weight.shape for weight in self.weights] != self._shapes:
             return False
-        return all(weight.dtype == dtype and weight.device == device for weight in weights)
+        return len({(weight.dtype, weight.device) for weight in self.weights}) == 1
 
 
 _READINGS: Readings[_Reading] = Readings()
@@ -235,10 +265,24 @@ class _LayerParts:
     """The modules of one layer, from which every call takes the values."""
 
     def __init__(self, block: Block, layer: nn.Module) -> None:
-        self._norms: list[Any] = [submodule(layer, name) for name in block.parts.norms]
+        self.norms: list[Any] = [submodule(layer, name) for name in block.parts.norms]
         self._convs: list[Any] = [submodule(layer, name) for name in block.parts.convs]
         # their attributes: a layer that is a unit by itself must not be kept alive by what was read of it
         self._drops = [(vars(submodule(layer, drop.part)), drop) for drop in block.drops]
+
+    def tensors(self) -> list[tuple[Any, str]]:
+        """Returns where the parameters and buffers are that the layer's values are made of: a dict and a key each."""
+        return [
+            (holder, name)
+            for module in (*self.norms, *self._convs)
+            for holder in (module._parameters, module._buffers)
+            for name in holder
+        ]
+
+    def settings(self) -> list[tuple[Any, Callable[[Any], Any]]]:
+        """Returns where the numbers and flags are that they are made of: a dict and a getter each."""
+        drops = [(values, itemgetter("training", drop.attribute)) for values, drop in self._drops]
+        return [*((vars(norm), _NORM_SETTINGS) for norm in self.norms), *drops]
 
     def values(self) -> Layer | BasicLayer:
         """Returns the layer as the algorithm takes it, as it stands at this call."""
@@ -249,13 +293,16 @@ class _LayerParts:
                 inner_rate, inner_channels = p, drop.channels
             elif p > 0:
                 rate, channels = p, drop.channels
-        norms, convs = self._norms, self._convs
+        norms, convs = self.norms, self._convs
         W1, bias1 = parameter(convs[0], "weight"), parameter(convs[0], "bias")
         if len(norms) == 1:
             return BasicLayer(norm_of(norms[0]), W1, rate, bias1, channels)
         W2, bias2 = parameter(convs[1], "weight"), parameter(convs[1], "bias")
         norm1, norm2 = norm_of(norms[0]), norm_of(norms[1])
         return Layer(norm1, W1, norm2, W2, rate, bias1, bias2, channels, inner_rate, inner_channels)
+
+
+_NORM_SETTINGS = itemgetter("training", "momentum", "eps", "track_running_stats")
 
 
 def norms_of(layers: Sequence[Layer | BasicLayer]) -> list[Norm]:

@@ -4,8 +4,11 @@
 
 #include <cstring>
 
-#include "../../csrc/ops/conv1x1.h"
 #include "../../csrc/ops/cuda.h"
+
+#include "../../csrc/ops/basic_layers.h"
+#include "../../csrc/ops/conv1x1.h"
+#include "../../csrc/ops/dense_layers.h"
 #include "../../csrc/ops/elementwise.h"
 #include "../../csrc/ops/pool.h"
 #include "../../csrc/ops/schemas.h"
@@ -60,4 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CPU, m) {
   dx::ops::implement_elementwise<dx::ops::Cuda>(m);
   dx::ops::implement_conv1x1<dx::ops::Cuda>(m);
   dx::ops::implement_pool<dx::ops::Cuda>(m);
+  dx::ops::implement_dense_layers<dx::ops::Cuda>(m);
+  dx::ops::implement_basic_layers<dx::ops::Cuda>(m);
 }

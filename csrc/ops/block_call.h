@@ -1,0 +1,290 @@
+// What the blocks' operators have in common: their arguments, checked and in the form of step.h; and their scratch.
+#pragma once
+
+#include <deque>
+
+#include "../blocks.h"
+#include "dropout.h"
+#include "images.h"
+#include "tensors.h"
+
+namespace dx::ops {
+
+// The tensors of a block's layers as a list without the absent ones; `given` has a bit for each that is there, in the
+// order of the fields of algorithm/step.py's Parameters (or basic_block.py's).
+class LayerTensors {
+ public:
+  LayerTensors(const std::vector<Tensor>& tensors, const std::vector<int64_t>& given, int per_layer, const char* name)
+      : tensors_(tensors), given_(given), per_layer_(per_layer) {
+    size_t count = 0;
+    for (const int64_t bits : given) {
+      STD_TORCH_CHECK(bits >= 0 && bits < (int64_t(1) << per_layer), "densenet_ext: ", name, ": expected bits for ",
+                      per_layer, " tensors of each layer, got ", bits);
+      count += size_t(__builtin_popcountll(uint64_t(bits)));
+    }
+    STD_TORCH_CHECK(count == tensors.size(), "densenet_ext: ", name, ": expected ", count, " tensors, got ",
+                    tensors.size());
+  }
+  size_t layers() const { return given_.size(); }
+  // Pointers to the next layer's tensors, null for those that are absent.
+  void next(const Tensor** out) {
+    for (int i = 0; i < per_layer_; ++i) out[i] = given_[layer_] >> i & 1 ? &tensors_[at_++] : nullptr;
+    ++layer_;
+  }
+
+ private:
+  const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& given_;
+  int per_layer_;
+  size_t layer_ = 0, at_ = 0;
+};
+
+// Checks parameters as tensors.h does, without noting their memory: there are hundreds, and nothing is written where
+// they are read.
+template <class D>
+class Parameters {
+ public:
+  explicit Parameters(const D& at) : at_(at) {}
+  void check(const Tensor& t, const char* name) const { at_.check(t, name); }
+  void uses(const Region&) const {}
+
+  // In the dtype of sums and contiguous, converted if need be.
+  template <class A>
+  const Tensor& in_acc(const Tensor& t) {
+    if (t.scalar_type() == Storage<A>::type) return t;
+    kept_.push_back(torch::stable::to(t, Storage<A>::type));
+    return kept_.back();
+  }
+  template <class A>
+  const A* dense(const Tensor* t, const char* name, int64_t count) {
+    if (!t) return nullptr;
+    const Tensor& values = in_acc<A>(*t);
+    if (count > 1 && values.dim() == 1 && values.stride(0) != 1) {
+      kept_.push_back(torch::stable::contiguous(values));
+      return ops::dense<A>(*this, kept_.back(), name, count);
+    }
+    return ops::dense<A>(*this, values, name, count);
+  }
+  template <class A>
+  const A* matrix(const Tensor& t, const char* name, int64_t N, int64_t C) {
+    const Tensor* values = &in_acc<A>(t);
+    if (!values->is_contiguous()) kept_.push_back(torch::stable::contiguous(*values)), values = &kept_.back();
+    return ops::matrix<A>(*this, *values, name, N, C);
+  }
+  // A convolution's weight [N, C, ...], contiguous or channels_last; its gradient has to be either.
+  template <class A>
+  Taps<const A> taps(const Tensor& t, const char* name, int64_t N, int64_t C) {
+    const Tensor* values = &in_acc<A>(t);
+    if (!tap_strides(*values)) kept_.push_back(torch::stable::contiguous(*values)), values = &kept_.back();
+    const Taps<A> found = checked_taps<A>(*values, name, N, C, false);
+    return {found.data, found.output, found.input, found.tap};
+  }
+  template <class A>
+  Taps<A> taps_out(const Tensor* t, const char* name, int64_t N, int64_t C) const {
+    if (!t) return {nullptr, 0, 0, 0};
+    STD_TORCH_CHECK(tap_strides(*t), "densenet_ext: ", name,
+                    ": expected a contiguous or channels_last weight, got shape ", shape_of(*t));
+    return checked_taps<A>(*t, name, N, C, true);
+  }
+
+ private:
+  struct Strides {
+    int64_t output, input, tap;
+  };
+  static std::optional<Strides> tap_strides(const Tensor& t) {
+    if (t.dim() < 3) return std::nullopt;
+    int64_t taps = 1;
+    for (int64_t i = 2; i < t.dim(); ++i) taps *= t.size(i);
+    const auto has = [&](int64_t input, int64_t tap) {
+      int64_t step = tap;
+      for (int64_t i = t.dim() - 1; i >= 2; --i) {
+        if (t.size(i) > 1 && t.stride(i) != step) return false;
+        step *= t.size(i);
+      }
+      return (t.size(1) == 1 || t.stride(1) == input) && (t.size(0) == 1 || t.stride(0) == t.size(1) * taps);
+    };
+    if (has(taps, 1)) return Strides{t.size(1) * taps, taps, 1};
+    if (has(1, t.size(1))) return Strides{t.size(1) * taps, 1, t.size(1)};
+    return std::nullopt;
+  }
+  template <class A>
+  Taps<A> checked_taps(const Tensor& t, const char* name, int64_t N, int64_t C, bool written) const {
+    check_dtype<A>(*this, t, name);
+    const auto strides = tap_strides(t);
+    STD_TORCH_CHECK(t.size(0) == N && t.size(1) == C, "densenet_ext: ", name, ": expected shape [", N, ", ", C,
+                    ", ...], got ", shape_of(t));
+    A* data = check_memory<A>(*this, t, name, 1, t.numel(), t.numel(), written);
+    return {data, strides->output, strides->input, strides->tap};
+  }
+
+  const D& at_;
+  std::deque<Tensor> kept_;  // whose elements stay where they are
+};
+
+// What is no tensor of a call, per norm and per layer.
+struct BlockOptions {
+  const std::vector<bool>& batch_stats;
+  const std::vector<double>& eps;
+  const std::vector<double>& drop_rates;
+  const std::vector<bool>& drop_channels;
+  bool new_first;
+
+  void check(size_t layers, int norms) const {
+    check_length(batch_stats.size(), layers * norms, "batch_stats");
+    check_length(eps.size(), layers * norms, "eps");
+    for (const double value : eps) check_eps(value, "eps");
+    check_length(drop_rates.size(), layers, "drop_rates");
+    check_length(drop_channels.size(), layers, "drop_channels");
+  }
+  static void check_length(size_t got, size_t expected, const char* name) {
+    STD_TORCH_CHECK(got == expected, "densenet_ext: ", name, ": expected ", expected, " entries, got ", got);
+  }
+};
+
+inline Images images_of(const std::vector<int64_t>& size) {
+  STD_TORCH_CHECK(size.size() >= 2 && size.size() <= 4,
+                  "densenet_ext: size: expected [N, *spatial] of 1 to 3 dimensions, ", "got ", size.size(), " numbers");
+  Images images = {size[0], {1, 1, 1}};
+  int64_t rows = size[0];
+  bool fits = size[0] >= 0;
+  for (size_t i = 1; i < size.size(); ++i) {
+    fits &= size[i] > 0 && !__builtin_mul_overflow(rows, size[i], &rows) && rows <= kMostPixels;
+    images.size[3 - size.size() + i] = size[i];
+  }
+  STD_TORCH_CHECK(fits, "densenet_ext: size: expected images of at least one pixel, got ", text_of(size));
+  return images;
+}
+
+// What forward and backward pass read of their arguments alike.
+template <class D, class T>
+class BlockCall {
+ public:
+  using A = Acc<T>;
+
+  BlockCall(const D& at, const std::vector<int64_t>& size, const BlockOptions& options, const OptionalTensor& seed,
+            const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var, bool written, bool tf32)
+      : at_(at), parameters_(at), options_(options), window_dims_(int(size.size()) - 1) {
+    check_two_dims(out, "out");
+    check_together(mean, var, "mean and var");
+    const Images images = images_of(size);
+    const int64_t C = out.size(1);
+    buffer = {
+        images,
+        C,
+        written ? rows_out<T>(at, out, "out", images.rows(), C) : unwritten(rows<T>(at, out, "out", images.rows(), C)),
+        vector(mean, "mean", C, written),
+        vector(var, "var", C, written),
+        check_dropout(at, 0, seed, 0, 1),
+        tf32};
+    has_seed_ = seed.has_value();
+  }
+
+  // Reads the next layer's convolution [N, C, taps], whose kernel has to be odd.
+  SameConvolution<T> convolution(const Tensor& weight, const Tensor* bias, const char* weight_name,
+                                 const char* bias_name) {
+    STD_TORCH_CHECK(weight.dim() == window_dims_ + 2, "densenet_ext: ", weight_name, ": expected ", window_dims_ + 2,
+                    " dimensions, got shape ", shape_of(weight));
+    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr};
+    for (int i = 0; i < window_dims_; ++i) {
+      conv.window[3 - window_dims_ + i] = weight.size(i + 2);
+      STD_TORCH_CHECK(weight.size(i + 2) % 2 == 1, "densenet_ext: ", weight_name,
+                      ": expected odd kernel sizes, got shape ", shape_of(weight));
+    }
+    conv.weight = parameters_.template taps<A>(weight, weight_name, conv.N, conv.C);
+    conv.bias = parameters_.template dense<A>(bias, bias_name, conv.N);
+    return conv;
+  }
+  SameConvolutionGrads<T> convolution_grads(const Tensor* weight, const Tensor* bias, const SameConvolution<T>& conv) {
+    return {parameters_.template taps_out<A>(weight, "grads", conv.N, conv.C), vector_grad(bias, conv.N)};
+  }
+  A* vector_grad(const Tensor* t, int64_t count) { return t ? dense_out<A>(parameters_, *t, "grads", count) : nullptr; }
+  A* matrix_grad(const Tensor* t, int64_t N, int64_t C) {
+    return t ? checked_matrix<A>(parameters_, *t, "grads", N, C, true) : nullptr;
+  }
+
+  // Norm number i over C channels, with the statistics of the batch (mean, var) where it takes those.
+  Norm<A> norm(size_t i, const Tensor* const* t, A* mean, A* var, int64_t C) {
+    Norm<A> n = {mean, var, parameters_.template dense<A>(t[0], "norm weight", C),
+                 parameters_.template dense<A>(t[1], "norm bias", C), options_.eps[i]};
+    if (options_.batch_stats[i]) {
+      STD_TORCH_CHECK(mean && var, "densenet_ext: mean and var: expected tensors for norms of the batch, got None");
+    } else {
+      STD_TORCH_CHECK(t[2] && t[3], "densenet_ext: running statistics: expected those of frozen norm ", i,
+                      ", got None");
+      n.mean = parameters_.template dense<A>(t[2], "running_mean", C);
+      n.var = parameters_.template dense<A>(t[3], "running_var", C);
+    }
+    return n;
+  }
+
+  DropoutSite dropout(double rate, bool channels, int64_t site) const {
+    STD_TORCH_CHECK(rate >= 0 && rate <= 1, "densenet_ext: drop_rates: expected numbers in [0, 1], got ", rate);
+    STD_TORCH_CHECK(rate == 0 || has_seed_, "densenet_ext: seed: expected an int64 tensor of one element, got None");
+    return {rate, site, channels ? buffer.images.pixels() : 1};
+  }
+
+  // Which columns a layer of C inputs and k outputs reads and writes: columns.py.
+  void place(int64_t C, int64_t k, int64_t& read, int64_t& added) const {
+    read = options_.new_first ? buffer.C - C : 0;
+    added = options_.new_first ? buffer.C - C - k : C;
+  }
+
+  // Checks that layer l reads `expected` features.
+  static void check_reads(size_t l, int64_t got, int64_t expected, const char* name) {
+    STD_TORCH_CHECK(got == expected, "densenet_ext: ", name, ": expected ", expected, " input channels in layer ", l,
+                    ", got ", got);
+  }
+
+  A* vector(const OptionalTensor& t, const char* name, int64_t count, bool written) const {
+    return t ? checked_vector<A>(at_, *t, name, count, written) : nullptr;
+  }
+  static Rows<T> unwritten(Rows<const T> rows) { return {const_cast<T*>(rows.data), rows.pitch}; }
+
+  Buffer<T> buffer;
+
+ protected:
+  const D& at_;
+  Parameters<D> parameters_;
+  const BlockOptions& options_;
+
+ private:
+  int window_dims_;
+  bool has_seed_ = false;
+};
+
+// Pieces of the call's scratch, each beginning on a cache line; what `whole.py` counts.
+template <class T>
+class Pieces {
+ public:
+  void add(T** piece, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    pieces_.push_back({piece, total_});
+    total_ += (count + kLine - 1) / kLine * kLine;
+  }
+  template <class D>
+  void place(const D& at, const Tensor& scratch) const {
+    STD_TORCH_CHECK(defined(scratch, "scratch").numel() >= total_, "densenet_ext: scratch: expected at least ", total_,
+                    " elements, got ", scratch.numel());
+    T* begin = checked_vector<T>(at, scratch, "scratch", scratch.numel(), true);
+    for (const auto& [piece, offset] : pieces_) *piece = begin + offset;
+  }
+
+ private:
+  std::vector<std::pair<T**, int64_t>> pieces_;
+  int64_t total_ = 0;
+};
+
+// The gradients of the columns' statistics, zeros at first; and room for the sums of one layer.
+template <class A>
+struct StatisticsGrad {
+  Tensor storage;  // of both, and of `sums`
+  A *gm, *gv, *sums;
+};
+template <class A>
+StatisticsGrad<A> statistics_grad(const Tensor& like, int64_t C, int64_t sums) {
+  Tensor storage = torch::stable::new_zeros(like, {2 * C + sums}, Storage<A>::type);
+  A* data = static_cast<A*>(storage.mutable_data_ptr());
+  return {std::move(storage), data, data + C, data + 2 * C};
+}
+
+}  // namespace dx::ops
