@@ -23,7 +23,7 @@ LEVELS = ("bottlenecks", "features")
 PLAIN = "plain"  # the usual formulation, nothing recomputed: what memory is compared with
 COMPILED = "torch.compile"
 LOOK_ALIKE = "efficient (look-alike)"
-_LOOK_ALIKE_FILE = Path(__file__).parent.parent / "tests" / "lookalikes.py"
+_LOOK_ALIKE_FILE = Path(__file__).parent.parent / "tests" / "support" / "lookalikes.py"
 
 
 class Network(NamedTuple):

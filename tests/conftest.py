@@ -9,7 +9,7 @@ convolutions' TF32 is off, since the tests in float32 are about float32 (test_cu
 operators are deterministic where they can be, since tests compare bits of whole networks; PyTorch then also fills
 every fresh tensor with NaN, so that a kernel that leaves a value out is seen.
 
-What does not run on a GPU stands with its reason in ``devices.py`` and is printed at the end.
+What does not run on a GPU stands with its reason in ``support/devices.py`` and is printed at the end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import devices
-import matrix_table
 import pytest
 import torch
-from emulation import library
 
 from densenet_ext import kernels
+from tests.cuda.emulation import library
+from tests.support import devices, matrix_table
 
 try:
     import hypothesis
@@ -104,7 +103,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The CUDA operators over emulated kernels (tests/emulation), for CPU tensors."""
+    """The CUDA operators over emulated kernels (tests/cuda/emulation), for CPU tensors."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     torch.ops.load_library(library.compile_operators(tmp_path_factory.mktemp("operators")))

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing_helpers import images, reason_of
-from helpers import F64, assert_equal, gradients, kept_for_backward
 from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext.modules import BasicDenseLayer
+from tests.support.fusing_helpers import images, reason_of
+from tests.support.helpers import F64, assert_equal, gradients, kept_for_backward
 
 
 def small(**kwargs: Any) -> dx.FCDenseNet:

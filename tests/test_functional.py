@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, F64, SPATIAL, assert_equal, gradients, make_conv, make_input
 from torch import Tensor
 
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import concat, layout
 from densenet_ext.algorithm.values import Norm
 from densenet_ext.functional import bottleneck, cat_bn_relu
+from tests.support.helpers import DEVICE, F64, SPATIAL, assert_equal, gradients, make_conv, make_input
 
 
 def make(dims: int = 2, channels: tuple[int, ...] = (3, 1, 2)) -> tuple[list[Tensor], dict[str, Any], Tensor]:

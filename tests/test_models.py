@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from fusing_helpers import reason_of
-from helpers import DEVICE
-from peers import torchvision_densenet
 from torch import nn
 
 import densenet_ext as dx
 from densenet_ext.modules import DenseBlock
+from tests.support.fusing_helpers import reason_of
+from tests.support.helpers import DEVICE
+from tests.support.peers import torchvision_densenet
 
 TINY = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 8, "bn_size": 2, "num_classes": 5}
 

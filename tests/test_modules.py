@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing_helpers import reason_of
-from helpers import DEVICE
 from torch import nn
 
 import densenet_ext as dx
+from tests.support.fusing_helpers import reason_of
+from tests.support.helpers import DEVICE
 
 SHAPES = {1: (2, 6, 5), 2: (2, 6, 5, 3), 3: (2, 6, 3, 2, 3)}
 POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

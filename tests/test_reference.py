@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers import F64, assert_equal, make_conv, make_input, make_layers, norms_of
 from torch import nn
 
 from densenet_ext import reference
 from densenet_ext.units.parts import norm_of
+from tests.support.helpers import F64, assert_equal, make_conv, make_input, make_layers, norms_of
 
 NORMS = [
     {},

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator
-from peers import torchvision_densenet
 
 import densenet_ext as dx
 from densenet_ext import reference
 from densenet_ext.units.block import layer_values
 from densenet_ext.units.entry import unit_of
 from densenet_ext.units.parts import norm_of
+from tests.support.helpers import generator
+from tests.support.peers import torchvision_densenet
 
 
 def reference_scores(model: dx.DenseNet, x: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,8 @@ def tests(run: Run, machine: Machine, seconds: float) -> Result:
     """The whole test suite with ``--device cuda``; what it leaves out is printed at the end of its log."""
     report = run.out / "tests.xml"
     report.unlink(missing_ok=True)
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name not in FIRST_TESTS, path.name))
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "peers"]
+    files.sort(key=lambda path: (path.name not in FIRST_TESTS, path))
     command = [run.python, "-m", "pytest", "--device", "cuda", f"--junit-xml={report}", "--durations=15", "-q"]
     if _has(run, "xdist"):
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -171,7 +172,8 @@ def sanitizer(run: Run, machine: Machine, seconds: float) -> Result:
         return Result(False, 0.0, "not run: there is no compute-sanitizer here")
     logs = {tool: run.out / f"{tool}.log" for tool in ("memcheck", "racecheck", "synccheck")}
     # under a sanitizer Python, torch and the GPU's context take their time before the first call
-    calls = ["tests/every_operator.py", "--device", "cuda", "--seconds", f"{max(0.4 * seconds, seconds - 40):.0f}"]
+    calls = ["tests/kernels/every_operator.py", "--device", "cuda"]
+    calls += ["--seconds", f"{max(0.4 * seconds, seconds - 40):.0f}"]
 
     def check(tool: str) -> tuple[int | None, float]:
         command = [program, "--tool", tool, "--error-exitcode", "9", run.python, *calls]

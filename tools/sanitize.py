@@ -31,7 +31,7 @@ COPIED = (
     "README.md",
     "LICENSE",
 )
-TESTS = ("tests/test_kernels.py", "tests/test_operator_arguments.py", "tests/test_fuzz_operators.py")
+TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("kernels", "operator_arguments", "fuzz_operators"))
 # A file, followed by the process's number: pytest captures what is printed, and ends with the process.
 REPORT = COPY / "report"
 # No -fsanitize=vptr: it asks for type information that torch's libraries hide.

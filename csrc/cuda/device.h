@@ -1,6 +1,6 @@
 // Everything in the kernels that is not plain C++: built-in variables, barriers, operations of a warp, vector accesses,
 // asynchronous copies, tensor cores. Compiled by nvcc it is the GPU's own; with DX_EMULATE it comes from
-// tests/emulation/emulated_device.h, which checks each access. Kernels reach memory only through these functions:
+// tests/cuda/emulation/emulated_device.h, which checks each access. Kernels reach memory only through these functions:
 //   load_one / store_one            one element of any type
 //   load16/8/4/2, store16/8/4/2     as many bytes, aligned to their number
 //   store_global16/8                the same, of global memory only

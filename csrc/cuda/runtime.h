@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(DX_EMULATE)
-#include "emulated.h"  // tests/emulation
+#include "emulated.h"  // tests/cuda/emulation
 #else
 #include <cuda_runtime_api.h>
 #endif

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import NETS, HeadedByModules, assert_all_fused, images, library, outcome, pair, same, torchvision_net
+
+from tests.peers.twins import (
+    NETS,
+    HeadedByModules,
+    assert_all_fused,
+    images,
+    library,
+    outcome,
+    pair,
+    same,
+    torchvision_net,
+)
 
 EACH = pytest.mark.parametrize("name", NETS)
 LAST_NORM = {"torchvision": "features.norm5", "timm": "features.norm5", "monai": "features.norm5"}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
-from twins import NETS, assert_all_fused, fuse, images, library, pair, same, torchvision_net, train_step
+
+from tests.peers.twins import NETS, assert_all_fused, fuse, images, library, pair, same, torchvision_net, train_step
 
 EACH = pytest.mark.parametrize("name", NETS)
 CASES = pytest.mark.parametrize(

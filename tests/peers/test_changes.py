@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
-from twins import NETS, fuse, images, library, outcome, pair, same, torchvision_net, train_step, warm
+
+from tests.peers.twins import NETS, fuse, images, library, outcome, pair, same, torchvision_net, train_step, warm
 
 EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

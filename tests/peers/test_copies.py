@@ -15,9 +15,20 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from twins import IDENTITY, NETS, assert_all_fused, fuse, images, library, pair, same, torchvision_net, train_step
 
 import densenet_ext as dx
+from tests.peers.twins import (
+    IDENTITY,
+    NETS,
+    assert_all_fused,
+    fuse,
+    images,
+    library,
+    pair,
+    same,
+    torchvision_net,
+    train_step,
+)
 
 EACH = pytest.mark.parametrize("name", NETS)
 
@@ -66,7 +77,7 @@ def test_pickle_is_read_where_only_the_original_is_imported(tmp_path: Path) -> N
     torch.save((images(), model(images())), tmp_path / "results.pt")
     code = """
 import sys, torch
-from twins import library
+from tests.peers.twins import library
 library("torchvision.models.densenet")
 model = torch.load(sys.argv[1] + "/model.pt", weights_only=False)
 x, wanted = torch.load(sys.argv[1] + "/results.pt")
@@ -78,8 +89,7 @@ from torchvision.models.densenet import DenseNet, _DenseBlock
 assert type(model) is DenseNet and type(model.features.denseblock1) is _DenseBlock
 torch.testing.assert_close(model(x), wanted)
 """
-    folder = Path(__file__).parent
-    path = {"PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    path = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=path)
     assert found.returncode == 0, found.stderr
     assert IDENTITY or int(found.stdout) == len(dx.report(model))

@@ -16,7 +16,19 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from twins import NETS, assert_alike, assert_all_fused, counts, images, library, pair, same, torchvision_net, train_step
+
+from tests.peers.twins import (
+    NETS,
+    assert_alike,
+    assert_all_fused,
+    counts,
+    images,
+    library,
+    pair,
+    same,
+    torchvision_net,
+    train_step,
+)
 
 EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

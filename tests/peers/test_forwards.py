@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import NETS, assert_all_fused, fuse, images, library, outcome, pair, same, torchvision_net, train_step, warm
+
+from tests.peers.twins import (
+    NETS,
+    assert_all_fused,
+    fuse,
+    images,
+    library,
+    outcome,
+    pair,
+    same,
+    torchvision_net,
+    train_step,
+    warm,
+)
 
 EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
-from twins import NETS, assert_all_fused, images, outcome, pair, same, torchvision_net, train_step, without_inplace
+
+from tests.peers.twins import (
+    NETS,
+    assert_all_fused,
+    images,
+    outcome,
+    pair,
+    same,
+    torchvision_net,
+    train_step,
+    without_inplace,
+)
 
 EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

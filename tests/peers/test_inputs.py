@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import (
+
+from tests.peers.twins import (
     NETS,
     assert_alike,
     fuse,

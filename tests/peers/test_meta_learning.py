@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import NETS, assert_alike, assert_all_fused, images, library, pair, same, torchvision_net, train_step
+
+from tests.peers.twins import (
+    NETS,
+    assert_alike,
+    assert_all_fused,
+    images,
+    library,
+    pair,
+    same,
+    torchvision_net,
+    train_step,
+)
 
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 EACH = pytest.mark.parametrize("name", NETS)

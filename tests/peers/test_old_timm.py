@@ -53,7 +53,7 @@ PROGRAM = """
 import importlib, json, os, sys, traceback, warnings
 warnings.simplefilter("ignore")
 import torch
-from twins import *
+from tests.peers.twins import *
 import densenet_ext as dx
 densenet = library("timm.models.densenet")
 assert densenet.__file__.startswith(os.environ["FOLDER"]), densenet.__file__
@@ -74,8 +74,7 @@ print(json.dumps(found))
 @functools.cache
 def outcomes(folder: str) -> dict[str, str]:
     """What each check raises, all of them in one process."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([folder, str(here), str(here.parents[1])])
+    path = os.pathsep.join([folder, str(Path(__file__).resolve().parents[2])])
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": path, "FOLDER": folder},

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-from twins import (
+
+from tests.peers.twins import (
     IDENTITY,
     assert_alike,
     assert_all_fused,

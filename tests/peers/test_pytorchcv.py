@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from twins import fuse, fused_kinds, images, library, needs_fused, pair, same, train_step
 
 import densenet_ext as dx
+from tests.peers.twins import fuse, fused_kinds, images, library, needs_fused, pair, same, train_step
 
 
 def densenet(**kwargs: Any) -> Any:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twins import pair, same
+
+from tests.peers.twins import pair, same
 
 SETTINGS = {"scale": 1.0}
 SEEN: list[float] = []

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from twins import IDENTITY, fuse, fused_kinds, images, library, needs_fused, pair, same, train_step, warm
 
 import densenet_ext as dx
+from tests.peers.twins import IDENTITY, fuse, fused_kinds, images, library, needs_fused, pair, same, train_step, warm
 
 
 def unet(kind: str = "Unet") -> Any:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import structures
 import torch
 from torch import Tensor, nn
-from twins import IDENTITY, fuse, fused_kinds, images, needs_fused, pair, same, train_step
 
 import densenet_ext as dx
+from tests.peers import structures
+from tests.peers.twins import IDENTITY, fuse, fused_kinds, images, needs_fused, pair, same, train_step
 
 # network, how many dense blocks it has
 NETS: dict[str, tuple[Callable[..., Any], int]] = {

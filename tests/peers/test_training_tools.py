@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from twins import (
+
+import densenet_ext as dx
+from tests.peers.twins import (
     NETS,
     HeadedByModules,
     assert_alike,
@@ -28,8 +30,6 @@ from twins import (
     train_step,
     without_inplace,
 )
-
-import densenet_ext as dx
 
 EACH = pytest.mark.parametrize("name", NETS)
 

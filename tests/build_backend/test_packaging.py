@@ -1,0 +1,123 @@
+"""What the package is to others: its metadata, its source archive, an import under a torch that does not fit."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import densenet_ext as dx
+from densenet_ext import _extension
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = """
+    import sys
+    sys.modules["torch"] = None  # makes its import fail, and find_spec find none
+    import build_backend
+"""
+
+
+def run_python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = textwrap.dedent(code)
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_BUILD_TRACKER")}
+    command = [sys.executable, *arguments, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a source archive is made of: setuptools writes beside it."""
+    folder = tmp_path_factory.mktemp("source") / "densenet_ext"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "densenet_ext", "build_backend", "tests", "benchmarks", "docs", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+def test_metadata_need_no_torch(source: Path, tmp_path: Path) -> None:
+    code = f"{WITHOUT_TORCH}\n    print(build_backend.get_requires_for_build_wheel(), file=sys.stderr)"
+    code += f"\n    print(build_backend.prepare_metadata_for_build_wheel({str(tmp_path)!r}))"
+    run = run_python(source, code)
+    assert run.returncode == 0, run.stderr
+    metadata = (tmp_path / run.stdout.splitlines()[-1] / "METADATA").read_text()
+    assert f"\nVersion: {dx.__version__}\n" in metadata
+    assert "\nLicense-Expression: MIT\n" in metadata and "\nLicense-File: LICENSE\n" in metadata
+    assert "Classifier: Typing :: Typed" in metadata and "Classifier: License" not in metadata
+    assert "\nRequires-Dist: torch>=2.11" in metadata and "\nRequires-Python: >=3.10\n" in metadata
+
+
+def test_a_source_archive_needs_no_torch_and_holds_everything(source: Path, tmp_path: Path) -> None:
+    run = run_python(source, f"{WITHOUT_TORCH}\n    print(build_backend.build_sdist({str(tmp_path)!r}))")
+    assert run.returncode == 0, run.stderr
+    with tarfile.open(tmp_path / run.stdout.splitlines()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = {
+        str(path.relative_to(ROOT)) for folder in ("csrc", "build_backend") for path in (ROOT / folder).rglob("*.*")
+    }
+    assert {name for name in listed if not name.endswith(".pyc")} <= names
+    assert {"CITATION.cff", "LICENSE", "Makefile", "constraints.txt", "densenet_ext/py.typed", "setup.py"} <= names
+
+
+def test_a_wheel_without_torch_says_which_flag_its_front_end_has(source: Path) -> None:
+    run = run_python(source, f"{WITHOUT_TORCH}\n    build_backend.build_wheel('nowhere')")
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert "torch is not installed" in run.stderr and "--no-isolation" in run.stderr
+
+
+def test_an_old_python_is_one_sentence() -> None:
+    for start in ("import build_backend", "import runpy; runpy.run_path('tools/prepare_venv.py', run_name='__main__')"):
+        run = run_python(ROOT, f"import sys; sys.version_info = (3, 9, 7, 'final', 0); {start}")
+        assert run.returncode == 1
+        assert run.stderr == f"densenet_ext: Python 3.10 or newer is needed, and {sys.executable} is Python 3.9.\n"
+    for name in ("build_backend/__init__.py", "tools/prepare_venv.py", "setup.py"):
+        ast.parse((ROOT / name).read_text(), feature_version=(3, 8))
+
+
+def test_a_compiled_part_that_does_not_load_warns_once(tmp_path: Path) -> None:
+    """A CUDA build under a torch without CUDA, say: here an empty file."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    package = shutil.copytree(ROOT / "densenet_ext", tmp_path / "densenet_ext", ignore=ignored)
+    code = """
+        import densenet_ext as dx, torch
+        print(dx.build_info()["why_missing"], dx.DenseBlock(2, 4, 2, 3, 0.0)(torch.randn(2, 4, 5, 5)).shape[1])
+        """
+    quiet = run_python(tmp_path, code, "-W", "error::RuntimeWarning")
+    assert quiet.returncode == 0 and "densenet_ext" not in quiet.stderr, quiet.stderr
+    _extension._path_in(package).touch()
+    loud = run_python(tmp_path, code)
+    assert loud.stdout.rstrip().endswith("10") and "does not load with torch" in loud.stdout
+    assert loud.stderr.count("RuntimeWarning: densenet_ext runs in plain PyTorch: the compiled part does not load") == 1
+
+
+def test_why_there_are_no_gpu_kernels_depends_on_the_torch_that_runs() -> None:
+    built = {"why_no_cuda": "built with a torch without CUDA"}
+    assert _extension._explain_no_cuda(built, None) == "built with a torch without CUDA"
+    text = _extension._explain_no_cuda(built, "13.0")
+    assert text.startswith("built with a torch without CUDA") and text.endswith("build densenet_ext again")
+    assert _extension._explain_no_cuda({"why_no_cuda": "DENSENET_EXT_CUDA=0"}, "13.0") == "DENSENET_EXT_CUDA=0"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == dx.__version__
+    assert re.search(r"^license: (.*)$", text, re.MULTILINE)[1] == "MIT"
+
+
+@pytest.mark.skipif(_extension.module is None, reason="no compiled part")
+def test_messages_name_no_folder_of_the_build() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError, match="mean: expected") as error:
+        torch.ops.densenet_ext.channel_stats(torch.ones(2, 3), torch.ones(2), torch.ones(3))
+    assert str(ROOT) not in str(error.value) and "csrc/ops/tensors.h" in str(error.value)

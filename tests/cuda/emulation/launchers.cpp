@@ -1,0 +1,76 @@
+// The launchers of csrc/cuda/kernels.h with C linkage, for ctypes: dx_<name>(dtype, params, workspace) and
+// dx_<name>_workspace(dtype, params). The layout of a params struct does not depend on the storage type.
+#include "../../../csrc/cuda/kernels.h"
+#include "../../../csrc/cuda/limits.h"
+
+namespace dx::cuda {
+namespace {
+
+template <class F>
+auto for_type(int dtype, const F& f) {
+  return dtype == 0 ? f(float{}) : dtype == 1 ? f(double{}) : dtype == 2 ? f(bfloat16{}) : f(float16{});
+}
+
+}  // namespace
+
+#define DX_LAUNCHER(name, Params)                                                              \
+  extern "C" int dx_##name(int dtype, const void* params, void*) {                             \
+    return for_type(dtype, [&](auto tag) {                                                     \
+      return name<decltype(tag)>(*static_cast<const Params<decltype(tag)>*>(params), nullptr); \
+    });                                                                                        \
+  }
+#define DX_LAUNCHER_WITH_WORKSPACE(name, Params)                                                          \
+  extern "C" size_t dx_##name##_workspace(int dtype, const void* params) {                                \
+    return for_type(dtype, [&](auto tag) {                                                                \
+      return name##_workspace<decltype(tag)>(*static_cast<const Params<decltype(tag)>*>(params));         \
+    });                                                                                                   \
+  }                                                                                                       \
+  extern "C" int dx_##name(int dtype, const void* params, void* workspace) {                              \
+    return for_type(dtype, [&](auto tag) {                                                                \
+      return name<decltype(tag)>(*static_cast<const Params<decltype(tag)>*>(params), nullptr, workspace); \
+    });                                                                                                   \
+  }
+extern "C" int64_t dx_tiles_of_a_block(int64_t tiles, int64_t slices, int64_t multiprocessors) {
+  return tiles_of_a_block(tiles, slices, multiprocessors);
+}
+// So that the mirror of a struct in Python can be held against it.
+#define DX_SIZE(Params) \
+  extern "C" size_t dx_size_##Params() { return sizeof(Params<float>); }
+
+#if defined(DX_CONV1X1)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv1x1, BnReluConv1x1)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
+DX_SIZE(BnReluConv1x1)
+DX_SIZE(BnReluConv1x1Backward)
+#endif
+#if defined(DX_STATISTICS)
+DX_LAUNCHER_WITH_WORKSPACE(channel_stats, ChannelStats)
+DX_LAUNCHER_WITH_WORKSPACE(append_features, AppendFeatures)
+DX_SIZE(ChannelStats)
+DX_SIZE(AppendFeatures)
+#endif
+#if defined(DX_BN_RELU)
+DX_LAUNCHER(bn_relu, BnRelu)
+DX_LAUNCHER(feature_grad, FeatureGrad)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_backward_reduce, BnReluBackwardReduce)
+DX_LAUNCHER(bn_relu_backward, BnReluBackward)
+DX_SIZE(BnRelu)
+DX_SIZE(FeatureGrad)
+DX_SIZE(BnReluBackwardReduce)
+DX_SIZE(BnReluBackward)
+#endif
+#if defined(DX_AVG_POOL)
+DX_LAUNCHER(bn_relu_avg_pool, BnReluPool)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
+DX_LAUNCHER(bn_relu_avg_pool_backward, BnReluPoolBackward)
+#endif
+#if defined(DX_MAX_POOL)
+DX_LAUNCHER(bn_relu_max_pool, BnReluPool)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_max_pool_backward_reduce, BnReluPoolBackwardReduce)
+DX_LAUNCHER(bn_relu_max_pool_backward, BnReluPoolBackward)
+#endif
+DX_SIZE(BnReluPool)
+DX_SIZE(BnReluPoolBackwardReduce)
+DX_SIZE(BnReluPoolBackward)
+
+}  // namespace dx::cuda

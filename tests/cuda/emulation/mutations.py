@@ -1,0 +1,120 @@
+"""Shows that the tests of the emulated kernels see faults: each of a list of mutations of the kernels must be caught.
+
+    python -m tests.cuda.emulation.mutations [--only PATTERN] [--list]
+
+A mutation (mutation_list.py) replaces a few words in a temporary copy of the sources: a barrier goes, a stride or an
+index of a fragment is another, a bound is left out. The copy is compiled for the emulator and runs its cases; one of
+them has to fail, be it by the emulator's checks or by its numbers. Exit code 0: all were caught; 1: some were not, or a
+case fails without any mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests.cuda.emulation import mutation_list
+from tests.cuda.emulation.library import Library, compile_library
+from tests.cuda.emulation.mutation_list import FAMILIES, MUTATIONS, Case, Mutation
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+MOST_SECONDS = 300.0  # of a mutation's cases: one that hangs is caught too
+
+
+def place(mutation: Mutation, root: Path = ROOT) -> Path:
+    """The file that a mutation changes."""
+    return root / "csrc" / "cuda" / mutation.file
+
+
+class Workshop:
+    """A copy of the sources in a temporary folder, compiled once as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=ignored)
+        shutil.copytree(HERE, folder / "tests" / "cuda" / "emulation", ignore=ignored)
+        (folder / "objects").mkdir()
+        self.library = compile_library(folder / "objects", FAMILIES, root=folder)
+
+    def seconds(self, cases: Sequence[Case], library: Path) -> tuple[str | None, float]:
+        """What the first case that failed said, or None, and how long it took."""
+        names = [case.__name__ for case in cases]
+        start = time.monotonic()
+        command = [sys.executable, "-m", "tests.cuda.emulation.mutations", "--library", str(library), *names]
+        try:
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "does not end", time.monotonic() - start
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        said = None if run.returncode == 0 else lines[-1] if lines else f"ended by signal {-run.returncode}"
+        return said, time.monotonic() - start
+
+    def mutate(self, mutation: Mutation) -> tuple[str | None, float]:
+        """How the mutation was seen, or None, and how long its cases took."""
+        file = place(mutation, self.folder)
+        text = file.read_text()
+        if text.count(mutation.old) != 1:
+            raise ValueError(f"{mutation.name}: {mutation.file} has {text.count(mutation.old)} times {mutation.old!r}")
+        before = file.stat()
+        objects = self.folder / "mutated"
+        shutil.copytree(self.folder / "objects", objects)
+        try:
+            file.write_text(text.replace(mutation.old, mutation.new))
+            return self.seconds(mutation.cases, compile_library(objects, FAMILIES, root=self.folder))
+        finally:
+            file.write_text(text)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+            shutil.rmtree(objects)
+
+
+def run(mutations: Sequence[Mutation]) -> list[str]:
+    """Prints how each mutation was seen; returns what went wrong, in words."""
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        cases = list(dict.fromkeys(case for mutation in mutations for case in mutation.cases))
+        said, _ = workshop.seconds(cases, workshop.library)
+        if said is not None:
+            return [f"a case fails without any mutation: {said}"]
+        for mutation in mutations:
+            said, taken = workshop.mutate(mutation)
+            print(f"{'NOT CAUGHT' if said is None else 'caught'} in {taken:.0f} s  {mutation.name}: {said}", flush=True)
+            wrong += [f"not caught: {mutation.name}"] if said is None else []
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="those whose names have this in them")
+    parser.add_argument("--list", action="store_true", help="print their names and end")
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("cases", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.library:
+        kernels = Library(options.library)
+        for case in options.cases:
+            torch.manual_seed(0)
+            getattr(mutation_list, case)(kernels)
+        return 0
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
+    if options.list:
+        print("\n".join(mutation.name for mutation in chosen))
+        return 0
+    wrong = run(chosen)
+    print("\n".join([f"{len(chosen) - len(wrong)} of {len(chosen)} caught", *wrong]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The CUDA backend is built as a user builds it, on a machine that may have no GPU: `pip wheel` with nvcc.
+
+From the same build comes ptxas' report: it found registers for all kernels, without spills and local memory. And the
+machine code shows that rows are stored in pieces of 16 and 8 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from build_backend import extension
+from densenet_ext import kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("8.0", "9.0a")
+
+
+class Kernel(NamedTuple):
+    name: str  # demangled, without its arguments
+    architecture: str
+    registers: int
+    stack: int  # bytes of local memory
+    spilled: int  # bytes stored and loaded
+    shared: int  # bytes, static
+
+    @property
+    def is_double(self) -> bool:
+        return re.search(r"<double\b", self.name) is not None
+
+
+def demangled(names: Iterable[str]) -> list[str]:
+    """The names as in the source, without namespaces and arguments."""
+    text = "\n".join(names)
+    lines = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub(r"^void |dx::cuda::|dx::|\(anonymous namespace\)::|\(.*\)$", "", line) for line in lines]
+
+
+def read_report(text: str) -> list[Kernel]:
+    """The kernels of what ptxas prints with -v."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers([^\n]*)",
+        text,
+        flags=re.DOTALL,
+    )
+    names = demangled(entry[0] for entry in found)
+    report = []
+    for name, (_, architecture, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        used = int(stores) + int(loads)
+        report.append(
+            Kernel(name, architecture, int(registers), int(stack), used, int(shared.group(1)) if shared else 0)
+        )
+    return report
+
+
+def test_reading_a_report() -> None:
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt")
+    report = """ptxas info    : Compiling entry function '_Z3fooIdEvT_' for 'sm_80'
+ptxas info    : Function properties for _Z3fooIdEvT_
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 30 registers, used 1 barriers, 128 bytes smem, 360 bytes cmem[0]
+"""
+    (kernel,) = read_report(report)
+    assert kernel == ("foo<double>", "sm_80", 30, 16, 12, 128) and kernel.is_double
+
+
+def read_stores(sass: str) -> list[tuple[str, dict[int, int]]]:
+    """Of each kernel in what cuobjdump -sass prints: how many stores to global memory it has, by their bytes."""
+    parts = sass.split("Function : ")[1:]
+    found = []
+    for name, part in zip(demangled(part.split()[0] for part in parts), parts, strict=True):
+        widths = [int(bits or 32) // 8 for bits in re.findall(r"\bSTG\.E(?:\.\w+)*?(?:\.(64|128))? (?:desc|\[)", part)]
+        found.append((name, {width: widths.count(width) for width in set(widths)}))
+    return found
+
+
+def test_reading_machine_code() -> None:
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt")
+    sass = """ Function : _Z3fooIdEvT_
+        /*0010*/  @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0020*/       STG.E desc[UR4][R2.64], R4 ;
+        /*0030*/       STG.E.EF.64 [R2.64+0x8], R4 ;
+        /*0040*/       STG.E.U16 [R2.64], R4 ;
+        /*0050*/       STG.E.128 [R2], R4 ;
+"""
+    assert read_stores(sass) == [("foo<double>", {16: 2, 4: 2, 8: 1})]
+
+
+class Build(NamedTuple):
+    log: str
+    wheel: Path
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    if extension.find_toolkit() is None or shutil.which("c++filt") is None:
+        pytest.skip("no CUDA toolkit")
+    folder = tmp_path_factory.mktemp("cuda")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "build_backend", "densenet_ext"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    settings = {
+        "DENSENET_EXT_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": ";".join(ARCHITECTURES),
+        "NVCC_APPEND_FLAGS": "-Xptxas=-v",
+    }
+    run = subprocess.run(
+        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert run.returncode == 0, run.stdout[-10000:]
+    (wheel,) = folder.glob("densenet_ext-*.whl")
+    return Build(run.stdout, wheel)
+
+
+@pytest.mark.slow
+def test_the_build_says_what_it_decided(build: Build) -> None:
+    assert "GPU kernels: yes (DENSENET_EXT_CUDA=1" in build.log
+    assert f"GPU architectures: {';'.join(ARCHITECTURES)}" in build.log
+    ours = [line for line in build.log.splitlines() if "warning" in line and "csrc" in line]
+    assert not ours, ours
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(build: Build, record_property: Callable[[str, object], None]) -> None:
+    report = read_report(build.log)
+    assert {kernel.architecture for kernel in report} == {f"sm_{a.replace('.', '')}" for a in ARCHITECTURES}
+    lines = [
+        f"{kernel.architecture:7} {kernel.registers:4} registers {kernel.stack:4} B local "
+        f"{kernel.shared:6} B static shared  {kernel.name}"
+        for kernel in sorted(report)
+    ]
+    record_property("ptxas", "\n".join(lines))  # printed at the end of the run
+    bad = [kernel for kernel in report if (kernel.stack or kernel.spilled) and not kernel.is_double]
+    assert not bad, bad
+
+
+# Kernel (a pattern): bytes of a store, how many of them there are at least. Rows of a tile or of a thread, once each.
+STORES = {
+    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, 128, .*>": (16, 4),
+    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, 64, .*>": (16, 2),
+    r"bn_relu_conv1x1_tiles<float, .*, 128, .*>": (16, 8),
+    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, 128, .*, true, .*>": (8, 4),
+    r"bn_relu_conv1x1_backward_tiles<float, .*, true, (true|false)>": (16, 2),
+    r"bn_relu_kernel<(bf|f)loat16, 8>": (16, 4),
+    r"bn_relu_kernel<float, 4>": (16, 4),
+    r"feature_grad_kernel<(bf|f)loat16, 8>": (16, 4),
+    r"moments<(bf|f)loat16, 8>": (16, 8),
+}
+
+
+@pytest.mark.slow
+def test_rows_are_stored_in_whole_pieces(build: Build, tmp_path: Path) -> None:
+    """A piece that the compiler takes apart costs several partial writes of one sector."""
+    toolkit = extension.find_toolkit()
+    cuobjdump = shutil.which("cuobjdump", path=f"{toolkit}/bin{os.pathsep}{os.environ['PATH']}")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump")
+    zipfile.ZipFile(build.wheel).extractall(tmp_path)
+    (library,) = tmp_path.glob("densenet_ext/_C*.so")
+    sass = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    kernels = read_stores(sass)
+    for pattern, (size, least) in STORES.items():
+        found = [(name, stores) for name, stores in kernels if re.fullmatch(pattern, name)]
+        assert len(found) >= len(ARCHITECTURES), pattern
+        few = [(name, stores) for name, stores in found if stores.get(size, 0) < least]
+        assert not few, f"fewer than {least} stores of {size} bytes: {few}"
+
+
+@pytest.mark.slow
+def test_the_result_loads_or_says_why_not(build: Build, tmp_path: Path) -> None:
+    """With a torch that has CUDA every operator is there for GPUs; without, the package goes on in plain PyTorch."""
+    zipfile.ZipFile(build.wheel).extractall(tmp_path)
+    code = """
+        import json, torch, densenet_ext as dx
+        from densenet_ext import kernels
+        info = dx.build_info()
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        registered = [name for name in kernels.OPS if info["compiled"] and has(f"densenet_ext::{name}", "CUDA")]
+        y = dx.DenseBlock(2, 4, 2, 3, 0.0)(torch.randn(2, 4, 5, 5)).sum()
+        print(json.dumps([info["why_missing"], registered, y.isfinite().item(), kernels.why_plain("cuda")]))
+        """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    why_missing, registered, finite, why_plain = json.loads(run.stdout)
+    assert finite
+    if torch.version.cuda is None:
+        assert "does not load with torch" in why_missing and "cuda_stream" in why_missing and why_plain == why_missing
+    else:
+        assert why_missing is None and registered == [name for name in kernels.OPS if name not in kernels.CPU_OPS]
+        assert torch.cuda.is_available() or why_plain == "there is no GPU here"

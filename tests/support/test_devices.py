@@ -1,0 +1,42 @@
+"""The list of what does not run on a GPU: it names tests that exist, and leaves out those alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from tests.support import devices
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("pattern", devices.LEFT_OUT)
+def test_every_pattern_names_tests(pattern: str) -> None:
+    name, _, parameter = pattern.rstrip("]").partition("[")
+    file, _, function = name.partition("::")
+    found = [path for path in TESTS.rglob("test_*.py") if fnmatch(path.name, file)]
+    assert found and all(f"def {function}(" in path.read_text() for path in found if function not in ("", "*"))
+    assert not parameter or f'"{parameter}"' in (TESTS / "conftest.py").read_text()
+    assert devices.LEFT_OUT[pattern]
+
+
+def test_parameters_and_folders_do_not_matter() -> None:
+    assert devices.reason_to_leave_out("tests/build_backend/test_build.py::test_cuda_decision[None-13.0/x]")
+    assert devices.reason_to_leave_out("test_memory.py::test_backward_needs_one_gradient_buffer[features-plain]")
+    assert devices.reason_to_leave_out("tests/algorithm/test_block.py::test_gradcheck[emulated-train-features]")
+    assert devices.reason_to_leave_out("tests/algorithm/test_block.py::test_gradcheck[compiled-train-features]") is None
+    assert devices.reason_to_leave_out("tests/memory/test_memory.py::test_a_fraction_of_eagers") is None
+    assert devices.reason_to_leave_out("tests/algorithm/test_block.py::test_build.py") is None
+
+
+@pytest.mark.parametrize(
+    "device, message", [("meta", "there is no such device here"), ("gpu", "expected cpu, cuda or cuda:N, got 'gpu'")]
+)
+def test_a_device_that_is_not_there_ends_the_run(device: str, message: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--device", device, __file__]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR and message in run.stderr

@@ -1,0 +1,400 @@
+"""`densenet-ext train` on the digits: what it leaves behind, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("typer")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
+
+import densenet_ext as dx
+from densenet_ext.cli import app
+from densenet_ext.training import files, learner, networks, progress, running
+from densenet_ext.training.loop import best_of
+from densenet_ext.training.metrics import Epoch, Sums
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
+from densenet_ext.training.progress import Progress
+from tests.support.training_runs import MEASURED, TINY, checkpoint, differences, environment, run
+
+
+def test_a_run_leaves_options_metrics_and_checkpoints(tmp_path):
+    out = tmp_path / "new" / "folder"
+    ended = run("train", *TINY, "--epochs", 2, "--seed", 3, "--out", out)
+    assert ended.code == 0, ended.output
+    assert "1293 to train on, 144 for validation, 360 for the test" in ended.text
+    assert "epoch 2/2: lr 0.01, loss" in ended.text and re.search(r"images/s, \d+\.\d [MG]iB", ended.text)
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and [*rows[0]][:6] == list(MEASURED)
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
+    kept = json.loads((out / "options.json").read_text())
+    assert kept["options"]["seed"] == 3 and kept["options"]["weight_decay"] == 1e-4
+    assert kept["versions"]["torch"] == torch.__version__
+    state = checkpoint(out)
+    model = dx.densenet_bc(10, 4, num_classes=10, in_channels=1)
+    model.load_state_dict(state["model"])
+    test = json.loads((out / "result.json").read_text())["test"]
+    assert f"test accuracy {100 - test['error']:.2f} % ({test['wrong']} of 360 wrong)" in ended.text
+    assert {"curves.png", "reuse.png", "tensorboard"} < set(os.listdir(out))
+    best = best_of([Epoch(**row) for row in state["history"]])
+    assert checkpoint(out, "best.pt")["history"][-1]["epoch"] == best.epoch
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+def test_tensorboard_has_a_point_for_every_epoch(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path / "run").code == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    history = checkpoint(tmp_path / "run")["history"]
+    for tag, name in (("loss/training", "loss"), ("error/validation", "validation_error"), ("lr", "lr")):
+        points = [(point.step, pytest.approx(point.value)) for point in events.Scalars(tag)]
+        assert points == [(row["epoch"], row[name]) for row in history]
+
+
+def test_a_run_is_repeatable_and_the_seed_matters(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run("train", *TINY, "--epochs", 1, "--seed", seed, "--out", tmp_path / name).code == 0
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert "model.classifier.weight" in differences(tmp_path / "a", tmp_path / "c")
+
+
+def test_fused_and_unfused_runs_agree_up_to_rounding(tmp_path):
+    pairs = {}
+    for name, option in (("fused", "--fused"), ("unfused", "--no-fused")):
+        ended = run("train", *TINY, "--epochs", 1, "--lr", 0.01, option, "--out", tmp_path / name)
+        assert ended.code == 0 and (", fused, on" if name == "fused" else "in the usual formulation") in ended.text
+        pairs[name] = checkpoint(tmp_path / name)
+    for name, value in pairs["unfused"]["model"].items():
+        torch.testing.assert_close(pairs["fused"]["model"][name], value, rtol=1e-3, atol=1e-4)
+    assert differences(tmp_path / "fused", tmp_path / "unfused"), "the same code ran twice"
+
+
+def test_without_out_every_run_has_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("train", *TINY, "--epochs", 1).code == 0
+    assert sorted(os.listdir("runs")) == ["digits", "digits-2"]
+
+
+def test_a_folder_with_a_run_is_never_overwritten(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").code == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    ended = run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run")
+    assert ended.code == 2 and "holds a run already: --resume goes on with it" in ended.text
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path, amp):
+    ended = run("train", *TINY, "--epochs", 2, "--amp", amp, "--out", tmp_path)
+    assert ended.code == 0, ended.output
+    history = checkpoint(tmp_path)["history"]
+    assert history[1]["loss"] < history[0]["loss"]
+    assert checkpoint(tmp_path)["model"]["classifier.weight"].dtype == torch.float32
+
+
+def test_without_validation_images_there_is_no_best_epoch(tmp_path):
+    ended = run("train", *TINY, "--epochs", 1, "--validation", 0, "--out", tmp_path)
+    assert ended.code == 0 and "1437 to train on, 360 for the test" in ended.text
+    assert not (tmp_path / "best.pt").exists() and checkpoint(tmp_path)["history"][0]["validation_error"] is None
+    assert next(csv.DictReader((tmp_path / "metrics.csv").open()))["validation_error"] == ""
+
+
+def test_the_learning_rate_is_that_of_the_paper():
+    assert [learner.factor(epoch, 8) for epoch in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [learner.factor(epoch, 1) for epoch in range(1)] == [1]
+
+
+def test_options_of_the_optimizer_are_those_of_the_paper(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path).code == 0
+    (group,) = checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert {name: group[name] for name in ("momentum", "nesterov", "weight_decay", "initial_lr")} == {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "initial_lr": 0.1,
+    }
+
+
+def test_steps_and_evaluation_need_no_float64():
+    """Not every device has it, as Apple's GPUs; sums over batches are taken on the host."""
+    found = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            out = operator(*args, **(kwargs or {}))
+            found.extend(operator for leaf in tree_leaves(out) if getattr(leaf, "dtype", None) == torch.float64)
+            return out
+
+    def watched():
+        with Watching():
+            yield images, labels
+
+    images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
+    network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
+    one = learner.Learner(network, Options.of({}), Processes())
+    with Watching():
+        one.step(images, labels, 8)
+    one.evaluate(watched())
+    assert found == []
+
+
+def test_evaluation_adds_up_parts_some_of_which_are_empty():
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
+    network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
+    one = learner.Learner(network, Options.of({}), Processes())
+    whole = one.evaluate([(images, labels)])
+    parts = one.evaluate([(images[:5], labels[:5]), (images[:0], labels[:0]), (images[5:], labels[5:])])
+    with torch.no_grad():
+        scores = network(images)
+    assert (whole.wrong, whole.images) == (int((scores.argmax(1) != labels).sum()), 8)
+    assert whole.mean_loss == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item())
+    assert parts == Sums(pytest.approx(whole.loss), whole.wrong, 8)
+    assert one.evaluate([]) == Sums()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--epochs", "0"),
+        ("--epochs", "many"),
+        ("--batch-size", "-1"),
+        ("--batch-size", "1.5"),
+        ("--lr", "0"),
+        ("--lr", "fast"),
+        ("--lr", "nan"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+        ("--save", "everything"),
+        ("--data", "mnist"),
+        ("--model", "resnet50"),
+        ("--model", "densenet_bc:41,12"),
+        ("--model", "densenet_bc:40"),
+        ("--model", "timm:"),
+        ("--amp", "fp8"),
+        ("--validation", "1"),
+        ("--validation", "-0.1"),
+        ("--workers", "-1"),
+        ("--on-corrupt", "repair"),
+    ],
+)
+def test_wrong_options_are_named_with_exit_code_2(option, value, tmp_path):
+    ended = run("train", option, value, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert re.search(f"Invalid value for '{option}'.*{re.escape(value)}", ended.text), ended.text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--batch-size", 1294), "--batch-size: expected .*1293.*, got 1294"),
+        (("--device", "tpu9"), "--device: expected a device of this machine, got 'tpu9'"),
+        (("--device", "meta"), "--device: expected a device of this machine, got 'meta'"),
+        (("--model", "densenet121"), "--model: densenet121 does not take images of 1 x 16 x 16"),
+        (("--fsdp",), "--fsdp: expected several processes: torchrun"),
+        (("--resume",), "--resume: name the folder of the run"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = run("train", *arguments)
+    assert ended.code == 2 and re.search(message, ended.text), ended.text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_images_of_one_channel_are_refused_by_torchvisions_networks(tmp_path):
+    from tests.support import peers
+
+    peers.torchvision_densenet()
+    ended = run("train", "--model", "torchvision:densenet121", "--out", tmp_path / "run")
+    assert ended.code == 2 and "takes images of 3 channels, these have 1" in ended.text
+
+
+def test_a_file_where_the_folder_should_be_is_named_with_exit_code_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        ended = run("train", *TINY, "--out", out)
+        assert ended.code == 2 and "--out: expected a folder to write into" in ended.text
+
+
+def test_of_two_runs_that_start_in_one_folder_the_first_keeps_it(tmp_path, monkeypatch):
+    loaded = running.load_data
+
+    def load_while_another_run_begins(*arguments):
+        monkeypatch.setattr(running, "load_data", loaded)
+        assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "run").code == 0
+        return loaded(*arguments)
+
+    monkeypatch.setattr(running, "load_data", load_while_another_run_begins)
+    ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path / "run")
+    assert ended.code == 2 and "holds a run already" in ended.text
+    assert len(checkpoint(tmp_path / "run")["history"]) == 1
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission_is_named_with_exit_code_2(tmp_path):
+    tmp_path.chmod(0o500)
+    ended = run("train", *TINY, "--out", tmp_path)
+    assert ended.code == 2 and "--out: expected a folder to write into" in ended.text
+
+
+def test_unknown_options_and_commands_end_with_exit_code_2():
+    assert run("train", "--colour", "red").code == 2
+    assert CliRunner().invoke(app, ["draw"]).exit_code == 2
+
+
+def test_python_m_runs_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "densenet_ext", "train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--batch-size" in done.stdout
+
+
+def test_a_missing_library_is_named():
+    code = "import sys; sys.modules['tqdm'] = None; sys.argv = ['', 'train']; from densenet_ext.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1 and "this needs tqdm: pip install 'densenet_ext[train]'" in done.stderr
+
+
+# ---- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_ends_the_run_where_it_appears(tmp_path):
+    ended = run("train", *TINY, "--lr", "1e30", "--epochs", 1, "--out", tmp_path)
+    assert ended.code == 1
+    assert re.search(r"Error: the loss is nan in epoch 1, step \d of 6; no epoch was complete", ended.text), ended.text
+    assert "Try a smaller --lr" in ended.text and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
+    end_epoch = learner.Learner.end_epoch
+
+    def spoil(self):
+        end_epoch(self)
+        with torch.no_grad():
+            self.network.classifier.bias[0] = float("inf")
+
+    monkeypatch.setattr(learner.Learner, "end_epoch", spoil)  # after the check of epoch 1, before that of epoch 2
+    ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path)
+    assert ended.code == 1 and re.search(
+        r"loss is nan in epoch 2, step 1 of 6; .*checkpoint.pt keeps epoch 1", ended.text
+    )
+
+
+class FullDisk:
+    """Stands for open(): a file that takes a few bytes and then has no space left."""
+
+    def __init__(self, path, mode):
+        self._file = open(path, mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def write(self, data):
+        self._file.write(bytes(data[:100]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    end_epoch = learner.Learner.end_epoch
+
+    def fill(self):
+        end_epoch(self)
+        if self.steps == 12:
+            monkeypatch.setattr(files, "open", FullDisk, raising=False)
+
+    monkeypatch.setattr(learner.Learner, "end_epoch", fill)
+    ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "full")
+    assert ended.code == 1 and "Error: cannot write the checkpoint" in ended.text
+    assert "No space left on device; --resume goes on from checkpoint.pt" in ended.text
+    monkeypatch.undo()
+    assert len(checkpoint(tmp_path / "full")["history"]) == 1
+    assert run("train", "--resume", "--out", tmp_path / "full").code == 0
+    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "full", tmp_path / "whole") == []
+
+
+def test_a_disk_that_is_full_after_the_first_of_two_files_loses_no_epoch(tmp_path, monkeypatch):
+    def full(path, mode):
+        return FullDisk(path, mode) if "checkpoint.pt" in path.name else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", full, raising=False)
+        ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path / "full")
+    assert ended.code == 1 and "--resume goes on from best.pt" in ended.text
+    ended = run("train", "--resume", "--out", tmp_path / "full")
+    assert ended.code == 0 and "going on after epoch 1 of 2" in ended.text
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "full", tmp_path / "whole") == []
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_terminal_sees_a_bar_with_loss_error_rate_memory_and_time_left(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=True)
+    progress._bar._bar.mininterval = 0
+    progress.step(1, 40, Sums(loss=20.0, wrong=10, images=40))
+    progress.close()
+    assert "epoch 1/2:  20%" in stream.text and " left, " in stream.text and " img/s" in stream.text
+    for value in ("loss 0.500", "error 25.0%", "iB"):
+        assert value in stream.text
+
+
+def test_a_terminal_that_does_not_know_its_width_sees_the_bar(monkeypatch):
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+    stream = Terminal()
+    stream.fileno = lambda: 2
+    monkeypatch.setattr("sys.stderr", stream)
+    shown = Progress(2, 100, 0, torch.device("cpu"), True)
+    shown.step(1, 40, Sums(20.0, 10, 40))
+    shown.close()
+    assert "epoch 1/2:  20%" in stream.text and "iB\n" in stream.text  # all of it fits
+
+
+def test_elsewhere_long_epochs_print_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr("densenet_ext.training.progress.SECONDS_BETWEEN_LINES", -1.0)
+    progress = Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=True)
+    progress.step(1, 40, Sums(loss=20.0, wrong=10, images=40))
+    assert "epoch 1/2, 40 of 100 images: loss 0.5000, error 25.00 %," in capsys.readouterr().out
+    Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=False).line("nothing")
+    assert capsys.readouterr().out == ""

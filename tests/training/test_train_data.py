@@ -1,0 +1,356 @@
+"""Digits, CIFAR, what an augmented image depends on, and the import of torchvision."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+from densenet_ext.training.data import vision
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.options import DATA
+from tests.support.training_data import (
+    CIFAR10,
+    cifar,
+    data_of,
+    image_folder,
+    in_processes,
+    message_of,
+    needs_torchvision,
+    python2_pickle,
+    truncate,
+    write_cifar_batch,
+)
+
+needs_torchvision()
+
+
+def same(first, second) -> bool:
+    return len(first) == len(second) and all(torch.equal(first[i][0], second[i][0]) for i in range(len(first)))
+
+
+def images_of(examples) -> torch.Tensor:
+    return torch.stack([examples[index][0] for index in range(len(examples))])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return data_of("digits")
+
+
+@pytest.fixture(scope="module")
+def cifar_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cifar")
+    cifar(root)
+    cifar(root, "cifar100", per_batch=120)
+    return root
+
+
+# Digits
+
+
+def test_digits_are_split_into_three_parts_that_never_change(digits):
+    assert [len(digits.train), len(digits.validation), len(digits.test)] == [1293, 144, 360]
+    assert digits.channels == 1 and digits.image_size == 16 and digits.classes == tuple("0123456789")
+    again = data_of("digits", validation=0.5)
+    assert same(again.test, digits.test) is False  # normalised by other training images
+    assert torch.equal(again.test.labels, digits.test.labels)
+    assert len(again.validation) == round(0.5 * 1437) and len(again.train) + len(again.validation) == 1437
+    every = torch.cat([part.labels for part in (digits.train, digits.validation, digits.test)]).bincount()
+    sklearn = pytest.importorskip("sklearn.datasets")
+    assert torch.equal(every, torch.from_numpy(sklearn.load_digits().target).bincount())
+
+
+def test_digits_have_mean_0_and_deviation_1_over_the_training_images(digits):
+    images = images_of(digits.train)
+    assert images.dtype == torch.float32 and images.shape[1:] == digits.train.shape == (1, 16, 16)
+    assert abs(images.mean().item()) < 1e-5 and abs(images.std().item() - 1) < 1e-5
+    assert abs(images_of(digits.test).mean().item()) > 1e-4
+
+
+def test_digits_are_shifted_by_at_most_one_pixel_and_the_border_repeated(digits):
+    image = digits.train[5][0]
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1), mode="replicate")
+    shifts = [padded[:, y : y + 16, x : x + 16] for y, x in itertools.product(range(3), repeat=2)]
+    found = set()
+    for seed in range(100):
+        augmented, label = digits.train[5, seed]
+        assert label == digits.train[5][1]
+        found.add([torch.equal(augmented, shift) for shift in shifts].index(True))
+    assert found == set(range(9))
+
+
+def test_digits_of_another_size(digits):
+    larger = data_of("digits", image_size=32)
+    assert larger.image_size == 32 and larger.train[0][0].shape == larger.train[0, 1][0].shape == (1, 32, 32)
+    assert torch.equal(larger.train.labels, digits.train.labels)
+
+
+def test_without_validation_all_images_are_trained_on():
+    pytest.importorskip("sklearn")
+    data = data_of("digits", validation=0)
+    assert data.validation is None and len(data.train) == 1437
+
+
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert message_of("digits") == "the digits are inside scikit-learn: pip install scikit-learn"
+
+
+# Randomness
+
+
+def test_an_augmented_image_depends_on_its_key_alone(cifar_root, digits):
+    for examples in (digits.train, data_of("cifar10", cifar_root).train):
+        first = [examples[3, 11][0], examples[3, 12][0], examples[3, 11][0]]
+        torch.manual_seed(5)
+        second = [examples[3, 11][0], examples[3, 12][0]]
+        assert torch.equal(first[0], first[2])
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+        assert len({examples[3, seed][0].numpy().tobytes() for seed in range(30)}) > 5
+
+
+def test_torchs_random_numbers_go_on_as_if_no_image_had_been_loaded(cifar_root, tmp_path):
+    folder = data_of("imagefolder", image_folder(tmp_path), image_size=16)
+    for examples in (data_of("cifar10", cifar_root).train, folder.train):
+        state = torch.get_rng_state()
+        examples[0], examples[0, 1]
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_after_an_image_that_fails_too(tmp_path):
+    examples = data_of("imagefolder", image_folder(tmp_path)).train
+    examples[0, 1]
+    examples._transforms[1] = lambda image: torch.rand(1) / 0 + image
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError):
+        examples[0, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_examples_can_be_pickled_before_and_after_use(cifar_root):
+    examples = data_of("cifar10", cifar_root).train
+    before = pickle.loads(pickle.dumps(examples))
+    image = examples[0, 1][0]
+    after = pickle.loads(pickle.dumps(examples))
+    assert torch.equal(before[0, 1][0], image) and torch.equal(after[0, 1][0], image)
+
+
+# CIFAR
+
+
+@pytest.mark.parametrize("name, classes, train, test", [("cifar10", 10, 100, 20), ("cifar100", 100, 120, 20)])
+def test_cifar(cifar_root, name, classes, train, test):
+    data = data_of(name, cifar_root)
+    assert data.channels == 3 and data.image_size == 32 and len(data.classes) == classes
+    assert [len(data.train), len(data.validation), len(data.test)] == [round(0.9 * train), train // 10, test]
+    images = images_of(data.train)
+    assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    assert "not the original images" in data.notes[0]
+    again = data_of(name, cifar_root)
+    assert same(again.validation, data.validation) and same(again.train, data.train)
+
+
+def test_cifar_is_what_torchvision_reads(cifar_root, monkeypatch):
+    kind = vision.import_torchvision().datasets.CIFAR10
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(kind, "_load_meta", lambda self: None)
+    test, train = kind(str(cifar_root), train=False), kind(str(cifar_root), train=True)
+    data = data_of("cifar10", cifar_root, validation=0)
+    assert data.classes == CIFAR10
+    assert data.test.labels.tolist() == test.targets and data.train.labels.tolist() == train.targets
+    assert np.array_equal(data.test.images.permute(0, 2, 3, 1).numpy(), test.data)
+    assert np.array_equal(data.train.images.permute(0, 2, 3, 1).numpy(), train.data)
+
+
+def test_the_original_files_have_no_note(cifar_root, monkeypatch):
+    monkeypatch.setattr(vision.import_torchvision().datasets.utils, "check_integrity", lambda path, checksum: True)
+    assert data_of("cifar10", cifar_root).notes == ()
+
+
+def test_cifar_is_mirrored_and_shifted_by_at_most_four_pixels(cifar_root):
+    examples = data_of("cifar10", cifar_root).train
+    image = torch.nn.functional.pad(examples[7][0], (4, 4, 4, 4))
+    crops = {}
+    for y, x, mirrored in itertools.product(range(9), range(9), (False, True)):
+        crop = image[:, y : y + 32, x : x + 32]
+        crops[(crop.flip(2) if mirrored else crop).contiguous().numpy().tobytes()] = (y, x, mirrored)
+    found = [crops[examples[7, seed][0].contiguous().numpy().tobytes()] for seed in range(200)]
+    rows, columns, mirrored = (set(values) for values in zip(*found, strict=True))
+    assert rows == columns == set(range(9)) and mirrored == {False, True}
+
+
+def test_cifar_of_another_size(cifar_root):
+    data = data_of("cifar10", cifar_root, image_size=48)
+    assert data.image_size == 48 and data.train.shape == (3, 48, 48)
+    assert data.train[0][0].shape == data.train[0, 1][0].shape == data.test[0][0].shape == (3, 48, 48)
+
+
+def test_cifar_needs_its_files(tmp_path):
+    folder = cifar(tmp_path)
+    (folder / "data_batch_3").unlink()
+    (folder / "batches.meta").unlink()
+    message = message_of("cifar10", tmp_path)
+    assert str(folder) in message and "found all but data_batch_3, batches.meta:" in message and "--download" in message
+    assert str(tmp_path / "none") in message_of("cifar100", tmp_path / "none")
+    assert "--root" in message_of("cifar10")
+
+
+def test_labels_out_of_range(tmp_path):
+    write_cifar_batch(cifar(tmp_path) / "data_batch_2", [0, 1, 12, 3])
+    message = message_of("cifar10", tmp_path)
+    assert "data_batch_2" in message and "from 0 to 9, got 12 for image 2" in message
+    write_cifar_batch(tmp_path / "cifar-10-batches-py" / "data_batch_2", [0, -1])
+    assert "got -1 for image 1" in message_of("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry, expected",
+    [
+        ({"labels": [0]}, "expected an array of pixels"),
+        ({"data": np.zeros((2, 3071), "u1"), "labels": [0, 1]}, "[2, 3071]"),
+        ({"data": np.zeros((0, 3072), "u1"), "labels": []}, "[0, 3072]"),
+        ({"data": np.zeros((2, 3072), "u1"), "labels": [0]}, "expected 2 labels, one for each image, got 1"),
+        ({"data": np.zeros((2, 3072), "u1")}, "expected 2 labels, one for each image, got none"),
+        ([1], "got a pickled list"),
+    ],
+)
+def test_a_cifar_file_with_something_else_in_it(tmp_path, entry, expected):
+    path = cifar(tmp_path) / "data_batch_4"
+    path.write_bytes(python2_pickle(entry))
+    message = message_of("cifar10", tmp_path)
+    assert str(path) in message and expected in message
+
+
+def test_a_damaged_cifar_file(tmp_path):
+    path = truncate(cifar(tmp_path) / "test_batch")
+    assert str(path) in message_of("cifar10", tmp_path)
+    path.write_bytes(b"")
+    assert str(path) in message_of("cifar10", tmp_path)
+
+
+def test_names_of_another_number_of_classes(tmp_path):
+    path = cifar(tmp_path) / "batches.meta"
+    path.write_bytes(python2_pickle({"label_names": ["a", "b"]}))
+    assert "expected 10 names of classes (label_names), got 2" in message_of("cifar10", tmp_path)
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("harm",)
+
+
+def test_a_cifar_file_runs_no_code(tmp_path, capsys):
+    path = cifar(tmp_path) / "data_batch_1"
+    path.write_bytes(pickle.dumps({"data": Harmful()}))
+    assert "print" in message_of("cifar10", tmp_path)
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_files_that_python_3_wrote(tmp_path):
+    path = cifar(tmp_path) / "data_batch_1"
+    for protocol in (2, 4, 5):
+        entry = {"data": np.full((3, 3072), 7, "u1"), "labels": [1, 2, 3]}
+        path.write_bytes(pickle.dumps(entry, protocol=protocol))
+        data = data_of("cifar10", tmp_path, validation=0)
+        assert len(data.train) == 83 and (data.train.images[:3] == 7).all()
+
+
+def test_a_download_happens_in_the_first_process_and_the_others_wait(tmp_path, monkeypatch):
+    kind, calls = vision.import_torchvision().datasets.CIFAR10, []
+
+    def download(self, root, train, download):
+        calls.append((root, download))
+        cifar(tmp_path)
+
+    monkeypatch.setattr(kind, "__init__", download)
+    found = in_processes(3, lambda process: data_of("cifar10", tmp_path, process, download=True))
+    assert calls == [(str(tmp_path), True)]
+    assert all(same(data.test, found[0].test) for data in found)
+
+
+def test_a_download_that_fails_ends_every_process(tmp_path, monkeypatch):
+    def download(self, root, train, download):
+        raise OSError("no network")
+
+    monkeypatch.setattr(vision.import_torchvision().datasets.CIFAR10, "__init__", download)
+    found = in_processes(2, lambda process: data_of("cifar10", tmp_path, process, download=True))
+    for error in found:
+        assert isinstance(error, UserError) and "no network" in str(error) and str(tmp_path) in str(error)
+
+
+def test_nothing_is_downloaded_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision.import_torchvision().datasets.CIFAR10, "__init__", lambda *_, **__: pytest.fail("asked"))
+    assert "--download" in message_of("cifar10", tmp_path)
+
+
+# Options
+
+
+def test_unknown_data():
+    assert all(name in message_of("mnist") for name in DATA)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_fractions_out_of_range(fraction):
+    assert message_of("digits", validation=fraction).startswith("--validation: expected a fraction of at least 0")
+
+
+@pytest.mark.parametrize("name, fraction", [("cifar10", 0.001), ("cifar10", 0.999), ("imagefolder", 0.001)])
+def test_fractions_that_leave_nothing_on_one_side(tmp_path, name, fraction):
+    cifar(tmp_path) if name == "cifar10" else image_folder(tmp_path)
+    assert "leaves images on either side" in message_of(name, tmp_path, validation=fraction)
+
+
+# torchvision
+
+
+@pytest.mark.parametrize(("version", "release"), [("2.13.1+cu130", "28"), ("2.14.1", "29"), ("2.15.0", "29")])
+def test_without_torchvision_the_release_for_this_torch_is_named(monkeypatch, version, release):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UserError, match=rf"not installed.*--no-deps 'torchvision==0\.{release}\.\*'"):
+        vision.import_torchvision.__wrapped__()
+
+
+def test_the_missing_operators_of_torchvision_are_declared(tmp_path):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import torch\nfrom torchvision import datasets\nfor name in ('nms', 'qnms'):\n"
+        "    torch.library.register_fake(f'torchvision::{name}')(lambda *_: None)\n"
+    )
+    (package / "datasets.py").write_text("where = __file__\n")
+    code = "from densenet_ext.training.data import vision; print(vision.import_torchvision().datasets.where)"
+    assert str(package / "datasets.py") in in_python(code, tmp_path)
+    (package / "__init__.py").write_text("raise RuntimeError('compiled for CUDA 99')")
+    code = (
+        "from densenet_ext.training import errors\nfrom densenet_ext.training.data import vision\n"
+        "try: vision.import_torchvision()\n"
+    )
+    assert "(compiled for CUDA 99): pip" in in_python(f"{code}except errors.UserError as error: print(error)", tmp_path)
+
+
+def in_python(code: str, path: Path) -> str:
+    """What ``code`` prints in a process that finds modules in ``path`` first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_networks_are_reachable():
+    assert vision.models().get_model("densenet121", num_classes=2).classifier.out_features == 2

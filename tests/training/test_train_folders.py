@@ -1,0 +1,228 @@
+"""Folders of images: how they are split, corrupt files, empty classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+from PIL import Image
+
+from densenet_ext.training.data import vision
+from densenet_ext.training.errors import TrainingError, UserError
+from tests.support.training_data import (
+    corrupt_files,
+    data_of,
+    image_folder,
+    in_processes,
+    message_of,
+    needs_torchvision,
+    truncate,
+)
+
+needs_torchvision()
+
+
+def test_a_folder_with_classes_is_split_by_class(tmp_path):
+    data = data_of("imagefolder", image_folder(tmp_path, per_class=10), validation=0.2, image_size=24)
+    assert data.classes == ("ant", "bee", "cat") and data.test is None and data.notes == ()
+    assert data.train.labels.bincount().tolist() == [8, 8, 8] and data.validation.labels.bincount().tolist() == [2] * 3
+    kept, held_out = set(data.train.images.paths), set(data.validation.images.paths)
+    assert len(kept | held_out) == 30 and not kept & held_out
+    assert [path.split("/")[-2] for path in data.train.images.paths] == ["ant"] * 8 + ["bee"] * 8 + ["cat"] * 8
+    again = data_of("imagefolder", tmp_path, validation=0.2)
+    assert again.validation.images.paths == data.validation.images.paths
+    assert [path[-5] for path in data.validation.images.paths] != ["0", "1"] * 3
+
+
+def test_small_classes_share_what_is_held_out(tmp_path):
+    image_folder(tmp_path, tuple("abcdef"), per_class=2)
+    data = data_of("imagefolder", tmp_path, validation=0.25)
+    assert len(data.validation) == 3 and min(data.train.labels.bincount()) == 1
+    data = data_of("imagefolder", tmp_path, validation=0.9)
+    assert len(data.train) == 6 and data.train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_folders_for_training_validation_and_test(tmp_path, name):
+    for part, count in (("train", 4), (name, 2), ("test", 3)):
+        image_folder(tmp_path / part, per_class=count)
+    for fraction in (0, 0.5):
+        data = data_of("imagefolder", tmp_path, validation=fraction)
+        assert [len(data.train), len(data.validation), len(data.test)] == [12, 6, 9]
+    assert data.image_size == 224 and data.classes == ("ant", "bee", "cat")
+    assert str(tmp_path / name) in data.notes[0]
+    assert all(f"/{name}/" in path for path in data.validation.images.paths)
+
+
+def test_a_folder_for_training_without_one_for_validation(tmp_path):
+    image_folder(tmp_path / "train")
+    data = data_of("imagefolder", tmp_path, validation=0.5)
+    assert [len(data.train), len(data.validation), data.test] == [9, 9, None]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    data = data_of("imagefolder", image_folder(tmp_path, ("bus", "car", "train")))
+    assert data.classes == ("bus", "car", "train")
+
+
+def test_files_that_do_not_end_as_images_are_left_out_and_noted(tmp_path):
+    image_folder(tmp_path)
+    assert data_of("imagefolder", tmp_path).notes == ()
+    for name in ("ant/moving.gif", "bee/deep/Thumbs.db", "bee/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    data = data_of("imagefolder", tmp_path)
+    (note,) = data.notes
+    assert note == f"left out in {tmp_path} are 2 files that do not end as an image: ant/moving.gif, bee/deep/Thumbs.db"
+    assert len(data.train) + len(data.validation) == 18
+
+
+def test_a_test_without_classes_is_left_out_and_noted(tmp_path):
+    image_folder(tmp_path / "train")
+    image_folder(tmp_path / "test", (".", "."))
+    data = data_of("imagefolder", tmp_path)
+    assert data.test is None and str(tmp_path / "test") in data.notes[0]
+
+
+def test_folders_with_a_dot_are_no_classes(tmp_path):
+    image_folder(tmp_path)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert data_of("imagefolder", tmp_path).classes == ("ant", "bee", "cat")
+
+
+def test_other_classes_in_validation(tmp_path):
+    image_folder(tmp_path / "train", ("ant", "bee", "cat"))
+    image_folder(tmp_path / "val", ("ant", "bee", "cow"))
+    message = message_of("imagefolder", tmp_path)
+    assert "cat, cow differ:" in message
+    assert f"'cat' is in {tmp_path / 'train'} and not in {tmp_path / 'val'}" in message
+
+
+def test_images_for_evaluation_are_resized_and_cropped(tmp_path):
+    data = data_of("imagefolder", image_folder(tmp_path), image_size=32)
+    v2 = vision.transforms()
+    for index in (0, 1, 2):
+        path = data.train.images.paths[index]
+        image = vision.import_torchvision().datasets.folder.pil_loader(path)
+        image = v2.functional.center_crop(v2.functional.resize(image, 37), 32)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        expected = (pixels - mean[:, None, None]) / deviation[:, None, None]
+        torch.testing.assert_close(data.train[index][0], expected)
+
+
+def test_images_for_training_are_cropped_and_mirrored(tmp_path):
+    data = data_of("imagefolder", image_folder(tmp_path), image_size=20)
+    images = [data.train[0, seed][0] for seed in range(20)]
+    assert {tuple(image.shape) for image in images} == {(3, 20, 20)} and images[0].dtype == torch.float32
+    assert len({image.numpy().tobytes() for image in images}) == 20
+    assert type(images[0]) is torch.Tensor
+
+
+def test_images_of_16_bits_have_the_look_of_8(tmp_path):
+    image_folder(tmp_path)
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(values).save(tmp_path / "bee" / name)
+    files = data_of("imagefolder", tmp_path).train.images
+    for name in ("x.png", "x.tif"):
+        files.paths[0] = str(tmp_path / "bee" / name)
+        assert (np.asarray(files[0]) == (values // 256)[..., None]).all() and files[0].mode == "RGB"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_images_of_32_bits_are_refused(tmp_path, dtype):
+    image_folder(tmp_path)
+    Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "bee" / "x.tif")
+    assert f"{tmp_path / 'bee' / 'x.tif'} (its pixels have 32 bits" in message_of("imagefolder", tmp_path)
+
+
+def test_corrupt_images_are_refused_by_name(tmp_path):
+    corrupt = corrupt_files(image_folder(tmp_path) / "bee")
+    message = message_of("imagefolder", tmp_path)
+    assert len(corrupt) == 5 and all(str(path) in message for path in corrupt.values())
+    assert "5 of the 23 images" in message and "--on-corrupt skip" in message
+    assert "text.jpg (no image)" in message and "gone.jpg (No such file or directory)" in message
+
+
+def test_corrupt_images_are_left_out(tmp_path):
+    whole = data_of("imagefolder", image_folder(tmp_path), validation=0.5)
+    corrupt = corrupt_files(tmp_path / "bee")
+    data = data_of("imagefolder", tmp_path, validation=0.5, on_corrupt="skip")
+    assert data.train.images.paths == whole.train.images.paths and len(data.validation) == 9
+    assert all(str(path) in data.notes[0] for path in corrupt.values())
+    assert all(torch.isfinite(data.train[index][0]).all() for index in range(len(data.train)))
+
+
+def test_ten_corrupt_images_are_named_and_the_others_counted(tmp_path):
+    image_folder(tmp_path)
+    for number in range(13):
+        (tmp_path / "cat" / f"z{number:02}.png").touch()
+    message = message_of("imagefolder", tmp_path)
+    assert "13 of the 31" in message and "z09.png" in message and "z10.png" not in message and "and 3 more" in message
+
+
+def test_every_process_knows_the_corrupt_images_of_the_others(tmp_path):
+    image_folder(tmp_path, per_class=20)
+    for name in ("ant/3.png", "bee/7.png", "cat/18.jpg"):
+        truncate(tmp_path / name)
+    alone = data_of("imagefolder", tmp_path, on_corrupt="skip")
+    for data in in_processes(3, lambda process: data_of("imagefolder", tmp_path, process, on_corrupt="skip")):
+        assert data.notes == alone.notes and data.train.images.paths == alone.train.images.paths
+    found = in_processes(3, lambda process: data_of("imagefolder", tmp_path, process))
+    assert {type(error) for error in found} == {UserError} and len(set(map(str, found))) == 1
+
+
+def test_processes_that_see_other_images(tmp_path):
+    first, second = (image_folder(tmp_path / name / "data") for name in ("a", "b"))
+    (second / "ant" / "0.jpg").rename(second / "ant" / "9.jpg")
+    found = in_processes(2, lambda process: data_of("imagefolder", (first, second)[process.rank], process))
+    assert all("got 18 for process 0 and 18, with other names, for process 1" in str(error) for error in found)
+
+
+def test_a_folder_that_one_process_does_not_see_ends_all(tmp_path):
+    image_folder(tmp_path / "a")
+    found = in_processes(2, lambda process: data_of("imagefolder", tmp_path / "ab"[process.rank], process))
+    assert all(
+        isinstance(error, UserError) and f"{tmp_path / 'b'}, which is not there" in str(error) for error in found
+    )
+
+
+def test_an_empty_class(tmp_path):
+    (image_folder(tmp_path) / "dog").mkdir()
+    message = message_of("imagefolder", tmp_path)
+    assert "class 'dog'" in message and str(tmp_path) in message and ".jpg" in message
+    (tmp_path / "dog" / "readme.txt").touch()
+    assert "class 'dog'" in message_of("imagefolder", tmp_path)
+
+
+def test_a_class_whose_images_are_all_corrupt(tmp_path):
+    image_folder(tmp_path, ("ant", "bee"), per_class=2)
+    for path in (tmp_path / "bee").iterdir():
+        truncate(path)
+    message = message_of("imagefolder", tmp_path, on_corrupt="skip")
+    assert "class 'bee'" in message and "none of its images can be read" in message
+
+
+def test_folders_that_are_not_what_they_should_be(tmp_path):
+    assert f"{tmp_path / 'none'}, which is not there" in message_of("imagefolder", tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'}, which is a file" in message_of("imagefolder", tmp_path / "file")
+    assert message_of("imagefolder", tmp_path).endswith(f"at least two classes in {tmp_path}, found no folder")
+    image_folder(tmp_path / "images")
+    assert message_of("imagefolder", tmp_path).endswith(f"in {tmp_path}, found only 'images'")
+    assert "--root" in message_of("imagefolder")
+
+
+def test_a_file_that_is_gone_later(tmp_path):
+    data = data_of("imagefolder", image_folder(tmp_path))
+    path = tmp_path / "ant" / "0.jpg"
+    index = data.train.images.paths.index(str(path))
+    path.unlink()
+    with pytest.raises(TrainingError, match="No such file") as error:
+        data.train[index]
+    assert str(path) in str(error.value) and "last checkpoint" in str(error.value)

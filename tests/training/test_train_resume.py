@@ -1,0 +1,295 @@
+"""Runs that are killed, stopped or broken off, and resumed: equal to uninterrupted ones to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("typer")
+
+import densenet_ext as dx
+from densenet_ext.training import loop, running
+from densenet_ext.training.learner import Learner
+from densenet_ext.training.options import Options
+from densenet_ext.training.processes import Processes
+from tests.support.training_data import cifar
+from tests.support.training_runs import TINY, checkpoint, differences, finish, run, start
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    cifar(root, per_batch=40)  # 200 images to train on
+    return ("--data", "cifar10", "--root", root, "--model", "densenet_bc:10,4", "--batch-size", 32, "--epochs", 8)
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run that nothing stops, without workers, and with the one thread of the others."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    ended = finish(start("train", *options, "--out", out))
+    assert ended.code == 0, ended.output
+    return out
+
+
+def wait_for_epoch(process, folder, epoch):
+    """Until the run has saved that epoch; fails when it ends before."""
+    while process.poll() is None:
+        if (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) > epoch:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"ended before epoch {epoch}: {process.stdout.read()}")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(options, whole, tmp_path):
+    killed = start("train", *options, "--workers", 1, "--out", tmp_path)
+    wait_for_epoch(killed, tmp_path, 2)
+    killed.kill()
+    assert finish(killed).code == -signal.SIGKILL
+    assert 2 <= len(checkpoint(tmp_path)["history"]) < 8
+    ended = finish(start("train", "--resume", "--out", tmp_path))
+    assert ended.code == 0 and "going on after epoch" in ended.text, ended.output
+    assert differences(tmp_path, whole) == []
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(options, whole, tmp_path, name):
+    stopped = start("train", *options, "--workers", 2, "--out", tmp_path)
+    wait_for_epoch(stopped, tmp_path, 1)
+    stopped.send_signal(getattr(signal, name))
+    ended = finish(stopped)
+    assert ended.code == 128 + getattr(signal, name)
+    assert "everything is saved in" in ended.text and "Traceback" not in ended.text, ended.output
+    assert len(checkpoint(tmp_path)["history"]) < 8
+    # With other workers, and the same threads: sums of a kernel's parts depend on how many there are.
+    ended = finish(start("train", "--resume", "--out", tmp_path, "--workers", 0))
+    assert ended.code == 0, ended.output
+    assert differences(tmp_path, whole) == []
+
+
+def interrupt_after(monkeypatch, steps):
+    """Sends SIGTERM to this process when that many steps are done."""
+    step = Learner.step
+
+    def counted(self, *arguments):
+        if self.steps + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", counted)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 12])  # the first one; within the second epoch; the last one of an epoch
+def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, steps):
+    interrupt_after(monkeypatch, steps)
+    ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "cut")
+    monkeypatch.undo()
+    place = f"epoch {(steps - 1) // 6 + 1}, step {(steps - 1) % 6 + 1} of 6"
+    assert ended.code == 143 and f"stopped in {place}; everything is saved" in ended.text, ended.output
+    state = checkpoint(tmp_path / "cut")
+    assert state["steps"] == steps and len(state["history"]) == (steps - 1) // 6
+    assert run("train", "--resume", "--out", tmp_path / "cut").code == 0
+    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "cut", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("part, place", [(2, "epoch 2, step 6 of 6"), (4, "the test after the last epoch")])
+def test_a_run_goes_on_from_its_evaluation(tmp_path, monkeypatch, part, place):
+    evaluate, calls = Learner.evaluate, []
+
+    def interrupted(self, batches):
+        calls.append(None)
+        if len(calls) == part:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, batches)
+
+    monkeypatch.setattr(Learner, "evaluate", interrupted)
+    ended = run("train", *TINY, "--epochs", 3, "--out", tmp_path / "cut")
+    monkeypatch.undo()
+    assert ended.code == 143 and f"stopped in {place}; everything is saved" in ended.text, ended.output
+    state = checkpoint(tmp_path / "cut")
+    assert state["steps"] == (12 if part == 2 else 18) and len(state["history"]) == part - 1
+    assert run("train", "--resume", "--out", tmp_path / "cut").code == 0
+    assert run("train", *TINY, "--epochs", 3, "--out", tmp_path / "whole").code == 0
+    assert differences(tmp_path / "cut", tmp_path / "whole") == []
+    results = [(tmp_path / name / "result.json").read_text() for name in ("cut", "whole")]
+    assert json.loads(results[0])["test"] == json.loads(results[1])["test"]
+
+
+def test_the_comparison_of_runs_sees_a_bit(tmp_path, monkeypatch):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "a").code == 0
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "b").code == 0
+    state = checkpoint(tmp_path / "b")
+    weight = state["model"]["features.conv0.weight"].view(-1)
+    weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    torch.save(state, tmp_path / "b" / "checkpoint.pt")
+    assert differences(tmp_path / "a", tmp_path / "b") == ["model.features.conv0.weight"]
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_dropout_draws_the_same_after_a_resume(amp):
+    """Random state is no part of a checkpoint: what a step draws follows from the seed and its number."""
+    options = Options.of({"epochs": 2, "batch_size": 8, "amp": amp})
+    images, labels = torch.randn(6, 8, 1, 16, 16), torch.randint(10, (6, 8))
+
+    def learner():
+        torch.manual_seed(0)
+        network = dx.DenseNet(4, (2, 2), 8, drop_rate=0.5, num_classes=10, small_inputs=True, in_channels=1)
+        return Learner(network, options, Processes())
+
+    def steps(one, indices):
+        return [one.step(images[i], labels[i], 8).tolist() for i in indices]
+
+    whole, first, second = learner(), learner(), learner()
+    expected = steps(whole, range(6))
+    got = steps(first, range(3))
+    torch.manual_seed(99)
+    second.load_state(first.state())
+    got += steps(second, range(3, 6))
+    assert got == expected
+    pairs = zip(whole.network.state_dict().values(), second.network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert steps(learner(), [1]) != [expected[1]]  # dropout is on, and another step draws something else
+
+
+@pytest.mark.parametrize("where", ["training", "checkpoint", "metrics"])
+def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where):
+    """Killed in the last epoch before it is saved, between checkpoint and metrics.csv, or before TensorBoard's row."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    place, name = {
+        "training": (Learner, "end_epoch"),
+        "checkpoint": (loop.metrics, "write_csv"),
+        "metrics": (loop.metrics.TensorBoard, "add"),
+    }[where]
+    usual, calls = getattr(place, name), []
+
+    class Killed(Exception):
+        pass
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+        usual(*arguments)
+
+    monkeypatch.setattr(place, name, killed)
+    with pytest.raises(Killed):
+        running.train({"model": "densenet_bc:10,4", "batch_size": 256, "epochs": 3}, tmp_path / "run")
+    monkeypatch.undo()
+    assert run("train", "--resume", "--out", tmp_path / "run").code == 0
+    history = checkpoint(tmp_path / "run")["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [float(row["loss"]) for row in rows] == [pytest.approx(row["loss"], rel=1e-5) for row in history]
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    points = [(point.step, pytest.approx(point.value)) for point in events.Scalars("loss/training")]
+    assert points == [(row["epoch"], row["loss"]) for row in history]
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path).code == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv")}
+    (tmp_path / "metrics.csv").unlink()
+    ended = run("train", "--resume", "--out", tmp_path)
+    assert ended.code == 0 and "going on after epoch 1 of 1" in ended.text and "test accuracy" in ended.text
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (("--lr", 0.2), "--lr is 0.1 there, got 0.2"),
+        (("--epochs", 9), "--epochs is 2 there, got 9"),
+        (("--seed", 1, "--amp", "bf16"), "--seed is 0 there, got 1; --amp is 'off' there, got 'bf16'"),
+        (("--model", "densenet_bc:16,4"), "--model is 'densenet_bc:10,4' there, got 'densenet_bc:16,4'"),
+    ],
+)
+def test_other_options_are_refused(tmp_path, changed, words):
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path).code == 0
+    ended = run("train", "--resume", "--out", tmp_path, *changed)
+    assert ended.code == 2 and words in ended.text, ended.output
+
+
+def test_the_same_options_and_another_number_of_workers_are_taken(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 3)
+    assert run("train", *TINY, "--epochs", 2, "--out", tmp_path / "cut").code == 143
+    monkeypatch.undo()
+    assert run("train", "--resume", *TINY, "--epochs", 2, "--workers", 1, "--out", tmp_path / "cut").code == 0
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path / "a").code == 0
+    assert run("train", "--model", "densenet_bc:10,8", "--epochs", 1, "--out", tmp_path / "b").code == 0
+    (tmp_path / "b" / "checkpoint.pt").replace(tmp_path / "a" / "checkpoint.pt")
+    ended = run("train", "--resume", "--out", tmp_path / "a")
+    assert ended.code == 2 and "checkpoint.pt: the checkpoint is of another network" in ended.text
+    assert "features.conv0.weight is [16, 1, 3, 3] there and [8, 1, 3, 3] here" in ended.text
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    ended = run("train", "--resume", "--out", tmp_path / "nowhere")
+    assert ended.code == 2 and "--resume: expected a folder with a run in it" in ended.text
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_refused(tmp_path):
+    assert run("train", *TINY, "--epochs", 1, "--lr", 1e10, "--out", tmp_path).code == 1
+    ended = run("train", "--resume", "--out", tmp_path)
+    assert ended.code == 2 and f"expected checkpoint.pt in {tmp_path}, and it is not there" in ended.text
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "checkpoint.pt in"),
+        (b"PK\x03\x04 half a file", "expected one of train"),
+        ({"epoch": 3}, "holds no model"),
+        ({"model": {}}, "it lacks 'data'"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, content, message):
+    assert run("train", *TINY, "--epochs", 1, "--out", tmp_path).code == 0
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        path.unlink()
+        (tmp_path / "best.pt").unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif "model" in content:
+        torch.save({"model": checkpoint(tmp_path)["model"]}, path)
+    else:
+        torch.save(content, path)
+    ended = run("train", "--resume", "--out", tmp_path)
+    assert ended.code == 2 and "checkpoint.pt" in ended.text and message in ended.text, ended.output
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"options": {"data": "digits"}}', '{"options": {"colour": 1}}'])
+def test_damaged_options_are_refused(tmp_path, content):
+    (tmp_path / "options.json").write_text(content)
+    ended = run("train", "--resume", "--out", tmp_path)
+    assert ended.code == 2 and "options.json" in ended.text
+
+
+def test_the_best_epoch_is_the_first_with_the_smallest_error():
+    def row(epoch, error):
+        return loop.Epoch(epoch, 0.1, 1.0, 10.0, None if error is None else 1.0, error, 1.0, 1.0, 1.0)
+
+    rows = [row(1, 9.0), row(2, 4.0), row(3, 4.0), row(4, 5.0)]
+    assert loop.best_of(rows) is rows[1] and loop.best_of([row(1, 0.0), row(2, 1.0)]).epoch == 1
+    assert loop.best_of([row(1, None)]) is None
