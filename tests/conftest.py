@@ -102,11 +102,11 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def emulated_operators() -> SimpleNamespace:
     """The CUDA operators over emulated kernels (tests/cuda/emulation), for CPU tensors."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
-    torch.ops.load_library(library.compile_operators(tmp_path_factory.mktemp("operators")))
+    torch.ops.load_library(library.compile_operators())
     names = [name for name in (*kernels.OPS, *kernels.BLOCK_OPS) if name not in kernels.CPU_OPS]
     return SimpleNamespace(**{name: getattr(torch.ops.densenet_ext_emulated, name).default for name in names})
 

@@ -24,7 +24,6 @@ from tests.cuda.emulation.compare import (
 )
 
 DTYPES = emulation.DTYPES
-FAMILIES = ["DX_STATISTICS", "DX_BN_RELU", "DX_AVG_POOL", "DX_MAX_POOL"]
 # Rows, columns, columns in front of them and behind them in their buffer: one pixel, primes, k = 12 (8 bytes in the
 # short types), odd offsets (single elements), more columns than a block is wide, several slabs.
 SHAPES = [(1, 1, 0, 0), (37, 12, 12, 40), (130, 33, 3, 4), (130, 64, 0, 64), (37, 20, 4, 8), (7, 530, 0, 6)]
@@ -33,10 +32,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 
 @pytest.fixture(scope="session")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> emulation.Library:
+def gpu() -> emulation.Library:
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
-    return emulation.Library(emulation.compile_library(tmp_path_factory.mktemp("emulation"), FAMILIES))
+    return emulation.Library(emulation.compile_library())
 
 
 def empty(M: int, C: int, dtype: torch.dtype, offset: int = 0, behind: int = 0) -> torch.Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import torch
 from . import params
 
 ROOT = Path(__file__).resolve().parents[3]
+CACHE = ROOT / "build" / "emulation"
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 FAMILIES = {  # kernel files, and the macro by which launchers.cpp knows that they are linked in
     "DX_STATISTICS": ["statistics.cu"],
     "DX_BN_RELU": ["bn_relu.cu"],
@@ -28,74 +33,91 @@ class EmulationError(RuntimeError):
     """A check of the emulator failed: bounds, races, barriers."""
 
 
-def _is_new(target: Path) -> bool:
-    """Whether an object is newer than all that it was made from, by the compiler's own list."""
-    listed = target.with_suffix(".d")
-    if not (target.exists() and listed.exists()):
-        return False
-    files = [Path(word) for word in listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
-    return all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in files)
-
-
 EMULATOR = ("emulated.cpp", "shadow.cpp", "driver.cpp")
-CALLED_BY_TESTS = ("launchers.cpp", "faults.cpp", "warp.cpp")
 
 
-def compile_library(folder: Path, families: Sequence[str] = tuple(FAMILIES), root: Path = ROOT) -> Path:
+def compile_library(families: Sequence[str] = tuple(FAMILIES), root: Path = ROOT, cache: Path = CACHE) -> Path:
     """Compiles the families' kernels and the emulator with the C++ compiler; returns the library's path.
 
-    Objects are kept in the folder and compiled again when a file that they include has changed. ``root`` has the
-    sources: this project, or a copy of its csrc and tests/cuda/emulation.
+    ``root`` has the sources: this project, or a copy of its csrc and tests/cuda/emulation. In ``cache`` each file stays
+    under a name that follows from all that it is made from, so that what has not changed is compiled once, also by
+    tests in several processes; `make clean` removes it.
     """
-    return _compile(folder, families, CALLED_BY_TESTS, root=root)
+    others = {"launchers.cpp": [f"-D{family}" for family in families], "faults.cpp": [], "warp.cpp": []}
+    return _compile(families, others, root=root, cache=cache)
 
 
-def compile_operators(folder: Path) -> Path:
+def compile_operators(cache: Path = CACHE) -> Path:
     """Compiles all kernels, the emulator and the CUDA operators over them; returns the library's path.
 
     ``torch.ops.load_library`` of it registers the operators ``densenet_ext_emulated::*``.
     """
     from torch.utils import cpp_extension
 
-    include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DUSE_CUDA"]
     # -Bsymbolic: what operators.cpp stands in for is in torch's libraries too
     linker = ["-Wl,-Bsymbolic", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
-    return _compile(folder, tuple(FAMILIES), ("operators.cpp",), [*include, abi, "-DUSE_CUDA"], linker)
+    return _compile(tuple(FAMILIES), {"operators.cpp": flags}, linker, cache=cache)
 
 
 def _compile(
-    folder: Path,
     families: Sequence[str],
-    others: Sequence[str],
-    flags: Sequence[str] = (),
+    others: Mapping[str, Sequence[str]],  # further files of the emulator, and their flags
     linker: Sequence[str] = (),
     root: Path = ROOT,
+    cache: Path = CACHE,
 ) -> Path:
     emulation = root / "tests" / "cuda" / "emulation"
-    sources = [root / "csrc" / "cuda" / name for family in families for name in FAMILIES[family]]
-    sources += [emulation / name for name in (*EMULATOR, *others)]
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC", "-MMD"]
+    sources = {root / "csrc" / "cuda" / name: [] for family in families for name in FAMILIES[family]}
+    sources |= {emulation / name: list(others.get(name, ())) for name in (*EMULATOR, *others)}
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fPIC"]
     # Some distributions' compilers otherwise add checks that take a jump to another fiber's stack for an attack.
-    options += ["-U_FORTIFY_SOURCE", "-DDX_EMULATE", f"-I{emulation}"]
-    options += [f"-D{family}" for family in families] + list(flags)
+    options += ["-U_FORTIFY_SOURCE", "-DDX_EMULATE"]
     compiler = os.environ.get("CXX", "g++").split()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
     def build(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
-        if source.name != "launchers.cpp" and _is_new(target):
-            return target
-        command = [*compiler, *options, "-x", "c++", "-c", str(source), "-o", str(target)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        flags = [*options, *sources[source]]
+        key = _key(compiler, version, torch.__version__, flags, *_texts(source, emulation))
+        command = [*compiler, *flags, f"-I{emulation}", "-x", "c++", "-c", str(source)]
+        return _made(cache / f"{source.stem}-{key}.o", command)
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = sorted(map(str, pool.map(build, sources)))
+        key = _key(compiler, version, linker, *(Path(name).name for name in objects))
+        return _made(cache / f"emulated-{key}.so", [*compiler, "-shared", *objects, *linker])
+
+
+def _made(target: Path, command: Sequence[str]) -> Path:
+    """The target, made by the command unless it is there."""
+    if not target.exists():
+        unfinished = target.with_suffix(".unfinished")
+        run = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         if run.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{run.stderr}")
-        return target
+        unfinished.rename(target)
+    return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, sources))
-    library = folder / f"emulated{os.getpid()}.so"
-    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects), *linker], check=True)
-    return library
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _texts(source: Path, emulation: Path) -> list[str]:
+    """The text of a source and of all files of this project that it includes, whatever the conditions around that."""
+    found: dict[Path, str] = {}
+    waiting = [source.resolve()]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found[file] = file.read_text(encoding="utf-8")
+            places = [at / name for name in INCLUDE.findall(found[file]) for at in (file.parent, emulation)]
+            waiting += [place.resolve() for place in places if place.exists()]
+    return [found[file] for file in sorted(found)]
 
 
 class Library:

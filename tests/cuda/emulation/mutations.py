@@ -11,7 +11,6 @@ case fails without any mutation.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -44,8 +43,10 @@ class Workshop:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=ignored)
         shutil.copytree(HERE, folder / "tests" / "cuda" / "emulation", ignore=ignored)
-        (folder / "objects").mkdir()
-        self.library = compile_library(folder / "objects", FAMILIES, root=folder)
+        self.library = self.compile()
+
+    def compile(self) -> Path:
+        return compile_library(FAMILIES, root=self.folder, cache=self.folder / "build")
 
     def seconds(self, cases: Sequence[Case], library: Path) -> tuple[str | None, float]:
         """What the first case that failed said, or None, and how long it took."""
@@ -66,16 +67,11 @@ class Workshop:
         text = file.read_text()
         if text.count(mutation.old) != 1:
             raise ValueError(f"{mutation.name}: {mutation.file} has {text.count(mutation.old)} times {mutation.old!r}")
-        before = file.stat()
-        objects = self.folder / "mutated"
-        shutil.copytree(self.folder / "objects", objects)
         try:
             file.write_text(text.replace(mutation.old, mutation.new))
-            return self.seconds(mutation.cases, compile_library(objects, FAMILIES, root=self.folder))
+            return self.seconds(mutation.cases, self.compile())
         finally:
             file.write_text(text)
-            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-            shutil.rmtree(objects)
 
 
 def run(mutations: Sequence[Mutation]) -> list[str]:
