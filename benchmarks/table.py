@@ -19,7 +19,7 @@ from densenet_ext.training.compare import comparison
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": ("summary", "compare"),
-    "docs/measured.md": ("speed", "memory", "gpu-networks", "gpu-kernels"),
+    "docs/users/measured.md": ("speed", "memory", "gpu-networks", "gpu-kernels"),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 

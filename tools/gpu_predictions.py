@@ -1,7 +1,8 @@
 """What the kernels' first measurement is held against: the shares of a copy's bandwidth that were predicted for them.
 
 Derived from the kernels' machine code for an H200, bf16 and DenseNet-121 at batch 256, before any GPU had run them
-(docs/gpu-kernels.md), and to be proved wrong: what is off by more than a quarter names what the model does not know.
+(docs/users/gpu-kernels.md), and to be proved wrong: what is off by more than a quarter names what the model does not
+know.
 """
 
 from __future__ import annotations

@@ -109,10 +109,10 @@ MARKED = "a\n<!-- benchmarks:{0} -->\n{1}<!-- /benchmarks:{0} -->\nz\n"
 
 def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
     old = MARKED.format("speed", "") + "between\n" + MARKED.format("memory", "old\n")
-    new = table.rewrite("docs/measured.md", old, {"speed": "1", "memory": "2\n3", "summary": "4"})
+    new = table.rewrite("docs/users/measured.md", old, {"speed": "1", "memory": "2\n3", "summary": "4"})
     assert new == MARKED.format("speed", "1\n") + "between\n" + MARKED.format("memory", "2\n3\n")
     # Without its file a table is not shown any longer.
-    assert table.rewrite("docs/measured.md", new, {"speed": "1"}) == new.replace("2\n3\n", "")
+    assert table.rewrite("docs/users/measured.md", new, {"speed": "1"}) == new.replace("2\n3\n", "")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
     ids=["none", "open", "reversed", "nested", "twice", "another-page"],
 )
 def test_wrong_markers_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^docs/measured.md: expected .*{message}"):
-        table.rewrite("docs/measured.md", text, {"speed": "1", "memory": "2"})
+    with pytest.raises(ValueError, match=f"^docs/users/measured.md: expected .*{message}"):
+        table.rewrite("docs/users/measured.md", text, {"speed": "1", "memory": "2"})
 
 
 def compared() -> dict[str, Any]:
@@ -242,18 +242,18 @@ def test_a_run_keeps_the_other_networks_figures_and_the_table_command_writes(
         return {page: (tmp_path / page).read_text() for page in table.PAGES}
 
     for page, text in shown({}).items():
-        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text(text)
     options = ("table", "--root", tmp_path, "--results")
     assert command(*options, tmp_path / "none.json").exit_code == 1
-    assert command(*options, out).output == "README.md: tables rewritten\ndocs/measured.md: tables rewritten\n"
+    assert command(*options, out).output == "README.md: tables rewritten\ndocs/users/measured.md: tables rewritten\n"
     tables = {name: render(runs) for name, render in table.RENDERERS.items()}
     assert written() == shown(tables)
     out.with_name("compare-digits.json").write_text(json.dumps(compared()))
-    assert command(*options, out).output == "README.md: tables rewritten\ndocs/measured.md: unchanged\n"
+    assert command(*options, out).output == "README.md: tables rewritten\ndocs/users/measured.md: unchanged\n"
     assert written() == shown({**tables, "compare": table.compare(compared())})
     # Where one page can't be written, none is.
-    (tmp_path / "docs" / "measured.md").write_text("no markers")
+    (tmp_path / "docs" / "users" / "measured.md").write_text("no markers")
     out.with_name("compare-digits.json").unlink()
     before = written()
     assert command(*options, out).exit_code == 1 and written() == before

@@ -325,7 +325,8 @@ def test_the_page_shows_a_gpu_only_when_there_are_results(tmp_path: Path, measur
     files[0].write_text(json.dumps(network_results()))
     tables = table.of_gpu(files)
     assert list(tables) == ["gpu-networks"]
-    page, opening, closing = "docs/measured.md", "<!-- benchmarks:gpu-networks -->", "<!-- /benchmarks:gpu-networks -->"
+    page = "docs/users/measured.md"
+    opening, closing = "<!-- benchmarks:gpu-networks -->", "<!-- /benchmarks:gpu-networks -->"
     empty = f"{opening}\n{closing}"
     shown = table.rewrite(page, empty, tables)
     assert shown == f"{opening}\n{tables['gpu-networks']}\n{closing}"

@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/command-line.md: each ends well, in order, on small made data.
+"""The commands of README.md and docs/users/command-line.md: each ends well, in order, on small made data.
 
 They run as they stand there but for what makes them short, which is appended: the last of two values counts.
 """

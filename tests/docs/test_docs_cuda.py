@@ -1,4 +1,4 @@
-"""docs/cuda-graphs.md: as it stands on a GPU, elsewhere with stand-ins for CUDA's graphs and for the compiler."""
+"""docs/users/cuda-graphs.md: as it stands on a GPU, elsewhere with stand-ins for CUDA's graphs and for the compiler."""
 
 from __future__ import annotations
 

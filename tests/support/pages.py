@@ -17,7 +17,7 @@ from densenet_ext import kernels
 from tests.support import lookalikes, peers
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PEERS = {
     "torchvision": peers.torchvision_densenet,
     "timm": peers.timm_densenet,
@@ -43,7 +43,8 @@ class Block(NamedTuple):
 
 
 def page_named(name: str) -> Path:
-    return ROOT / "docs" / name
+    """The page of a user by its name."""
+    return ROOT / "docs" / "users" / name
 
 
 def blocks(page: Path, text: str | None = None) -> list[Block]:
