@@ -1,6 +1,8 @@
 # Each target makes its own environment on a machine that has Python >= 3.10, a C++ compiler and make.
 #   make train   train on the handwritten digits        make test    lint, types and tests
-#   make bench   the benchmarks                         make lint    lint and types only
+#   make bench   README's first table                   make lint    lint and types only
+#   make compare README's second table and its picture
+#   make test-fast                  the tests without the slow ones      make docs   the site, into build/site
 #   make fuzz FUZZ_EXAMPLES=5000    random calls, as many for each test as asked for
 #   make sanitize                   the operators' tests under ASan and UBSan, at each SIMD level of this processor
 # On a machine with an NVIDIA GPU and a CUDA torch, offline, in ten minutes:
@@ -10,6 +12,7 @@ VENV ?= .venv
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+COMPARE_ARGS ?=
 FUZZ_EXAMPLES ?= 1000
 OUT ?= runs/gpu
 GPU_STAGES ?= build tests sanitizer kernels networks
@@ -23,7 +26,7 @@ cxx_files := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test lint pytest fuzz sanitize bench gpu clean
+.PHONY: train test test-fast lint pytest fuzz sanitize bench compare docs gpu clean
 
 train: $(VENV)/.train
 	$(python) -m densenet_ext train $(TRAIN_ARGS)
@@ -40,19 +43,36 @@ lint: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
+test-fast: $(VENV)/.dev
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_ARGS)
+
 fuzz: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(python) -m pytest -n 2 -m fuzz $(TEST_ARGS)
 
 sanitize: $(VENV)/.dev
 	$(python) tools/sanitize.py $(TEST_ARGS)
 
+# The first table of README and those of docs/users/measured.md. BENCH_ARGS="--efficient FOLDER": with a clone of
+# gpleiss/efficient_densenet_pytorch instead of the look-alike of the tests.
 bench: $(VENV)/.dev
 	$(python) -m benchmarks $(BENCH_ARGS)
+	$(python) -m benchmarks table
+
+# The second table of README and its picture.
+compare: $(VENV)/.dev
+	rm -rf build/compare
+	$(python) -m densenet_ext compare --seeds 5 --out build/compare $(COMPARE_ARGS)
+	cp build/compare/comparison.json benchmarks/results/compare-digits.json
+	cp build/compare/comparison.png docs/pictures/compare-digits.png
+	$(python) -m benchmarks table
+
+docs: $(VENV)/.docs
+	$(python) tools/build_site.py
 
 gpu:
 	$(PYTHON) tools/gpu.py --out $(OUT) --stages "$(GPU_STAGES)" $(GPU_ARGS)
 
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(inputs)
+$(VENV)/.train $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(inputs)
 	$(PYTHON) tools/prepare_venv.py $(VENV) $*
 	touch $@
 

@@ -42,8 +42,7 @@ def cat_bn_relu(
 
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came; PyTorch's own ValueError for one
-        value
-            per channel in training.
+            value per channel in training.
 
     Source: Pleiss et al., "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3.
     """

@@ -1,4 +1,6 @@
-"""Makes a virtual environment ready to train or to develop: python3 tools/prepare_venv.py FOLDER train|dev
+"""Makes a virtual environment ready to train, to develop or to build the site of docs/.
+
+    python3 tools/prepare_venv.py FOLDER train|dev|docs
 
 Needs only Python. A torch that this Python imports is used; otherwise the one that constraints.txt names is installed.
 Nothing is fetched that is already there, so that without network it works wherever everything needed is importable.
@@ -109,28 +111,38 @@ def installed(name: str) -> str | None:
 
 def install(extra: str) -> None:
     """Brings what is missing into the environment that runs this, torch first and the package itself last."""
-    pins = wanted(extra)
+    if extra == "docs":  # the pages are made of the package's text: it need not be built
+        install_extra(wanted(extra))
+        return
     if not usable_torch(sys.executable):
         torch = f"torch=={pinned()['torch']}"
         print(f"installing {torch}")
         if not pip(torch):
             raise SystemExit(f"{torch} could not be installed; see pip's message above.")
-    missing = {name: pin for name, pin in pins.items() if installed(name) is None or (pin and installed(name) != pin)}
-    if missing:
-        requirements = [f"{name}=={pin}" if pin else name for name, pin in missing.items()]
-        print("installing " + ", ".join(requirements))
-        if not pip(*requirements):
-            absent = [name for name in missing if installed(name) is None]
-            if absent:
-                raise SystemExit(f"could not be installed, see pip's message above: {', '.join(absent)}")
-            print("not installed; going on with what is there: " + ", ".join(f"{n} {installed(n)}" for n in missing))
+    install_extra(wanted(extra))
     install_peers(PEERS if extra == "dev" else ["torchvision"])
     if extra == "dev":
+        install_extra(wanted("docs"), optional=True)
         for command in ("ruff", "clang-format"):
             link_command(command)
     print("building densenet_ext")
     if not pip("--no-deps", "--editable", "."):
         raise SystemExit("densenet_ext could not be built; see the message above.")
+
+
+def install_extra(pins: dict[str, str], optional: bool = False) -> None:
+    """Installs what is missing of an extra; one that is not optional ends the program where it cannot be had."""
+    missing = {name: pin for name, pin in pins.items() if installed(name) is None or (pin and installed(name) != pin)}
+    if not missing:
+        return
+    requirements = [f"{name}=={pin}" if pin else name for name, pin in missing.items()]
+    print("installing " + ", ".join(requirements))
+    if pip(*requirements):
+        return
+    absent = [name for name in missing if installed(name) is None]
+    if absent and not optional:
+        raise SystemExit(f"could not be installed, see pip's message above: {', '.join(absent)}")
+    print("not installed; going on with what is there: " + ", ".join(f"{n} {installed(n)}" for n in missing))
 
 
 def install_peers(libraries: Iterable[str]) -> None:
