@@ -23,12 +23,12 @@ _NAME = "densenet_ext._C"
 
 
 def _path_in(folder: Path) -> Path:
-    """The file that this Python would load as the compiled part."""
+    """Returns the file that this Python would load as the compiled part."""
     return folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _explain(error: ImportError, folder: Path) -> str:
-    """One sentence for a compiled part that `folder` lacks, or that did not load."""
+    """Returns one sentence for a compiled part that `folder` lacks, or that did not load."""
     if _path_in(folder).exists():
         return f"the compiled part does not load with torch {torch.__version__}: {error}; build densenet_ext again"
     others = sorted(path.name for path in folder.glob("_C.*.so"))
@@ -77,7 +77,7 @@ has_cuda: bool = bool(_facts.get("cuda"))
 
 
 def _explain_no_cuda(facts: dict[str, Any], torch_cuda: str | None) -> str:
-    """Why the compiled part has no GPU kernels; that it was built with another torch, if this one has CUDA."""
+    """Returns why there are no GPU kernels; if this torch has CUDA, that another one was built with."""
     reason = str(facts.get("why_no_cuda") or why_missing)
     if torch_cuda is not None and "torch without CUDA" in reason:
         return f"{reason}, and torch {torch.__version__} has CUDA {torch_cuda}; build densenet_ext again"
@@ -88,7 +88,7 @@ why_no_cuda: str | None = None if has_cuda else _explain_no_cuda(_facts, torch.v
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled part was built with and runs on.
+    """Tells what the compiled part was built with and runs on.
 
     Returns a dict with
 

@@ -18,7 +18,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b?)\s*", re.IGNORECA
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """``value`` as an int from ``minimum`` to ``maximum``, else TypeError or ValueError that names the argument."""
+    """Returns ``value`` as an int from ``minimum`` to ``maximum``.
+
+    Raises TypeError or ValueError that names the argument, as all of these checks do.
+    """
     expected = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
@@ -29,7 +32,7 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> 
 
 
 def bc_depth(name: str, value: Any) -> int:
-    """``value`` as the depth of a DenseNet-BC with three blocks: 6 n + 4 with n of at least 1."""
+    """Returns ``value`` as the depth of a DenseNet-BC with three blocks: 6 n + 4 with n of at least 1."""
     depth = integer(name, value, 10)
     if (depth - 4) % 6:
         raise ValueError(f"{name}: expected 6 n + 4 (10, 16, 22, ..., 100), got {depth}")
@@ -37,7 +40,7 @@ def bc_depth(name: str, value: Any) -> int:
 
 
 def block_depths(name: str, value: Any) -> tuple[int, ...]:
-    """``value`` as the layers of each dense block: integers of at least 1, and at least one of them."""
+    """Returns ``value`` as the layers of each dense block: integers of at least 1, and at least one of them."""
     expected = "expected a sequence of integers of at least 1, the layers of each block"
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: {expected}, got {value!r}")
@@ -53,7 +56,7 @@ def _real(name: str, value: Any, expected: str) -> float:
 
 
 def probability(name: str, value: Any) -> float:
-    """``value`` as a float in [0, 1]."""
+    """Returns ``value`` as a float in [0, 1]."""
     number = _real(name, value, "a number from 0 to 1")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {number}")
@@ -61,7 +64,7 @@ def probability(name: str, value: Any) -> float:
 
 
 def compression_factor(name: str, value: Any) -> float:
-    """``value`` as a float in (0, 1], the paper's theta."""
+    """Returns ``value`` as a float in (0, 1], the paper's theta."""
     number = _real(name, value, "a number above 0 and at most 1")
     if not 0.0 < number <= 1.0:
         raise ValueError(f"{name}: expected a number above 0 and at most 1, got {number}")
@@ -69,7 +72,7 @@ def compression_factor(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> float:
-    """``value`` as a finite float above 0."""
+    """Returns ``value`` as a finite float above 0."""
     number = _real(name, value, "a finite number above 0")
     if not (number > 0.0 and math.isfinite(number)):
         raise ValueError(f"{name}: expected a finite number above 0, got {number}")
@@ -77,7 +80,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def memory(name: str, value: Any) -> int:
-    """``value`` as bytes: an integer of at least 1, or a text with a unit ("80GiB", "24 GB", "512 MiB")."""
+    """Returns ``value`` as bytes: an integer of at least 1, or a text with a unit ("80GiB", "24 GB", "512 MiB")."""
     expected = "bytes, or a text such as '80GiB' or '24 GB'"
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
@@ -92,14 +95,14 @@ def memory(name: str, value: Any) -> int:
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """``value``, which has to be one of ``choices``."""
+    """Returns ``value``, which has to be one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def save_level(save: Any, *memory_modes: Any) -> str:
-    """The level of saving: ``save`` when given, else "features" when one of the other libraries' memory modes is on."""
+    """Returns ``save`` when it is given, else "features" when one of the other libraries' memory modes is on."""
     if save is not None:
         return choice("save", save, LEVELS)
     return "features" if any(memory_modes) else "bottlenecks"
@@ -112,7 +115,7 @@ def tensor(name: str, x: Any) -> None:
 
 
 def autocast_enabled(kind: str) -> bool:
-    """Whether autocast is on for a device type; off for "meta", which ``torch.is_autocast_enabled`` refuses."""
+    """Returns whether autocast is on for a device type; off for "meta", which ``torch.is_autocast_enabled`` refuses."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

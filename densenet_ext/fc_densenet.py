@@ -53,7 +53,7 @@ class TransitionUp(nn.Module):
         self.conv = nn.ConvTranspose2d(num_features, num_features, kernel_size=3, stride=2, bias=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """[N, C + S, H, W] of ``x`` [N, C, H // 2, W // 2] and ``skip`` [N, S, H, W]."""
+        """Returns [N, C + S, H, W] of ``x`` [N, C, H // 2, W // 2] and ``skip`` [N, S, H, W]."""
         x = self.conv(x)
         top, left = ((n - m) // 2 for n, m in zip(x.shape[2:], skip.shape[2:], strict=True))
         return torch.cat([x[:, :, top : top + skip.shape[2], left : left + skip.shape[3]], skip], 1)
@@ -145,17 +145,17 @@ class FCDenseNet(nn.Module):
 
 
 def fc_densenet56(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet56 (k = 12, four layers in every block); keywords as :class:`FCDenseNet`."""
+    """Makes FC-DenseNet56 (k = 12, four layers in every block); keywords as `FCDenseNet`."""
     defaults = {"growth_rate": 12, "block_config": (4,) * 5, "bottleneck_layers": 4}
     return FCDenseNet(num_classes, in_channels, **cast(Any, {**defaults, **kwargs}))
 
 
 def fc_densenet67(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet67 (k = 16, five layers in every block); keywords as :class:`FCDenseNet`."""
+    """Makes FC-DenseNet67 (k = 16, five layers in every block); keywords as `FCDenseNet`."""
     defaults = {"growth_rate": 16, "block_config": (5,) * 5, "bottleneck_layers": 5}
     return FCDenseNet(num_classes, in_channels, **cast(Any, {**defaults, **kwargs}))
 
 
 def fc_densenet103(num_classes: int = 11, in_channels: int = 3, **kwargs: Any) -> FCDenseNet:
-    """FC-DenseNet103 (k = 16; 4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4 layers); keywords as :class:`FCDenseNet`."""
+    """Makes FC-DenseNet103 (k = 16; 4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4 layers); keywords as `FCDenseNet`."""
     return FCDenseNet(num_classes, in_channels, **kwargs)

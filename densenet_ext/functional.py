@@ -25,7 +25,7 @@ def cat_bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``relu(batch_norm(cat(features, 1), ...))`` in one pass; nothing but the features is kept for the backward pass.
+    """Computes ``relu(batch_norm(cat(features, 1), ...))`` in one pass, and keeps the features only.
 
     Args:
         features: a tensor, or a sequence of tensors [N, C_i, *spatial] with 1 to 3 spatial dimensions; C = sum C_i.
@@ -64,21 +64,21 @@ def bottleneck(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``conv1x1(relu(batch_norm(cat(features, 1), ...)), conv_weight)``, the normalised features never in memory.
+    """Computes ``conv1x1(relu(batch_norm(cat(features, 1), ...)), conv_weight)``; what is normalised is never stored.
 
     Features that lie side by side in one buffer (slices of one channels_last tensor) are read in place; others are
     gathered, for the time of the call, and again in the backward pass, which recomputes BatchNorm and ReLU.
 
     Args:
         conv_weight: [b, C, 1, ...] with as many ones as there are spatial dimensions.
-        features, running_mean, running_var, weight, bias, training, momentum, eps: as in :func:`cat_bn_relu`.
+        features, running_mean, running_var, weight, bias, training, momentum, eps: as in `cat_bn_relu`.
 
     Returns:
         [N, b, *spatial] in the memory format of PyTorch's own convolution: channels_last when all features or the
         weight are.
 
     Raises:
-        TypeError, ValueError: as in :func:`cat_bn_relu`.
+        TypeError, ValueError: as in `cat_bn_relu`.
     """
     maps = _checked_features(features)
     norm = _checked_norm(maps, running_mean, running_var, weight, bias, training, momentum, eps)

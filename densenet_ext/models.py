@@ -141,37 +141,37 @@ def _stem_modules(in_channels: int, channels: int, small_inputs: bool) -> Ordere
 
 
 def densenet121(**kwargs: Any) -> DenseNet:
-    """DenseNet-121 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    """Makes DenseNet-121 (Huang et al., table 1); keywords as `DenseNet` from ``bn_size`` on."""
     return DenseNet(32, (6, 12, 24, 16), 64, **kwargs)
 
 
 def densenet161(**kwargs: Any) -> DenseNet:
-    """DenseNet-161 (k = 48, the authors' published model); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    """Makes DenseNet-161 (k = 48, the authors' published model); keywords as `DenseNet` from ``bn_size`` on."""
     return DenseNet(48, (6, 12, 36, 24), 96, **kwargs)
 
 
 def densenet169(**kwargs: Any) -> DenseNet:
-    """DenseNet-169 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    """Makes DenseNet-169 (Huang et al., table 1); keywords as `DenseNet` from ``bn_size`` on."""
     return DenseNet(32, (6, 12, 32, 32), 64, **kwargs)
 
 
 def densenet201(**kwargs: Any) -> DenseNet:
-    """DenseNet-201 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    """Makes DenseNet-201 (Huang et al., table 1); keywords as `DenseNet` from ``bn_size`` on."""
     return DenseNet(32, (6, 12, 48, 32), 64, **kwargs)
 
 
 def densenet264(**kwargs: Any) -> DenseNet:
-    """DenseNet-264 (Huang et al., table 1); keywords as :class:`DenseNet` from ``bn_size`` on."""
+    """Makes DenseNet-264 (Huang et al., table 1); keywords as `DenseNet` from ``bn_size`` on."""
     return DenseNet(32, (6, 12, 64, 48), 64, **kwargs)
 
 
 def densenet_bc(depth: int = 100, growth_rate: int = 12, **kwargs: Any) -> DenseNet:
-    """DenseNet-BC for 32x32 images: three blocks of ``(depth - 4) / 6`` layers, 2 k first features, ten classes.
+    """Makes DenseNet-BC for 32x32 images: three blocks of ``(depth - 4) / 6`` layers, 2 k first features, ten classes.
 
     Source: Huang et al. (CVPR 2017), section 4. ``depth`` counts the convolutions and the classifier: 100 has 16 layers
-    a block. Keywords as :class:`DenseNet`; ``small_inputs=True`` and ``num_classes=10`` unless given.
+    a block. Keywords as `DenseNet`; ``small_inputs=True`` and ``num_classes=10`` unless given.
 
-    Raises ValueError when ``depth`` is not 6 n + 4 with n of at least 1, or for what :class:`DenseNet` refuses.
+    Raises ValueError when ``depth`` is not 6 n + 4 with n of at least 1, or for what `DenseNet` refuses.
     """
     checks.bc_depth("depth", depth)
     checks.integer("growth_rate", growth_rate, 1)

@@ -112,9 +112,9 @@ class DenseLayer(nn.Module):
 
 
 class BasicDenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution to ``growth_rate``: the layer of a :class:`DenseBlock` with ``bn_size=None``.
+    """BN, ReLU, 3x3 convolution to ``growth_rate``: the layer of a `DenseBlock` with ``bn_size=None``.
 
-    Source: Huang et al. (CVPR 2017), section 3, "Composite function". Arguments as in :class:`DenseLayer`.
+    Source: Huang et al. (CVPR 2017), section 3, "Composite function". Arguments as in `DenseLayer`.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -146,7 +146,7 @@ class DenseBlock(nn.ModuleDict):
 
     Args:
         num_layers: layers in the block.
-        num_input_features, growth_rate, drop_rate, memory_efficient, dims: as in :class:`DenseLayer`.
+        num_input_features, growth_rate, drop_rate, memory_efficient, dims: as in `DenseLayer`.
         bn_size: bottleneck features per new feature; None for layers without a bottleneck: BN, ReLU, 3x3 convolution.
         save: what is kept for the backward pass: "bottlenecks" (default: the block's output and every 1x1 convolution's
             output) or "features" (the block's output only). It wins over ``memory_efficient``. Without a bottleneck

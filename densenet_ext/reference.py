@@ -40,7 +40,7 @@ def batch_norm(x: Tensor, norm: Norm, update: bool = True) -> Tensor:
 
 
 def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution of stride 1 that keeps the size: 1x1, or 3x3 with padding 1."""
+    """Computes the convolution of stride 1 that keeps the size: 1x1, or 3x3 with padding 1."""
     return _CONV[x.dim()](x, weight, bias, padding=[n // 2 for n in weight.shape[2:]])
 
 
@@ -54,7 +54,7 @@ def dense_block(
     inner_factors: Sequence[Tensor | None] | None = None,
     update: bool = True,
 ) -> Tensor:
-    """[N, C_0 + sum k, *spatial] of x [N, C_0, *spatial].
+    """Returns [N, C_0 + sum k, *spatial] of x [N, C_0, *spatial].
 
     ``factors``, ``inner_factors``: per layer what dropout multiplies the new features and the bottleneck features with,
     or None for nothing; else both are drawn. ``new_first``: concatenated as [new, x]. ``save`` has no meaning here.
@@ -71,7 +71,7 @@ def dense_block(
 def dense_layer(
     features: Sequence[Tensor], layer: Layer, inner: float | Tensor | None = None, *, update: bool = True
 ) -> Tensor:
-    """The new features [N, k, *spatial] of feature maps [N, C_i, *spatial], before dropout.
+    """Returns the new features [N, k, *spatial] of feature maps [N, C_i, *spatial], before dropout.
 
     ``inner``: the rate of dropout of the bottleneck features, or what it multiplies them with, or None for nothing.
     """
@@ -88,7 +88,7 @@ def basic_block(
     factors: Sequence[Tensor | None] | None = None,
     update: bool = True,
 ) -> Tensor:
-    """As :func:`dense_block`, of layers without a bottleneck."""
+    """Does as `dense_block`, of layers without a bottleneck."""
     features = [x]
     for i, layer in enumerate(layers):
         y = F.relu(batch_norm(torch.cat(features, 1), layer.norm, update))
@@ -99,7 +99,7 @@ def basic_block(
 
 
 def dropout(x: Tensor, drop: float | Tensor | None, channels: bool = False) -> Tensor:
-    """x times the factor ``drop``; or with values dropped at this rate, or ``channels`` of samples; or x for None."""
+    """Returns x with values, or ``channels``, dropped at the rate ``drop``; or times that factor; or x for None."""
     if isinstance(drop, Tensor):
         return x * drop
     if drop is None or drop <= 0:
@@ -116,7 +116,7 @@ def transition(
     conv_bias: Tensor | None = None,
     update: bool = True,
 ) -> Tensor:
-    """BN, ReLU, 1x1 convolution, average pooling of ``window``: [N, C_out, *spatial // window]."""
+    """Computes BN, ReLU, 1x1 convolution, average pooling of ``window``: [N, C_out, *spatial // window]."""
     return _AVG_POOL[x.dim()](conv_same(F.relu(batch_norm(x, norm, update)), conv_weight, conv_bias), window)
 
 
@@ -129,17 +129,17 @@ def stem(
     *,
     update: bool = True,
 ) -> Tensor:
-    """BN, ReLU, max-pooling of the first convolution's output."""
+    """Computes BN, ReLU, max-pooling of the first convolution's output."""
     return _MAX_POOL[x.dim()](F.relu(batch_norm(x, norm, update)), kernel_size, stride, padding)
 
 
 def head(x: Tensor, norm: Norm, *, update: bool = True) -> Tensor:
-    """BN, ReLU, global average: [N, C]."""
+    """Computes BN, ReLU, global average: [N, C]."""
     return F.relu(batch_norm(x, norm, update)).flatten(2).mean(2)
 
 
 def cat_bn_relu(features: Sequence[Tensor], norm: Norm, *, update: bool = True) -> Tensor:
-    """Concatenation, BN, ReLU: [N, sum C_i, *spatial]."""
+    """Computes concatenation, BN, ReLU: [N, sum C_i, *spatial]."""
     return F.relu(batch_norm(torch.cat(list(features), 1), norm, update))
 
 
@@ -151,5 +151,5 @@ def bottleneck(
     conv_bias: Tensor | None = None,
     update: bool = True,
 ) -> Tensor:
-    """Concatenation, BN, ReLU, 1x1 convolution: [N, b, *spatial]."""
+    """Computes concatenation, BN, ReLU, 1x1 convolution: [N, b, *spatial]."""
     return conv_same(cat_bn_relu(features, norm, update=update), conv_weight, conv_bias)

@@ -64,14 +64,14 @@ class Report:
 
 
 def report(model: nn.Module, input_shape: Sequence[int] | None = None) -> Report:
-    """Per stem, dense block, transition and head of ``model``: whether it runs fused as it stands now, or why not.
+    """Tells of each stem, dense block, transition and head of ``model`` whether it runs fused now, or why not.
 
     Nothing is changed, and nothing runs but for the bytes. ``torch.export``, tracing and ``torch.func`` run the unfused
     form in any case.
 
     Args:
         input_shape: of a batch, [N, C, *spatial]. With it the table says besides how many bytes each unit keeps for
-            the backward pass per image, as it stands and unfused: a copy without data runs (:func:`densenet_ext.plan`),
+            the backward pass per image, as it stands and unfused: a copy without data runs (`densenet_ext.plan`),
             in the model's mode and dtype. What comes before the first block is the stem's, after the last the head's.
 
     Raises TypeError when ``model`` is no module, TypeError or ValueError for an ``input_shape`` that the model does not

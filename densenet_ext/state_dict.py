@@ -1,6 +1,6 @@
 """State dicts of other DenseNets: their names are translated when a state dict is loaded.
 
-:func:`adapt_state_dict` is a ``load_state_dict`` pre-hook for any module that holds dense blocks, at any depth.
+`adapt_state_dict` is a ``load_state_dict`` pre-hook for any module that holds dense blocks, at any depth.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _usual(name: str) -> str:
-    """``name`` as torchvision spells it."""
+    """Returns ``name`` as torchvision spells it."""
     for pattern, usual in _SPELLINGS:
         name = pattern.sub(usual, name)
     return name
 
 
 def _translate(name: str, known: Mapping[str, str]) -> str:
-    """The module's own name for ``name``, or ``name``; ``known``: the own names by what torchvision calls them."""
+    """Returns the module's own name for ``name``; ``known``: the own names by what torchvision calls them."""
     usual = _usual(name)
     while usual not in known and usual.startswith(_WRAPPERS):
         usual = usual.split(".", 1)[1]
@@ -128,7 +128,7 @@ def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str,
 
 
 def architecture(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments of a DenseNet, as far as the names and shapes of its state dict tell them."""
+    """Returns the constructor arguments of a DenseNet, as far as the names and shapes of its state dict tell them."""
     shapes = {_usual(name): tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
     facts: dict[str, Any] = {}
     first_growth = shapes.get("features.denseblock1.denselayer1.conv2.weight")

@@ -49,7 +49,7 @@ class Found:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the module has entered, so that the unit runs unless there is a reason."""
+        """Returns whether the module has entered, so that the unit runs unless there is a reason."""
         return self.unit is not None and unit_of(self.module) is not None
 
     def reason(self) -> str | None:
@@ -63,7 +63,7 @@ class Found:
 def find_units(model: nn.Module) -> list[Found]:
     """Returns the units in ``model``, itself included, in the order of ``named_modules``; each module once.
 
-    Sequentials that hand features from one unit to the next are not among them (:class:`Finder` has them too).
+    Sequentials that hand features from one unit to the next are not among them (`Finder` has them too).
     """
     return [found for found in Finder(model).all() if found.kind in ("stem", "dense block", "transition", "head")]
 

@@ -1,4 +1,4 @@
-"""What a model does behind its features, found out by running its ``forward`` on tensors without data.
+"""Finds out what a model does behind its features by running its ``forward`` on tensors without data.
 
 Every child is replaced by a stand-in that writes down its call; functions on tensors are written down too. A head is
 what a fused unit computes (ReLU, the average over all pixels, flattening) and then modules, one after another. The

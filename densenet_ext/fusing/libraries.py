@@ -1,4 +1,4 @@
-"""What is known of libraries by name: a row for each. Dense blocks, transitions and heads are found without it."""
+"""A table of libraries, with what has to be known by name. Dense blocks, transitions and heads are found without it."""
 
 from __future__ import annotations
 

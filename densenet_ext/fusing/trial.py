@@ -40,7 +40,7 @@ class Refusal(NamedTuple):
 
 
 class Refused(Exception):
-    """Ends a trial with a :class:`Refusal`."""
+    """Ends a trial with a `Refusal`."""
 
     def __init__(self, reason: str, stage: str = "values") -> None:
         self.refusal = Refusal(reason, stage)
@@ -180,7 +180,7 @@ class Trial:
         raise NotImplementedError
 
     def our_result(self, x: Tensor) -> Tensor:
-        """The formulation with the parameters of ``ours``, on ``x`` of ``size``."""
+        """Returns the formulation with the parameters of ``ours``, on ``x`` of ``size``."""
         raise NotImplementedError
 
     def input(self) -> Tensor:
@@ -270,7 +270,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 
 
 def _gradients(out: Tensor, x: Tensor, module: nn.Module, grad: Tensor) -> list[Tensor | None]:
-    """Those of ``x`` and of every parameter; by backward(), since not every checkpoint can be asked for them."""
+    """Returns those of ``x`` and every parameter; by backward(), since not every checkpoint can be asked for them."""
     leaves = [x, *module.parameters()]
     for leaf in leaves:
         leaf.grad = None

@@ -1,4 +1,4 @@
-"""What is tried out: dense blocks, transitions, and norms that run their activation themselves."""
+"""Trials of dense blocks, transitions, and norms that run their activation themselves."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class _BlockTrial(Trial):
         return f"{layer}{', dropout' if self.block.drops else ''} and concatenation"
 
     def run(self, dropping: bool) -> Block:
-        """``dropping``: with rates above 0 wherever there are some, else with those that it has."""
+        """Tries the block out; ``dropping``: with drop rates above 0, otherwise only with the current ones."""
         self.block = dataclasses.replace(self.block, drops=self._drops() if dropping else ())
         if dropping:
             self.forget_statistics()

@@ -21,13 +21,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of ``tensors``, each counted once."""
+    """Returns the bytes of the storages of ``tensors``, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum(storage.nbytes() for storage in {id(storage): storage for storage in storages}.values())
 
 
 def _known(tensors: Iterable[Tensor]) -> Any:
-    """The storages of ``tensors``, as weak keys: a storage that is freed leaves its id to another."""
+    """Returns the storages of ``tensors``, as weak keys: a storage that is freed leaves its id to another."""
     return WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in tensors})
 
 
@@ -35,7 +35,7 @@ class SavedBytes(saved_tensors_hooks):
     """Counts, inside its ``with``, the storages that autograd saves for the backward pass, each once.
 
     ``leave_out``: tensors that exist anyway (parameters, buffers, the input). ``by_owner`` has the bytes under the name
-    that was given last to :meth:`own` when a storage was first saved, None before. What a ``torch.utils.checkpoint``
+    that was given last to `own` when a storage was first saved, None before. What a ``torch.utils.checkpoint``
     region holds is not seen.
     """
 

@@ -70,7 +70,7 @@ class DryRun:
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     def forward(self, input_shape: Sequence[int], owners: Sequence[str] = ()) -> SavedBytes:
-        """What a forward pass on a batch of ``input_shape`` saves. Raises what the model raises on such a batch.
+        """Returns what a forward pass on a batch of ``input_shape`` saves. Raises what the model raises on it.
 
         ``owners``: names of submodules in the order in which they run. What is saved from the entry into one of them on
         counts as its own, until the next; before the first, and after the last, as None's and as ""'s.
@@ -92,7 +92,7 @@ class DryRun:
         return saved
 
     def step(self, input_shape: Sequence[int]) -> Step:
-        """A forward pass and a backward pass from every output. Raises what the model raises on such a batch."""
+        """Runs a forward pass and a backward pass from every output. Raises what the model raises on such a batch."""
         with self._mode:
             x = self._input(input_shape)
             state = (x, *self._state())
@@ -122,31 +122,31 @@ class DryRun:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what else hangs on a module, as a pruned weight does."""
+    """Yields parameters, buffers, and what else hangs on a module, as a pruned weight does."""
     for module in model.modules():
         for values in (module._parameters, module._buffers, module.__dict__):
             yield from (value for value in values.values() if isinstance(value, Tensor))
 
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the first floating-point parameter; torch's default where there is none."""
+    """Returns the dtype of the first floating-point parameter; torch's default where there is none."""
     found = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return next(found, torch.get_default_dtype())
 
 
 def parameter_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter, the CPU where there is none."""
+    """Returns the device of the first parameter, the CPU where there is none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def refused(shape: Sequence[int], error: Exception) -> ValueError:
-    """What the model said about a batch of ``shape``, in one line that names the argument."""
+    """Returns what the model said about a batch of ``shape``, in one line that names the argument."""
     words = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(f"input_shape: the model does not take {list(shape)}: {words[0]}")
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
-    """``shape`` as a tuple, which has to be that of a batch; TypeError or ValueError that names ``input_shape``."""
+    """Returns ``shape`` as a tuple. Raises TypeError or ValueError that names ``input_shape`` when it is no batch's."""
     expected = "[N, C, *spatial] of 1 to 3 spatial dimensions"
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
         raise TypeError(f"input_shape: expected {expected}, got {shape!r}")

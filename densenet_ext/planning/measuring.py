@@ -1,4 +1,4 @@
-"""What a step really takes: bytes that it keeps for the backward pass, peak memory, and on which device that was.
+"""Measures what a step really takes: bytes that it keeps for the backward pass, peak memory, and on which device.
 
 Memory is counted by the allocator (on the CPU by the profiler's memory events), never by the size of the process: that
 hides what the C library keeps for later, and shows what earlier steps have left.
@@ -31,10 +31,10 @@ class Memory(NamedTuple):
 
 
 def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that ``forward``'s graph saves for its backward pass, each storage counted once.
+    """Returns the bytes of the storages that ``forward``'s graph saves for its backward pass, each counted once.
 
     ``leave_out`` names tensors that exist anyway (parameters, buffers, the input). Tensors that a
-    ``torch.utils.checkpoint`` region holds in its own way are not seen; :func:`allocations` sees them.
+    ``torch.utils.checkpoint`` region holds in its own way are not seen; `allocations` sees them.
     """
     saved = SavedBytes(leave_out)
     with saved:
@@ -43,7 +43,7 @@ def saved_bytes(forward: Callable[[], Any], leave_out: Iterable[Tensor] = ()) ->
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
-    """The most that ``step`` holds at once on ``device``, over what is held at its start; None where nobody counts."""
+    """Returns the most that ``step`` holds at once on ``device`` over its start; None where nobody counts."""
     if device.type == "cpu":
         return allocations(step, _nothing).peak
     if device.type != "cuda":
@@ -58,7 +58,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 def allocations(forward: Callable[[], Any], rest: Callable[[Any], object]) -> Memory:
-    """Bytes of ``rest(forward())``: still held between the two, and the most held at once; over the start, CPU only."""
+    """Runs ``rest(forward())``; returns the bytes held between the two and at most, over the start, on the CPU."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function(FORWARD):
@@ -69,7 +69,7 @@ def allocations(forward: Callable[[], Any], rest: Callable[[Any], object]) -> Me
 
 
 def memory_of(events: Sequence[Mapping[str, Any]]) -> Memory:
-    """The figures of :func:`allocations` from the events of a Chrome trace."""
+    """Returns the figures of `allocations` from the events of a Chrome trace."""
     end = next(event["ts"] + event["dur"] for event in events if event.get("name") == FORWARD)
     changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
     held = kept = peak = 0
@@ -82,14 +82,14 @@ def memory_of(events: Sequence[Mapping[str, Any]]) -> Memory:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU or of the processor."""
+    """Returns the model of a GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name() if device.type == "cpu" else device.type
 
 
 def processor_name() -> str:
-    """The model of the processor."""
+    """Returns the model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

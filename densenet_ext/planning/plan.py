@@ -36,7 +36,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step needs at each level; ``str()`` is a table, ``plan["features"]`` one level."""
+    """The needs of a training step at each level; ``str()`` is a table, ``plan["features"]`` one level."""
 
     levels: tuple[Level, ...]
     input_shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def plan(
     *,
     optimizer_state: int = 0,
 ) -> Plan:
-    """What a training step of ``model`` needs at each level of saving, without running it.
+    """Tells what a training step of ``model`` needs at each level of saving, without running it.
 
     A copy without data runs a forward and a backward pass (``FakeTensorMode``), in the mode that the model is in:
     ``model.train()`` first. The bytes kept for the backward pass are exactly those that a real forward pass saves. The
@@ -178,7 +178,7 @@ def _level(name: str, run: DryRun, shape: tuple[int, ...], budget: int | None, o
 
 
 def _largest_batch(one: Step, other: Step, batch: int, budget: int) -> int:
-    """The largest n whose step fits: every point of the timeline is affine in n, so two runs say it for all n.
+    """Returns the largest n whose step fits: every point of the timeline is affine in n, so two runs say it for all n.
 
     ``one`` and ``other``: steps of ``batch`` and ``batch + 1`` images.
     """

@@ -20,7 +20,7 @@ class Kept(NamedTuple):
 
 
 def kept_by_unit(model: nn.Module, units: Sequence[Found], input_shape: Sequence[int]) -> tuple[dict[str, Kept], Kept]:
-    """What each of ``units`` keeps, by the unit's name, and the whole model, on a batch of ``input_shape``.
+    """Returns what each of ``units`` keeps, by the unit's name, and the whole model, on a batch of ``input_shape``.
 
     What is saved before the first block or transition is the stem's, after the last one the head's. A model that has
     several stems or heads gets neither.

@@ -1,4 +1,4 @@
-"""What stands around dense blocks as units: the transition, and a Sequential with its stem and its runs of layers."""
+"""Units around dense blocks: the transition, and a Sequential with its stem and its runs of layers."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Block(MapUnit):
         return self._other_layers(module, False)
 
     def _other_layers(self, module: nn.Module, here: bool) -> str | None:
-        """``here``: also what acts through the modules' own calls, and where their parameters are."""
+        """Returns why layers are others; ``here``: also for what acts through a call, and where parameters are."""
         channels = dims = None
         place: tuple[Any, ...] | None = None
         norms: set[nn.Module] = set()

@@ -1,4 +1,4 @@
-"""How a module was built and set when its ``forward`` became known, and what of that is no longer so."""
+"""Notes how a module was built and set when its ``forward`` became known, and tells what has changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a fused unit must not run: something looks at the single operations, or wants a derivative only they have."""
+"""Tells when a fused unit must not run: something sees the single operations, or wants a derivative only they have."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Forward = Callable[..., Any]
 
 
 class Unit(Protocol):
-    """What a module computes in one piece; a value that pickles and knows the module's parts by their names only."""
+    """A module's computation in one piece: a value that pickles and knows the module's parts by their names only."""
 
     kind: ClassVar[str]
 
@@ -91,7 +91,7 @@ def enter(module: nn.Module, unit: Unit) -> None:
 
 
 def leave(module: nn.Module) -> bool:
-    """Undoes :func:`enter`; returns whether there was anything to undo."""
+    """Undoes `enter`; returns whether there was anything to undo."""
     if module.__dict__.pop(UNIT, None) is None:
         return False
     if type(module) in _originals:  # else somebody derived another class since: it runs the usual forward from now on

@@ -86,7 +86,7 @@ _FUNCTIONS = (FunctionType, MethodType, partial)
 def hidden_function(module: nn.Module) -> str | None:
     """Returns the name of an attribute of the instance that hides a function of its class, or None.
 
-    Such a function may be part of what ``forward`` computes; ``forward`` itself is :func:`has_other_forward`'s matter.
+    Such a function may be part of what ``forward`` computes; ``forward`` itself is `has_other_forward`'s matter.
     """
     cls = type(module)
     for name, value in module.__dict__.items():

@@ -1,4 +1,4 @@
-"""What a unit has seen of its modules, so that a call need not look at everything again.
+"""Remembers what a unit has seen of its modules, so that a call need not look at everything again.
 
 A reading holds as long as nothing that it depends on has changed: which modules there are, their classes and the code
 of these, hooks, a replaced ``forward``, settings. Values (parameters, statistics, training flags, drop rates) are not
