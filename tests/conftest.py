@@ -24,7 +24,7 @@ import torch
 
 from densenet_ext import kernels
 from tests.cuda.emulation import library
-from tests.support import devices, matrix_table
+from tests.support import devices, matrix_table, slow
 
 try:
     import hypothesis
@@ -66,7 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
     (x @ x).sum().backward()
 
 
+@pytest.hookimpl(tryfirst=True)  # marks are there before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if slow.reason_to_wait(item.nodeid):
+            item.add_marker("slow")
     if torch.get_default_device().type == "cpu":
         return
     left_out = [item for item in items if devices.reason_to_leave_out(item.nodeid)]

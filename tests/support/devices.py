@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+from tests.support.selection import reason_of
 
-# Pattern of a test's name, "file", "file::function" or "file::function[parameter]": reason.
+# Pattern of a test's name (selection.py): reason.
 LEFT_OUT = {
     "*::*[emulated]": "the GPU's operators over emulated kernels, for tensors of the processor",
     "test_emulation*.py": "executes the GPU kernels on the processor, without a GPU",
@@ -22,13 +22,5 @@ LEFT_OUT = {
 
 
 def reason_to_leave_out(nodeid: str) -> str | None:
-    """Why the test ``nodeid`` ("tests/file.py::function[parameters]") does not run on a GPU, or None when it does."""
-    name, _, parameters = nodeid.rstrip("]").partition("[")
-    file, _, function = name.rpartition("/")[2].partition("::")
-    for pattern, reason in LEFT_OUT.items():
-        pattern, _, parameter = pattern.rstrip("]").partition("[")
-        file_pattern, _, function_pattern = pattern.partition("::")
-        alike = fnmatch(file, file_pattern) and fnmatch(function, function_pattern or "*")
-        if alike and (not parameter or parameter in parameters.split("-")):
-            return reason
-    return None
+    """Returns why the test ``nodeid`` does not run on a GPU, or None when it does."""
+    return reason_of(nodeid, LEFT_OUT)

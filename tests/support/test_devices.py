@@ -1,4 +1,4 @@
-"""The list of what does not run on a GPU: it names tests that exist, and leaves out those alone."""
+"""The lists of what does not run on a GPU and what is slow: they name tests that exist, and those alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import devices
+from tests.support import devices, slow
+from tests.support.selection import reason_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("pattern", devices.LEFT_OUT)
+@pytest.mark.parametrize("pattern", [*devices.LEFT_OUT, *slow.SLOW])
 def test_every_pattern_names_tests(pattern: str) -> None:
     name, _, parameter = pattern.rstrip("]").partition("[")
     file, _, function = name.partition("::")
-    found = [path for path in TESTS.rglob("test_*.py") if fnmatch(path.name, file)]
+    there = {path: path.relative_to(TESTS.parent).as_posix() for path in TESTS.rglob("test_*.py")}
+    found = [path for path, name in there.items() if fnmatch(name if "/" in file else path.name, file)]
     assert found and all(f"def {function}(" in path.read_text() for path in found if function not in ("", "*"))
     assert not parameter or f'"{parameter}"' in (TESTS / "conftest.py").read_text()
-    assert devices.LEFT_OUT[pattern]
+    assert {**devices.LEFT_OUT, **slow.SLOW}[pattern]
 
 
 def test_parameters_and_folders_do_not_matter() -> None:
@@ -31,6 +33,13 @@ def test_parameters_and_folders_do_not_matter() -> None:
     assert devices.reason_to_leave_out("tests/algorithm/test_block.py::test_gradcheck[compiled-train-features]") is None
     assert devices.reason_to_leave_out("tests/memory/test_memory.py::test_a_fraction_of_eagers") is None
     assert devices.reason_to_leave_out("tests/algorithm/test_block.py::test_build.py") is None
+
+
+def test_folders_matter_where_a_pattern_has_one() -> None:
+    table = {"tests/peers/*": "peers", "test_a.py::test_b": "b"}
+    assert reason_of("tests/peers/test_a.py::test_c[x]", table) == "peers"
+    assert reason_of("tests/units/test_a.py::test_b[x]", table) == "b" == reason_of("test_a.py::test_b", table)
+    assert reason_of("tests/units/test_a.py::test_c", table) is None
 
 
 @pytest.mark.parametrize(
