@@ -20,6 +20,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/dropout.h"
 #include "kernels/lines.h"
 #include "kernels/conv3x3_tile.h"
+#include "kernels/conv3x3_lanes.h"
 #include "kernels/conv3x3.h"
 #include "kernels/conv3x3_wgrad.h"
 #include "kernels/conv3x3_backward.h"

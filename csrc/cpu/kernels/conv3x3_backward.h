@@ -55,8 +55,8 @@ struct InputGradColumns {
   Vec<A> sum, sum_xc;
 
   InputGradColumns() = default;
-  InputGradColumns(const BnReluConv3x3Backward<T>& p, const Affine<A>& affine, int64_t c)
-      : x(p.scaled || p.grad_weight || p.grad_mean ? p.x.data + c : nullptr),
+  InputGradColumns(const BnReluConv3x3Backward<T>& p, const Affine<A>& affine, bool reads_x, int64_t c)
+      : x(reads_x ? p.x.data + c : nullptr),
         in(!p.scaled      ? nullptr
            : p.grad_in    ? p.grad_in.data + c
            : p.accumulate ? p.grad_x.data + c
@@ -111,7 +111,7 @@ class Conv3x3Backward {
   const BnReluConv3x3Backward<T>& p;
   const Pool& pool;
   const ImageLines image;
-  const bool want_wgrad, want_dgrad;
+  const bool want_wgrad, want_dgrad, reads_x;  // reads_x: behind dgrad
   const int64_t norm_size, y_pitch, g_rows_pitch;
   const Stripes stripes;
   LineRing<P> g, y;
@@ -142,6 +142,7 @@ class Conv3x3Backward {
         image(p.images, p.window),
         want_wgrad(p.grad_conv_weight),
         want_dgrad(p.grad_x || p.grad_weight || p.grad_mean),
+        reads_x(p.scaled || p.grad_weight || p.grad_mean),
         norm_size(p.norm.mean ? p.C : 0),
         y_pitch(padded<A>(p.C)),
         g_rows_pitch(padded<A>(p.N)),
@@ -219,7 +220,8 @@ class Conv3x3Backward {
       // The lines of the next stripe, where those lie behind each other in memory.
       const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
       const int64_t first = std::min(filled, image.count - 1) * image.width, tiles = conv.tiles(band, lines);
-      ReadAhead next_x(p.x, first, want_wgrad ? next : 0, p.C, tiles), next_grad(p.grad, first, next, p.N, tiles);
+      ReadAhead next_x(p.x, first, want_wgrad || reads_x ? next : 0, p.C, tiles);
+      ReadAhead next_grad(p.grad, first, next, p.N, tiles);
       ReadAhead next_features(p.features ? p.features : p.grad, first, p.features ? next : 0, p.N, tiles);
       const auto ahead = [&] { next_x.step(), next_grad.step(), next_features.step(); };
       conv.run(own_g, band, line, lines, ahead,
@@ -280,7 +282,7 @@ class Conv3x3Backward {
 
     Columns(const Conv3x3Backward& all, int task, Stripes::Band band, int64_t c)
         : all(all), task(task), band(band), c(c) {
-      for (int j = 0; j < NV; ++j) columns[j] = InputGradColumns<T>(all.p, all.affine, c + j * L);
+      for (int j = 0; j < NV; ++j) columns[j] = InputGradColumns<T>(all.p, all.affine, all.reads_x, c + j * L);
     }
     ~Columns() {
       for (int j = 0; j < NV; ++j) all.sums.template add<A>(task, c + j * L, columns[j].sum, columns[j].sum_xc);

@@ -76,12 +76,12 @@ __attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
-// Weights [taps, K, N] as right operands in column blocks, as packed_size and pack_right have them for one tap; a
-// block holds its taps one after the other. `w` has them with the inner dimension as its `input`, `backwards` with the
-// window turned round.
+// Weights [taps, K, N] as right operands in column blocks, as packed_size and pack_right have them for one tap, or in
+// blocks of so many columns each; a block holds its taps one after the other. `w` has them with the inner dimension as
+// its `input`, `backwards` with the window turned round.
 template <class P>
 inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, int64_t taps, bool backwards,
-                      typename P::Operand* packed, const Pool& pool) {
+                      typename P::Operand* packed, const Pool& pool, int64_t block = 0) {
   using A = typename P::A;
   constexpr int64_t kChunk = 16;  // steps of all taps: in an L1 cache, as neighbours of n share its lines
   const int64_t steps = depth_steps<P>(K), tap = backwards ? -w.tap : w.tap;
@@ -108,14 +108,36 @@ inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, i
   };
   pool.run([&](int task) {
     const Range range = part(steps, kChunk, pool.tasks, task);
-    for (int64_t k = range.begin; k < range.end; k += kChunk)
-      for_column_blocks<A>(0, N, [&](int64_t n, auto vectors) {
-        pack_block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kChunk, range.end));
-      });
+    for (int64_t k = range.begin; k < range.end; k += kChunk) {
+      const int64_t end = std::min(k + kChunk, range.end);
+      if (block > 0)
+        for (int64_t n = 0; n < N; n += block) pack_block(n, block, k, end);
+      else
+        for_column_blocks<A>(
+            0, N, [&](int64_t n, auto vectors) { pack_block(n, decltype(vectors)::value * kLanes<A>, k, end); });
+    }
   });
 }
 
 // ---- a stripe -------------------------------------------------------------------------------------------------------
+// The pixels that S segments from `first` on take, of `count` that a stripe has from `line` on, as in conv_tile; a tile
+// that is not full repeats its last one. distance: of segments in a line.
+template <int S, class P>
+DX_INLINE void find_segments(const ImageLines& image, const LineRing<P>& ring, int64_t line, int64_t per_line,
+                             int64_t first, int64_t count, int64_t distance,
+                             const typename P::Operand* (*left)[kMostSegments]) {
+  for (int row = 0; row < image.rows; ++row) {
+    bool any = false;
+    for (int s = 0; s < S; ++s) {
+      const int64_t i = std::min(first + s, count - 1);
+      const int64_t from = image.neighbour(line + i / per_line, row);
+      any |= from >= 0;
+      left[row][s] = (from < 0 ? ring.zeros : ring.line(from)) + i % per_line * distance;
+    }
+    if (!any) left[row][0] = nullptr;
+  }
+}
+
 // The convolution of a ring's lines with packed weights.
 template <class P>
 struct LineConv {
@@ -167,17 +189,7 @@ struct LineConv {
     const ConvTile<P> tile = {image.rows, joined ? 1 : 3, joined ? 3 * steps : steps, ring.pitch};
     for (int64_t first = 0; first < count; first += S) {
       const Operand* left[kMostWindowRows][kMostSegments];
-      for (int row = 0; row < image.rows; ++row) {
-        bool any = false;
-        for (int s = 0; s < S; ++s) {
-          // A tile that is not full repeats its last segment.
-          const int64_t i = std::min(first + s, count - 1);
-          const int64_t from = image.neighbour(line + i / per_line, row);
-          any |= from >= 0;
-          left[row][s] = (from < 0 ? ring.zeros : ring.line(from)) + i % per_line * G * ring.pitch;
-        }
-        if (!any) left[row][0] = nullptr;
-      }
+      find_segments<S>(image, ring, line, per_line, first, count, G * ring.pitch, left);
       ahead();
       alignas(64) A sums[NV * S * G * L];
       conv_tile<P, G, NV>(tile, left, packed + n * steps * taps(), sums);

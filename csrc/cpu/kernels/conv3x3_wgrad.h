@@ -1,5 +1,5 @@
-// dW[t, n, c] = sum over pixels p of g[p, n] * y[p + t, c]: the inner dimension is the pixels of a stripe's lines, as
-// many as a line has for each of them, so that no product is taken beyond a border.
+// dW[t, n, c] = sum over pixels p of g[p, n] * y[p + t, c]: the inner dimension is the pixels of a stripe's lines.
+// Lines beyond an image's border are left out; the pixels beyond a line's ends are zeros of y.
 #pragma once
 
 // Rows of a tile are output channels here. Of two heights the one is used that leaves fewer rows over.
