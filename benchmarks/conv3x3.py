@@ -102,7 +102,9 @@ class Layer:
 _PEAK = r"""
 #include <immintrin.h>
 #include <time.h>
-#define CHAINS(op, x) asm volatile(op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11) :: "v"(x))
+#define CHAINS(op, x) asm volatile( \
+  op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11) \
+  :: "v"(x) : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11")
 #define FMA(i) "vfmadd231ps %0, %0, %%zmm" #i "\n"
 #define DOT(i) "vdpbf16ps %0, %0, %%zmm" #i "\n"
 extern "C" double gflops(int bf16) {

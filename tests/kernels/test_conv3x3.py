@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import conv3x3
 from densenet_ext import _extension
 from densenet_ext.kernels import plain
 from tests.kernels.test_kernels import level, outside_is_untouched, threads  # noqa: F401  fixtures
@@ -296,3 +297,16 @@ def test_a_convolution_of_no_channels_is_its_bias() -> None:
     given = (torch.empty(7, 0), [1, 1, 1, 7], *nothing, 0.0, torch.empty(5, 0, 3))
     ops.bn_relu_conv3x3(*given, torch.arange(5.0), 0.0, None, 0, 1, out, None, None)
     assert torch.equal(out, torch.arange(5.0).expand(7, 5))
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+def test_a_line_of_the_benchmark() -> None:
+    assert len(conv3x3.shapes()) == len(conv3x3.shapes(batch=1)) == 9
+    for dtype, peak in ((torch.float32, None), (torch.bfloat16, 100.0)):
+        line = conv3x3.measure(conv3x3.Shape("tiny", 2, (5, 4), 8, 4), dtype, 1, peak)
+        assert line.startswith("tiny") and ("%" in line) == (peak is not None)
+    layer = conv3x3.Layer(conv3x3.Shape("tiny", 2, (5, 4), 8, 4), torch.float32)
+    layer.ours()
+    mine = layer.out.clone()
+    layer.theirs()
+    torch.testing.assert_close(mine, layer.out, rtol=1e-4, atol=1e-4)
