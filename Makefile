@@ -43,8 +43,9 @@ lint: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
+# Neither what is marked slow, there or in tests/support/slow.py, nor random calls.
 test-fast: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile -m "not slow and not fuzz" $(TEST_ARGS)
 
 fuzz: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(python) -m pytest -n 2 -m fuzz $(TEST_ARGS)

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from tests.support.selection import reason_of
 
-# Pattern of a test's name (selection.py): reason.
+# Pattern of a test's name (selection.py): reason. Seconds are those of a processor's core.
 SLOW = {
-    "*::*[emulated]": "the GPU's kernels in the emulator; test_emulation.py has a call of each",
+    "*::*[emulated]": "the GPU's kernels in the emulator, up to 14 s a test; test_emulation*.py have calls of each",
+    "test_emulation_conv1x1.py::test_forward_with_several_tiles_in_a_block": "the emulator again, 1 s a test",
+    "test_emulation_conv1x1.py::test_backward_with_several_tiles_in_a_block": "the same",
+    "tests/distributed/test_distributed.py": "starts processes, which compile: 30 s for each kind of parallelism",
+    "tests/peers/test_*.py": "other people's tools on fused networks: no one of them is slow, but they are many",
+    "tests/algorithm/test_compile.py": "torch.compile of every unit, a second or more for each graph",
+    "tests/fusing/test_fuse_compile.py": "torch.compile of whole networks",
+    "test_matrix.py::test_batch_sizes": "torch.compile of every library's network, 7 s each",
+    "test_docs.py::test_code": "runs the pages, 80 s in all",
+    "test_docs.py::test_code_under_torchrun": "runs pages in two processes",
+    "test_docs.py::test_what_is_served_needs_nothing_of_ours": "exports and loads a network in a process of its own",
+    "test_benchmark_tables.py::test_a_run_measures_everyone": "a run of the benchmarks, 25 s",
+    "test_benchmark_tables.py::test_tables_show_the_rows": "needs that run",
+    "test_benchmark_tables.py::test_the_summary_has_a_row_for_each_level_of_ours": "needs that run",
+    "test_benchmark_tables.py::test_the_summary_says_once_how_networks_were_measured_together": "needs that run",
+    "test_benchmark_tables.py::test_a_run_keeps_the_other_networks_figures_and_the_table_command_writes": "another run",
+    "test_sanitize.py::test_the_variable_chooses_the_simd_level": "imports the package once for each level, 15 s",
+    "test_site.py": "builds the site three times",
 }
 
 
