@@ -35,7 +35,8 @@ def _bits(absent: tuple[bool, ...], per_layer: int) -> list[int]:
 
 def has_conv3x3(like: Tensor) -> bool:
     """Returns whether there is a kernel of ours for 3x3 convolutions of feature maps like ``like``."""
-    return like.is_cpu and hasattr(kernels.select(like), "bn_relu_conv3x3")
+    ops = kernels.select(like)
+    return like.is_cpu and ops is not kernels.plain and hasattr(ops, "bn_relu_conv3x3")
 
 
 def has_kernel(like: Tensor, weights: Iterable[Tensor]) -> bool:

@@ -218,3 +218,12 @@ def test_too_little_scratch_is_named() -> None:
     call(z=None)
     with pytest.raises(RuntimeError, match="scratch: expected at least 16 elements, got 8"):
         call(z=None, scratch=torch.zeros(8))
+
+
+def test_who_computes_a_convolution() -> None:
+    x, of_three, of_one = torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 3, 3), torch.zeros(3, 2, 1, 1)
+    compiled = kernels.backend("cpu") == "compiled"
+    assert whole.has_conv3x3(x) == compiled and not whole.has_conv3x3(x.to("meta"))
+    assert whole.has_kernel(x, [of_three]) == compiled and not whole.has_kernel(x, [of_three, of_one])
+    with kernels.force_plain():
+        assert not whole.has_conv3x3(x) and whole.operation("dense_layers", x, []) is None

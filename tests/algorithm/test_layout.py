@@ -18,6 +18,7 @@ from densenet_ext.algorithm.layout import (
     new_features,
     pixels,
     row_pitch,
+    suggest_memory_format,
     to_rows,
 )
 from densenet_ext.algorithm.single import rows_size, volume
@@ -112,3 +113,14 @@ def test_several_features_as_one() -> None:
 
 def test_settings_of_a_pooling_as_three_numbers() -> None:
     assert volume(2, 3, 1) == (1, 3, 3) and volume(1, (4,), 0) == (0, 0, 4) and volume(3, (1, 2, 3), 1) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "size", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 5), (2, 3, 4, 5, 6)]
+)
+def test_the_suggested_layout_is_pytorchs(size: tuple[int, ...]) -> None:
+    x = torch.zeros(size)
+    last = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+    cases = [x, x.contiguous(memory_format=last), x.transpose(1, 2), x[:, :1], x[..., ::2], x[:1].expand_as(x)]
+    for case in cases:
+        assert suggest_memory_format(case) == torch._prims_common.suggest_memory_format(case)
