@@ -27,6 +27,6 @@ def reuse(checkpoint: Checkpoint, out: Out = None, new_first: NewFirst = False) 
     This is figure 5 of the paper (Huang et al. 2017), for the checkpoint of any library.
     """
     with errors_told():
-        from densenet_ext.training.pictures import reuse as command
+        from densenet_ext.reuse import command
 
         typer.echo(command.reuse(checkpoint, out, new_first))

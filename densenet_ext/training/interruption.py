@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number  # as a shell reports a process that a signal has ended
 
 
 class Interruption:
@@ -27,19 +17,13 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
-            self._before = {name: signal.signal(name, self._note) for name in _SIGNALS}
+            self._before = {name: signal.signal(name, self._note) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-        self._before = {}
+        self.__exit__()

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import state_dict as states
 
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.metrics import Sums
-from densenet_ext.training.options import AMP, Options
+from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
 from densenet_ext.training.seeds import derived
 
@@ -30,7 +30,8 @@ class Learner:
     def __init__(self, network: nn.Module, options: Options, processes: Processes) -> None:
         self.options, self.processes, self.device = options, processes, processes.device
         self.network = network.to(self.device)
-        self._wrapped = processes.wrap(self.network, options.sync_bn, options.fsdp)
+        self._fabric, self._precision = processes.fabric, processes.fabric.strategy.precision
+        self._wrapped = processes.wrap(self.network, options.sync_bn)
         if options.compile:
             # In place: names of parameters stay. Each size of a batch has its own code: with one for several, the last
             # bits of a resumed run could depend on which sizes had come before.
@@ -39,7 +40,7 @@ class Learner:
             self.network.parameters(), options.lr, MOMENTUM, weight_decay=options.weight_decay, nesterov=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda epoch: factor(epoch, options.epochs))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self._stepping: Any = self._fabric.setup_optimizers(self.optimizer)
         self.steps = 0
 
     @property
@@ -48,7 +49,7 @@ class Learner:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
-        """One step of SGD on this process's part of a batch of ``count`` images over all processes.
+        """Makes one step of SGD on this process's part of a batch of ``count`` images over all processes.
 
         ``images`` [n, C, H, W] float32, ``labels`` [n]. Returns [2] float32 on the device, not waited for: the sum of
         the part's losses, and how many first guesses are wrong.
@@ -60,19 +61,17 @@ class Learner:
         if not self.network.training:  # every step would go through all modules
             self.network.train()
         images, labels = self._moved(images, labels)
-        with self._autocast():
-            scores = self._wrapped(images)
+        scores = self._wrapped(images)
         losses = F.cross_entropy(scores.float(), labels, reduction="sum")
         # Gradients are averaged over the processes, whose parts may differ in size: this is the whole batch's mean.
-        self.scaler.scale(losses * (self.processes.size / count)).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._fabric.backward(losses * (self.processes.size / count))
+        self._stepping.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _figures(losses, scores, labels)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Sums:
-        """Losses and errors on this and all other processes' parts of ``batches``, in evaluation mode.
+        """Returns losses and errors on this and all other processes' parts of ``batches``, in evaluation mode.
 
         Every process has to have the same number of batches, some of which may be empty.
         """
@@ -81,7 +80,7 @@ class Learner:
         figures, count = [torch.zeros(2, device=self.device)], 0
         for images, labels in batches:
             images, labels = self._moved(images, labels)
-            with self._autocast():
+            with self._fabric.autocast():
                 scores = self.network(images)
             losses = F.cross_entropy(scores.float(), labels, reduction="sum")
             figures.append(_figures(losses, scores, labels))
@@ -97,12 +96,12 @@ class Learner:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether every parameter is a number, in every process."""
+        """Returns whether every parameter is a number, in every process."""
         norms = torch.stack([_local(parameter).float().norm() for parameter in self.network.parameters()])
         return bool(self.processes.total((~norms.isfinite()).sum()) == 0)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of this, on the CPU, in the first process; the others have to call it too.
+        """Returns what a resumed run needs, on the CPU, in the first process; the others have to call it too.
 
         Tensors have the names of the network's own state dict, whatever wraps or shards it.
         """
@@ -115,7 +114,7 @@ class Learner:
             "model": states.get_model_state_dict(self.network, options=_FULL),
             "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self._precision.state_dict(),
             "steps": self.steps,
         }
 
@@ -130,19 +129,15 @@ class Learner:
         if state["optimizer"]:
             states.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_FROM_FILE)
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._precision.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
     def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = AMP[self.options.amp]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
 
 def factor(epoch: int, epochs: int) -> float:
-    """What the learning rate is multiplied with in ``epoch`` (from 0 on) of ``epochs``."""
+    """Returns what the learning rate is multiplied with in ``epoch`` (from 0 on) of ``epochs``."""
     return 1 / 10 ** sum(epoch >= part * epochs for part in DROPS)
 
 

@@ -11,8 +11,9 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from densenet_ext.training import metrics
-from densenet_ext.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from densenet_ext.training.data.datasets import Data, Examples
 from densenet_ext.training.data.loading import Batches
-from densenet_ext.training.errors import LossError, UserError
-from densenet_ext.training.interruption import Interrupted, Interruption
+from densenet_ext.training.errors import Interrupted, LossError, UserError
+from densenet_ext.training.files import BEST, LAST, load_checkpoint, save_checkpoint
+from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.metrics import Epoch, Sums
 from densenet_ext.training.options import Options
@@ -37,7 +38,7 @@ _READ_EVERY = 16
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to."""
+    """The end of a run."""
 
     history: list[Epoch]
     best: Epoch | None  # with the smallest validation error; None without validation images
@@ -68,7 +69,7 @@ class Run:
         try:
             self._check_images(state["data"])
             self.learner.load_state(state)
-            self.history = [_epoch_of(row) for row in state["history"]]
+            self.history = [Epoch(**row) for row in state["history"]]
             self._sums, self._step, self._seconds = Sums(**state["sums"]), state["step"], state["seconds"]
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -93,29 +94,19 @@ class Run:
         images = sum(self._train.count(step) for step in range(len(self._train)))
         done = len(self.history) * images + self._sums.images
         progress = Progress(self.options.epochs, images, done, self.learner.device, self._shown)
-        board = None
         if self.processes.is_first:
             metrics.write_csv(self.history, self.folder)  # a run that was killed behind its checkpoint lacks a row
-            board = metrics.TensorBoard(self.folder, self.history)
-        try:
-            with Interruption() as interruption:
-                while len(self.history) < self.options.epochs:
-                    row = self._epoch(progress, interruption)
-                    progress.epoch(row)
-                    if board is not None:
-                        board.add(row)
-                test = self._evaluated(self._test, 0, interruption)
-        finally:
-            progress.close()
-            if board is not None:
-                board.close()
-            for part in (self._train, self._validation, self._test):
-                if part is not None:
-                    part.close()
+        board = metrics.TensorBoard(self.folder, self.history)
+        with closing(progress), closing(board), Interruption() as interruption:
+            while len(self.history) < self.options.epochs:
+                row = self._epoch(progress, interruption)
+                progress.epoch(row)
+                board.add(row)
+            test = self._evaluated(self._test, 0, interruption)
         return Result(self.history, best_of(self.history), test)
 
     def _epoch(self, progress: Progress, interruption: Interruption) -> Epoch:
-        """The rest of the current epoch, with the checkpoint at its end."""
+        """Trains the rest of the current epoch, with the checkpoint at its end."""
         start = time.perf_counter() - self._seconds
         number = len(self.history) + 1
         pending: list[Tensor] = []
@@ -147,7 +138,7 @@ class Run:
         return row
 
     def _evaluated(self, part: Batches | None, number: int, interruption: Interruption) -> Sums | None:
-        """The figures on ``part``; None without one. A run that is stopped here repeats them when it goes on."""
+        """Returns the figures on ``part``, None without one; a run that is stopped here repeats them later."""
         if part is None:
             return None
 
@@ -221,7 +212,7 @@ class Run:
         metrics.write_csv(self.history, self.folder)
 
     def _fingerprint(self) -> dict[str, list[Any]]:
-        """Tells other images by their number and their labels: [images, a digest] for each part of the data."""
+        """Returns [images, a digest of their labels] for each part of the data, which tells other images."""
         parts = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         return {
             name: [len(part), hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=8).hexdigest()]
@@ -231,7 +222,7 @@ class Run:
 
 
 def batches(examples: Examples, options: Options, processes: Processes, shuffle: bool = False) -> Batches:
-    """This process's batches of ``examples``, as ``options`` ask for; in a new order every epoch with ``shuffle``.
+    """Returns this process's batches of ``examples``; with ``shuffle`` for training, in a new order every epoch.
 
     Raises UserError when they are larger than the data.
     """
@@ -248,15 +239,11 @@ def batches(examples: Examples, options: Options, processes: Processes, shuffle:
 
 
 def advice(options: Options) -> str:
-    """What to try when the loss is no number any more."""
+    """Returns what to try when the loss is no number any more."""
     return "Try a smaller --lr" + ("" if options.amp == "off" else ", or --amp off")
 
 
 def best_of(history: list[Epoch]) -> Epoch | None:
-    """The first epoch with the smallest validation error; None without validation."""
+    """Returns the first epoch with the smallest validation error; None without validation."""
     measured = [row for row in history if row.validation_error is not None]
     return min(measured, key=lambda row: row.validation_error or 0.0, default=None)
-
-
-def _epoch_of(row: Mapping[str, Any]) -> Epoch:
-    return Epoch(**{field.name: row[field.name] for field in fields(Epoch)})

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from densenet_ext.training.errors import TrainingError
 from densenet_ext.training.files import write_text
@@ -66,52 +65,44 @@ class Sums:
 def write_csv(history: Iterable[Epoch], folder: Path) -> None:
     """Writes metrics.csv whole: what a killed run has left behind its last checkpoint is gone afterwards."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Epoch)])
+    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
     for epoch in history:
-        writer.writerow([_shortened(value) for value in asdict(epoch).values()])
+        row = asdict(epoch)
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
     write_text(folder / FILE, text.getvalue())
 
 
-def _shortened(value: float | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
 class TensorBoard:
-    """The same rows as TensorBoard's scalars, in the folder ``tensorboard``; nothing where it is not installed."""
+    """The rows as TensorBoard's scalars, by the first process; nothing where TensorBoard is not installed."""
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
-        self._writer: Any = None
+        from lightning_fabric.loggers import TensorBoardLogger  # the benchmarks' tables need none
+
+        # Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's row
+        # comes anew: the run may have been killed between its checkpoint and this row.
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        try:
-            # Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's
-            # row comes anew: the run may have been killed between its checkpoint and this row.
-            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=max(1, len(history)))
-        except OSError as error:
-            raise TrainingError(f"cannot write {folder / TENSORBOARD}: {error.strerror or error}") from error
+            self._logger = TensorBoardLogger(folder, TENSORBOARD, version="", purge_step=max(1, len(history)))
+        except ModuleNotFoundError:
+            self._logger = None  # type: ignore[assignment]
         for row in history[-1:]:
             self.add(row)
 
     def add(self, epoch: Epoch) -> None:
-        """Writes the row of ``epoch``."""
-        if self._writer is None:
+        """Writes the row of ``epoch``. Raises TrainingError when it can't."""
+        if self._logger is None:
             return
-        row = asdict(epoch)
-        number = row.pop("epoch")
-        for name, value in row.items():
-            if value is not None:
-                self._writer.add_scalar(_TAGS.get(name, name), value, number)
-        self._writer.flush()
+        row = {_TAGS.get(name, name): value for name, value in asdict(epoch).items() if value is not None}
+        try:
+            self._logger.log_metrics(row, step=int(row.pop("epoch")))
+            self._logger.save()
+        except (OSError, ValueError) as error:  # the logger makes ValueError of whatever happens
+            raise TrainingError(f"cannot write {self._logger.log_dir}: {error.__cause__ or error}") from error
 
     def close(self) -> None:
         """Ends the file."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._logger is not None:
+            self._logger.finalize("success")
 
 
 # One chart for training and validation together, as TensorBoard groups them.

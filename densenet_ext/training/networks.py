@@ -27,7 +27,7 @@ FORMS = f"{', '.join(BUILDERS)}, densenet_bc:DEPTH,K, timm:NAME or torchvision:N
 
 
 def check(text: str) -> str:
-    """``text``, when it has the form of a network's name. Raises ValueError in words; no library is imported."""
+    """Returns ``text`` when it has the form of a network's name. Raises ValueError in words; no library is imported."""
     name, colon, rest = text.partition(":")
     if name == "densenet_bc" and colon:
         depth, growth_rate = _depth_and_growth_rate(text, rest)
@@ -39,7 +39,7 @@ def check(text: str) -> str:
 
 
 def build(text: str, *, classes: int, channels: int, save: str, fused: bool = True) -> nn.Module:
-    """The network ``text`` for images of ``channels`` and labels below ``classes``; ``fused`` or in the usual form.
+    """Returns the network ``text`` for images of ``channels`` and labels below ``classes``; ``fused`` or in usual form.
 
     Raises UserError for a name that is unknown to its library, a network without dense blocks, and images that it does
     not take.

@@ -1,4 +1,4 @@
-"""The options of a run: their defaults for each data set, how a run's folder keeps them, what a resume may change.
+"""The options of a run: what the command line asks, their defaults for each data set, what a resume may change.
 
 The recipe is the paper's (Huang et al., "Densely Connected Convolutional Networks", CVPR 2017, section 4.2): SGD with
 Nesterov momentum 0.9, weight decay 1e-4, learning rate 0.1 divided by 10 at 50 % and 75 % of the epochs.
@@ -7,13 +7,14 @@ Nesterov momentum 0.9, weight decay 1e-4, learning rate 0.1 divided by 10 at 50 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from densenet_ext import checks
 from densenet_ext._version import __version__
 from densenet_ext.training.errors import UserError
 from densenet_ext.training.files import write_text
@@ -22,7 +23,7 @@ FILE = "options.json"
 
 
 class Defaults(NamedTuple):
-    """What depends on the data."""
+    """The options that depend on the data."""
 
     model: str
     epochs: int
@@ -38,37 +39,98 @@ DATA = {
 """The data sets of the command line."""
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision, with the dtype of convolutions and products."""
-ON_CORRUPT = ("refuse", "skip")
 
 
-@dataclass(frozen=True)
+class Setting(NamedTuple):
+    """An option of the command line; the field ``batch_size`` is ``--batch-size``."""
+
+    help: str
+    metavar: str = ""
+    kind: type = str  # bool: --name/--no-name
+    check: Callable[..., Any] | None = None  # (name, value, *limits) -> the value; raises ValueError, TypeError
+    limits: tuple[Any, ...] = ()
+    compared: bool = True  # whether the command compare has it, too
+    free: bool = False  # whether a resume may change it: where the run goes on, not what it computes
+
+
+def _asked(default: Any, setting: Setting) -> Any:
+    return field(default=default, metadata={"asked": setting})
+
+
+def _flag(help: str, default: bool, **more: Any) -> Any:
+    return _asked(default, Setting(help, kind=bool, **more))
+
+
+def _choice(help: str, choices: tuple[str, ...], default: Any = MISSING) -> Any:
+    return _asked(default, Setting(help, "|".join(choices), str, checks.choice, (choices,)))
+
+
+def _integer(help: str, least: int, *most: int, default: Any = MISSING, **more: Any) -> Any:
+    return _asked(default, Setting(help, "INTEGER", int, checks.integer, (least, *most), **more))
+
+
+def _number(help: str, check: Callable[..., Any], default: float) -> Any:
+    return _asked(default, Setting(help, "NUMBER", float, check))
+
+
+def _model(name: str, value: Any) -> str:
+    from densenet_ext.training import networks
+
+    return networks.check(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = checks.probability(name, value)
+    if number == 1.0:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got 1")
+    return number
+
+
+def _by_data(name: str) -> str:
+    """Returns what the field ``name`` of Defaults is for each data set: "30 for digits, 300 for cifar10"."""
+    return ", ".join(f"{getattr(defaults, name)} for {data}" for data, defaults in DATA.items())
+
+
+_NETWORKS = f"densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME, torchvision:NAME. Default: {_by_data('model')}."
+_EPOCHS = f"Passes over the training images. Default: {_by_data('epochs')}."
+_BATCH_SIZE = f"Images per step, of all processes together. Default: {_by_data('batch_size')}."
+_ROOT = "Their folder. For imagefolder: train/CLASS/*, val/CLASS/*, or CLASS/* alone."
+_FUSED = "One buffer per dense block, or the usual formulation. Default: fused."
+_LR = "Learning rate, divided by 10 after 50 % and 75 % of the epochs. Default: 0.1."
+_DEVICE = "Default: a GPU where there is one, or else cpu."
+_SEED = "Of the weights, the order and the augmentation. Default: 0."
+_VALIDATION = "Part of the training images that is held out for validation. Default: 0.1."
+_CORRUPT = "What to do about images that can't be read: name and refuse, or skip."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything that a run is made of."""
 
-    data: str  # key of DATA
-    model: str  # as networks.build takes it
-    epochs: int
-    batch_size: int  # images per step, of all processes together
-    root: str | None = None  # folder of the data
-    lr: float = 0.1
+    data: str = _choice("The images. Default: digits, which are inside scikit-learn.", tuple(DATA))
+    root: str | None = _asked(None, Setting(_ROOT, "PATH", free=True))
+    model: str = _asked(MISSING, Setting(_NETWORKS, "NAME", str, _model))
+    save: str = _choice("What blocks keep for the backward pass.", checks.LEVELS, "bottlenecks")
+    fused: bool = _flag(_FUSED, True, compared=False)
+    epochs: int = _integer(_EPOCHS, 1)
+    batch_size: int = _integer(_BATCH_SIZE, 1)
+    lr: float = _number(_LR, checks.positive, 0.1)
     weight_decay: float = 1e-4
-    save: str = "bottlenecks"
-    fused: bool = True
-    amp: str = "off"  # key of AMP
-    compile: bool = False
-    seed: int = 0
-    deterministic: bool = False
-    validation: float = 0.1  # part of the training images
-    image_size: int | None = None  # height and width; None: what the data and the model are made for
-    on_corrupt: str = "refuse"  # one of ON_CORRUPT
-    sync_bn: bool = False
-    fsdp: bool = False
-    device: str | None = None  # None: a GPU where there is one
-    workers: int = 0  # processes that load images
+    amp: str = _choice("Mixed precision (autocast). Default: off.", tuple(AMP), "off")
+    compile: bool = _flag("Runs the network through torch.compile.", False)
+    device: str | None = _asked(None, Setting(_DEVICE, "TEXT", free=True))
+    workers: int = _integer("Processes that load images. Default: 0.", 0, default=0, free=True)
+    seed: int = _integer(_SEED, 0, 2**63 - 1, default=0, compared=False)
+    deterministic: bool = _flag("PyTorch's own operators too; on the CPU they are in any case.", False)
+    validation: float = _number(_VALIDATION, _fraction, 0.1)
+    image_size: int | None = _integer("Height and width that images are brought to.", 8, default=None)
+    on_corrupt: str = _choice(_CORRUPT, ("refuse", "skip"), "refuse")
+    sync_bn: bool = _flag("Under torchrun: statistics of the whole batch.", False, compared=False)
+    fsdp: bool = _flag("Under torchrun: FSDP2 instead of DistributedDataParallel.", False, compared=False, free=True)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """The options that were ``given`` by name, the others at their defaults for the data; None means not given."""
+        """Returns the options that were ``given`` by name, the others at their defaults; None means not given."""
         data = given.get("data") or "digits"
         if data not in DATA:
             raise UserError(f"--data: expected one of {', '.join(DATA)}, got {data!r}")
@@ -76,8 +138,8 @@ class Options:
         return cls(**{**DATA[data]._asdict(), "data": data, **chosen})
 
 
-FREE = frozenset({"root", "device", "workers", "fsdp"})
-"""What a resume may change: where the run goes on, not what it computes."""
+SETTINGS: dict[str, Setting] = {each.name: each.metadata["asked"] for each in fields(Options) if each.metadata}
+"""What the command line asks, by the field that it sets."""
 
 
 def save(options: Options, folder: Path) -> None:
@@ -87,12 +149,11 @@ def save(options: Options, folder: Path) -> None:
 
 
 def load(folder: Path) -> Options:
-    """The options that ``folder`` keeps. Raises UserError when it holds no run, or its options.json is damaged."""
+    """Returns the options that ``folder`` keeps. Raises UserError when it holds no run, or a damaged options.json."""
     path = folder / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["options"]
-        known = {field.name for field in fields(Options)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - {each.name for each in fields(Options)})
         if unknown:
             raise UserError(f"{path}: unknown options {', '.join(unknown)}: another version of densenet_ext wrote them")
         return Options(**values)
@@ -107,9 +168,9 @@ def load(folder: Path) -> Options:
 
 
 def resumed(kept: Options, given: Mapping[str, Any]) -> Options:
-    """``kept`` with what of ``given`` a resume may change. Raises UserError when it would change anything else."""
+    """Returns ``kept`` with what of ``given`` a resume may change. Raises UserError when it would change more."""
     changes = {name: value for name, value in given.items() if value is not None and value != getattr(kept, name)}
-    other = [name for name in changes if name not in FREE]
+    other = [name for name in changes if not SETTINGS[name].free]
     if other:
         words = "; ".join(f"{flag(name)} is {getattr(kept, name)!r} there, got {changes[name]!r}" for name in other)
         raise UserError(
@@ -120,5 +181,5 @@ def resumed(kept: Options, given: Mapping[str, Any]) -> Options:
 
 
 def flag(name: str) -> str:
-    """The option of the command line that sets the field ``name``."""
+    """Returns the option of the command line that sets the field ``name``."""
     return "--" + name.replace("_", "-")

@@ -1,6 +1,8 @@
-"""The processes of a run: torchrun's, or this one alone.
+"""The processes of a run on Lightning Fabric: torchrun's, or this one alone. The first one writes and prints.
 
-DistributedDataParallel or FSDP2 around the network, sums over all processes, and the rule that the first one writes.
+Fabric joins them, wraps the network in DistributedDataParallel or FSDP2 and holds the precision. What stays here is
+what Fabric does not offer: objects gathered from every process, buffers of the first one for all, SyncBatchNorm on the
+CPU (DistributedDataParallel refuses it before the wrapping), and leaving in an order in which no thread aborts.
 """
 
 from __future__ import annotations
@@ -9,64 +11,126 @@ import contextlib
 import copy
 import gc
 import inspect
+import logging
 import os
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_ext.training.errors import LossError, LostError, UserError
-from densenet_ext.training.interruption import Interrupted
+from densenet_ext.training.errors import Interrupted, LossError, LostError, UserError
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
 
 # Who waits while the first process downloads, or checks its part of the images, has nothing to do for long.
 _TIMEOUT = timedelta(hours=3)
+# Running statistics differ between the processes while they train, and are shared when they are used. The argument has
+# got another name in torch 2.13.
+_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BROADCAST: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
+}
+_PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Fabric:
+    """Returns Fabric for this process on ``device``: one of torchrun's, or alone.
+
+    Raises UserError for ``fsdp`` without torchrun.
+    """
+    place = torch.device(device)
+    # Named as a plugin: from precision="16-mixed" Fabric makes bfloat16 on the CPU, and FSDP2 refuses it.
+    precision = MixedPrecision(_PRECISIONS[amp], place.type) if amp in _PRECISIONS else Precision()
+    if not started_by_torchrun():
+        if fsdp:
+            raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
+        devices = [place.index or 0] if place.type == "cuda" else 1
+        return Fabric(accelerator=place.type, devices=devices, plugins=[precision, LightningEnvironment()])
+    size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def shard(network: nn.Module, mesh: Any) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        if sync_bn and size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send more
+        # messages than it saves memory. Sharded again after a forward pass, too: evaluation has no backward pass.
+        fully_shard(network, mesh=mesh["data_parallel"], reshard_after_forward=True)
+        return network
+
+    strategy: Strategy = (
+        ModelParallelStrategy(shard, data_parallel_size=size, tensor_parallel_size=1, timeout=_TIMEOUT)
+        if fsdp
+        else DDPStrategy(timeout=_TIMEOUT, **_NO_BROADCAST)
+    )
+    plugins: Any = [precision, TorchElasticEnvironment()]
+    return Fabric(accelerator=place.type, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
+
+
+def started_by_torchrun() -> bool:
+    """Returns whether this is one of the processes that torchrun starts."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run."""
+    """This process among those of a run; by default alone, on the CPU."""
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")  # of this process
+    fabric: Fabric = field(default_factory=make_fabric)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self.fabric.global_rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.fabric.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.fabric.device
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process that writes and prints."""
-        return self.rank == 0
+        return self.fabric.is_global_zero
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all processes."""
-        if self.size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values
+        """Returns the sum of ``values`` over all processes."""
+        return self.fabric.all_reduce(values, reduce_op="sum") if self.size > 1 else values  # type: ignore[return-value]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's ``value``, in every process, in the order of ranks; all wait for the last one."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        """Returns every process's ``value``, in the order of ranks; all wait for the last one."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def share_buffers(self, network: nn.Module) -> None:
         """Gives every process the first one's buffers: the running statistics are those that it writes."""
         if self.size > 1:
-            kinds: dict[torch.dtype, list[Tensor]] = {}
             for buffer in network.buffers():
-                kinds.setdefault(buffer.dtype, []).append(buffer)
-            for buffers in kinds.values():  # one message instead of hundreds
-                values = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
-                dist.broadcast(values, 0)
-                for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
-                    buffer.detach().copy_(value.view_as(buffer))
+                dist.broadcast(buffer.detach(), 0)
+
+    def wrap(self, network: nn.Module, sync_bn: bool = False) -> nn.Module:
+        """Returns what to call for a training step: ``network``, whose gradients are those of all processes."""
+        wrapped = self.fabric.setup_module(network)
+        if sync_bn and self.size > 1 and isinstance(self.fabric.strategy, DDPStrategy):
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return wrapped
 
     @torch.no_grad()
     def check_sync_bn(self, network: nn.Module, images: Tensor) -> None:
@@ -88,68 +152,25 @@ class Processes:
                 "SyncBatchNorm runs on GPUs only: leave out --sync-bn or --no-fused, or take a network of this library"
             ) from error
 
-    def wrap(self, network: nn.Module, sync_bn: bool, fsdp: bool) -> nn.Module:
-        """What to call for a training step: ``network``, whose gradients are those of all processes.
-
-        ``sync_bn`` and ``fsdp`` change ``network`` itself: its norms become SyncBatchNorm, its parameters are sharded.
-
-        Raises UserError for ``fsdp`` without torchrun.
-        """
-        if fsdp and not dist.is_initialized():
-            raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
-        if fsdp:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send
-            # more messages than it saves memory.
-            self._synchronise(network, sync_bn)
-            # On this device: left to itself, FSDP takes the GPUs of the machine, whatever --device says.
-            mesh = init_device_mesh(self.device.type, (self.size,))
-            # Sharded again after a forward pass, too: evaluation has no backward pass that would do it.
-            fully_shard(network, mesh=mesh, reshard_after_forward=True)
-            return network
-        if self.size == 1:
-            return network
-        devices = [self.device] if self.device.type == "cuda" else None
-        # The statistics differ between the processes while they train, and are shared when they are used.
-        wrapped = DistributedDataParallel(network, device_ids=devices, **_NO_BROADCAST)
-        # Afterwards: DistributedDataParallel refuses SyncBatchNorm on processors, where PyTorch's own does not run.
-        self._synchronise(network, sync_bn)
-        return wrapped
-
-    def _synchronise(self, network: nn.Module, sync_bn: bool) -> None:
-        if sync_bn and self.size > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)
-
 
 @contextlib.contextmanager
-def joined(device: str | None) -> Iterator[Processes]:
-    """The processes that torchrun has started, or this one alone, with the ``device`` of this one.
+def joined(device: str | None, amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Iterator[Processes]:
+    """Joins the processes that torchrun has started, or this one alone; ``device`` None is a GPU where there is one.
 
-    ``device`` None is a GPU where there is one, for each process its own. Raises UserError for a device that is none,
-    and LostError in place of the error that a process gets when another one has gone.
+    Raises UserError for a device that is none, and LostError in place of the error that a process gets when another one
+    has gone.
     """
-    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    place = _device(device, local, started)
-    if not started:
-        yield Processes(device=place)
-        return
-    if not dist.is_available():
-        raise UserError("torchrun: this torch was built without torch.distributed, so it trains in one process only")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    on_gpu = place.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, device_id=place if on_gpu else None)
+    fabric = make_fabric(_checked(device), amp, fsdp, sync_bn)
+    fabric.launch()
     try:
-        yield Processes(rank, size, place)
+        yield Processes(fabric)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the network
         # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
-        if not on_gpu or isinstance(error, (Interrupted, LossError)):  # which all raise at the same step
+        if fabric.device.type != "cuda" or isinstance(error, (Interrupted, LossError)):  # which all raise together
             _leave()
-        if _is_lost(error):
+        # Gloo's errors are RuntimeErrors that begin with the place in its source.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
             raise LostError(
                 "another process of the run has ended: its own message or torchrun's report says why; "
                 "the last checkpoint is kept"
@@ -158,35 +179,22 @@ def joined(device: str | None) -> Iterator[Processes]:
     _leave()
 
 
-def _is_lost(error: BaseException) -> bool:
-    # Gloo's errors are RuntimeErrors that begin with the place in its source.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
 def _leave() -> None:
-    # What FSDP and DistributedDataParallel hold of the group has to be gone before: its threads end in order then.
-    gc.collect()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        gc.collect()  # what FSDP and DistributedDataParallel hold of the group has to be gone before its threads end
+        dist.destroy_process_group()
 
 
-# The argument has got another name in torch 2.13.
-_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BROADCAST: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
-}
-
-
-def _device(name: str | None, local_rank: int, several: bool) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _checked(name: str | None) -> str:
+    """Returns ``name``, or "cuda" where there is a GPU and else "cpu" for None; refuses what Fabric can't train on."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank if several else torch.cuda.current_device())
-        torch.ones(1, device=device).item()  # "meta" makes tensors and computes nothing
+        kind = torch.device(name).type
+        torch.ones(1, device=name).item()  # "meta" makes tensors and computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch lists what it was built with behind that
         raise UserError(f"--device: expected a device of this machine, got {name!r}: {reason}") from error
-    if several and device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: torchrun trains on cpu or cuda, got {name!r}")
-    return device
+    known = ("cpu", "cuda") if started_by_torchrun() else ("cpu", "cuda", "mps")
+    if kind not in known:
+        raise UserError(f"--device: expected one of {', '.join(known)}, got {name!r}")
+    return name

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, plain lines anywhere else."""
+"""The progress of a run: tqdm's bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -25,32 +25,29 @@ class Bar:
         """``done``: images that were trained on before this process started."""
         self._total, self._first, self._seen, self._shown = total, done, done, shown
         self._start = time.perf_counter()
-        self._bar: Any = None
-        if shown and sys.stderr.isatty():
-            self._bar = terminal_bar(total, done)
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether there is a terminal with a bar."""
-        return self._bar is not None
+        self.is_drawn = shown and sys.stderr.isatty()
+        width: dict[str, Any] = {"dynamic_ncols": True}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if self.is_drawn and not os.get_terminal_size(sys.stderr.fileno()).columns:
+                width = {"ncols": 80, "nrows": 24}  # the width is unknown, as in a container: tqdm would show nothing
+        look: dict[str, Any] = {"unit": " img", "unit_scale": True, "smoothing": 0.05, "bar_format": _BAR, **width}
+        self.tqdm = tqdm(total=total, initial=done, disable=not self.is_drawn, **look)
 
     def advance(self, images: int, place: str, figures: str) -> None:
-        """``images`` more were trained on; ``place`` stands in front of the bar, ``figures`` behind it."""
+        """Counts ``images`` more; ``place`` stands in front of the bar, ``figures`` behind it."""
         self._seen += images
-        if self._bar is not None:
-            self._bar.set_description(place, refresh=False)
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(images)
+        self.tqdm.set_description(place, refresh=False)
+        self.tqdm.set_postfix_str(figures, refresh=False)
+        self.tqdm.update(images)
 
     def line(self, text: str) -> None:
-        """One line of words, which stays above a bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        elif self._shown:
-            print(text, flush=True)
+        """Writes one line of words, which stays above a bar."""
+        if self._shown:
+            self.tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def left(self) -> str:
-        """The time that the other images take, by those of this process so far, in words."""
+        """Returns the time that the other images take, by those of this process so far, in words."""
         done = self._seen - self._first
         if not done:
             return "time left unknown"
@@ -59,62 +56,44 @@ class Bar:
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
+        self.tqdm.close()
 
 
-class Progress:
+class Progress(Bar):
     """Shows the training of ``epochs`` epochs of ``images`` images each; nothing unless ``shown``."""
 
     def __init__(self, epochs: int, images: int, done: int, device: torch.device, shown: bool) -> None:
-        """``done``: images that were trained on before this process started."""
+        super().__init__(epochs * images, done, shown)
         self._epochs, self._images, self._device = epochs, images, device
-        self._bar = Bar(epochs * images, done, shown)
         self._last_line = time.perf_counter()
 
     def step(self, epoch: int, images: int, sums: Sums) -> None:
-        """``images`` more are learned in ``epoch``, whose losses and errors so far are ``sums``."""
-        place = f"epoch {epoch}/{self._epochs}"
-        figures = ""
-        if self._bar.is_drawn:  # asking a GPU's allocator takes a while
-            figures = f"loss {sums.mean_loss:.3f}, error {sums.error:.1f}%, {self._memory()}"
-        self._bar.advance(images, place, figures)
-        if not self._bar.is_drawn and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+        """Shows ``images`` more of ``epoch``, whose losses and errors so far are ``sums``."""
+        place, figures = f"epoch {epoch}/{self._epochs}", ""
+        if self.is_drawn:  # asking a GPU's allocator takes a while
+            memory = readable(peak_memory(self._device))
+            figures = f"loss {sums.mean_loss:.3f}, error {sums.error:.1f}%, {memory}"
+        self.advance(images, place, figures)
+        if not self.is_drawn and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             part = f"{sums.images} of {self._images} images"
-            self.line(f"{place}, {part}: loss {sums.mean_loss:.4f}, error {sums.error:.2f} %, {self._bar.left()}")
+            self.line(f"{place}, {part}: loss {sums.mean_loss:.4f}, error {sums.error:.2f} %, {self.left()}")
 
     def epoch(self, row: Epoch) -> None:
-        """``row`` is complete: a line, which stays above a bar."""
+        """Writes the complete ``row`` in a line, which stays above a bar."""
         text = f"epoch {row.epoch}/{self._epochs}: lr {row.lr:g}, loss {row.loss:.4f}, error {row.error:.2f} %"
         if row.validation_loss is not None:
             text += f", validation loss {row.validation_loss:.4f}, error {row.validation_error:.2f} %"
-        left = "" if row.epoch == self._epochs else f", {self._bar.left()}"
-        self.line(f"{text}, {row.images_per_s:.0f} images/s, {self._memory()}{left}")
+        left = "" if row.epoch == self._epochs else f", {self.left()}"
+        self.line(f"{text}, {row.images_per_s:.0f} images/s, {readable(peak_memory(self._device))}{left}")
 
     def line(self, text: str) -> None:
-        """One line of words."""
-        self._bar.line(text)
+        """Writes one line of words, which stays above a bar."""
+        super().line(text)
         self._last_line = time.perf_counter()
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
-
-    def _memory(self) -> str:
-        return readable(peak_memory(self._device))
-
-
-def terminal_bar(total: int, done: int = 0) -> Any:
-    """A bar over ``total`` images, as wide as the terminal; 80 columns where that does not know its size."""
-    known = True
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in a container: tqdm would show nothing
-    width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
-    return tqdm(total=total, initial=done, unit=" img", unit_scale=True, smoothing=0.05, bar_format=_BAR, **width)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: that PyTorch has allocated on a GPU, or else that this process has held in memory."""
+    """Returns the most bytes so far: that PyTorch has allocated on a GPU, or else that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows, where nothing of this package has been run

@@ -10,6 +10,6 @@ import hashlib
 
 
 def derived(*place: int | str) -> int:
-    """A seed of 63 bits for ``place``: the run's seed, what it is for, epoch, index."""
+    """Returns a seed of 63 bits for ``place``: the run's seed, what it is for, epoch, index."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

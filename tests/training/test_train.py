@@ -372,7 +372,7 @@ def test_a_terminal_sees_a_bar_with_loss_error_rate_memory_and_time_left(monkeyp
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     progress = Progress(epochs=2, images=100, done=0, device=torch.device("cpu"), shown=True)
-    progress._bar._bar.mininterval = 0
+    progress.tqdm.mininterval = 0
     progress.step(1, 40, Sums(loss=20.0, wrong=10, images=40))
     progress.close()
     assert "epoch 1/2:  20%" in stream.text and " left, " in stream.text and " img/s" in stream.text

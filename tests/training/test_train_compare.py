@@ -16,6 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+pytest.importorskip("lightning_fabric")
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
 if importlib.util.find_spec("torchvision") is None:  # its import goes through training.vision
@@ -23,6 +24,7 @@ if importlib.util.find_spec("torchvision") is None:  # its import goes through t
 
 from typer.testing import CliRunner
 
+import densenet_ext as dx
 from benchmarks import measure
 from densenet_ext.cli import app
 from densenet_ext.planning import measuring
@@ -30,7 +32,7 @@ from densenet_ext.training import networks, options
 from densenet_ext.training.compare import command as comparing
 from densenet_ext.training.compare import comparison, lockstep
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
-from densenet_ext.training.data import digits
+from densenet_ext.training.data import datasets
 from densenet_ext.training.data.examples import Examples
 from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
@@ -44,12 +46,12 @@ ALONE = Processes()
 
 
 def few(part: Examples, count: int) -> Examples:
-    return Examples(part.images[:count], part.labels[:count], part.shape, *part._recipes)
+    return Examples(part.images[:count], part.labels[:count], part.shape, part.evaluation, part.augmentation)
 
 
 @pytest.fixture(scope="module")
 def data():
-    whole = digits.load(None, 0.1)
+    whole = datasets.digits(16, 0.1)
     return replace(whole, train=few(whole.train, 256), validation=few(whole.validation, 50), test=few(whole.test, 50))
 
 
@@ -137,7 +139,7 @@ def test_both_forms_start_from_the_same_weights(data):
             assert torch.equal(a, b)
     name = "features.conv0.weight"
     assert not torch.equal(states["fused", 0][name], states["fused", 1][name])
-    reports = {form: comparing.announcing.densenet_ext.report(networks_of[form, 0]) for form in FORMS}
+    reports = {form: dx.report(networks_of[form, 0]) for form in FORMS}
     kinds = {form: {row.fused for row in report if row.kind == "dense block"} for form, report in reports.items()}
     assert kinds == {"fused": {True}, "unfused": {False}}
 
@@ -179,7 +181,7 @@ def test_losses_differ_by_rounding_alone(data):
     exact = replace(
         data,
         **{
-            name: Examples(part.images.double(), part.labels, part.shape, *part._recipes)
+            name: Examples(part.images.double(), part.labels, part.shape, part.evaluation, part.augmentation)
             for name, part in pixels.items()
         },
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+pytest.importorskip("lightning_fabric")
 pytest.importorskip("tqdm")
 
 from densenet_ext.training.compare import command as comparing
@@ -81,10 +82,10 @@ def test_what_was_not_measured_has_no_row():
 
 
 def test_the_picture_is_drawn_from_both_forms(monkeypatch, tmp_path):
-    from densenet_ext.training.pictures import drawing
+    from densenet_ext.training.compare import picture
 
     drawn = []
-    monkeypatch.setattr(drawing, "draw_comparison", lambda *given: drawn.append(given))
+    monkeypatch.setattr(picture, "draw_comparison", lambda *given: drawn.append(given))
     runs = [made_up(0, 10.0, 11.0), made_up(1, 12.0, 14.0)]
     found = {"model": "densenet_bc:10,4", "data": "digits", **comparison.summary(runs, TAKEN, "off")}
     comparing.draw(runs, found, tmp_path / "picture.png")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import densenet_ext as dx
+from densenet_ext.reuse.connections import Connections, connections, shares
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.pictures.connections import Connections, connections, shares
 from tests.support import lookalikes, own_code, peers
 
 SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (3, 2), "num_init_features": 8, "bn_size": 2}

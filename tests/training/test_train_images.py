@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
 
-from tests.support.training_data import cifar, image_folder, write_cifar_batch
+from densenet_ext.training.learner import Learner
+from tests.support.training_data import cifar, image_folder
 from tests.support.training_runs import checkpoint, differences, run
 
 MODEL = ("--model", "densenet_bc:10,4", "--epochs", 1)
@@ -112,15 +115,7 @@ def test_no_root_and_a_root_without_an_archive_end_with_exit_code_2(tmp_path):
     assert ended.code == 2 and "cifar-10-batches-py" in ended.text and "--download" in ended.text, ended.output
 
 
-def test_a_label_out_of_range_ends_with_exit_code_2(tmp_path):
-    write_cifar_batch(cifar(tmp_path) / "data_batch_3", [0, 1, 12, 3])
-    ended = run("train", "--data", "cifar10", "--root", tmp_path, *MODEL, "--out", tmp_path / "run")
-    assert ended.code == 2 and "data_batch_3" in ended.text and "12" in ended.text, ended.output
-
-
 def test_an_image_that_vanishes_on_the_way_is_named_and_the_checkpoint_kept(photos, tmp_path, monkeypatch):
-    from densenet_ext.training.learner import Learner
-
     end_epoch = Learner.end_epoch
 
     def delete(self):
@@ -133,6 +128,22 @@ def test_an_image_that_vanishes_on_the_way_is_named_and_the_checkpoint_kept(phot
     assert len(checkpoint(tmp_path / "run")["history"]) == 1
 
 
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, monkeypatch):
+    step = Learner.step
+
+    def kill(self, *arguments):
+        if self.steps == 4:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", kill)
+    ended = run("train", *folder_options(photos), "--epochs", 3, "--workers", 1, "--out", tmp_path / "run")
+    assert ended.code == 1 and "Error: a process that loads images has died" in ended.text, ended.output
+    assert "fewer --workers; the last checkpoint is kept" in ended.text
+    assert len(checkpoint(tmp_path / "run")["history"]) == 1
+
+
 def test_a_resume_with_other_images_ends_with_exit_code_2(photos, tmp_path):
     assert run("train", *folder_options(photos), "--out", tmp_path / "run").code == 0
     (photos / "train" / "cat" / "3.png").unlink()
@@ -141,7 +152,7 @@ def test_a_resume_with_other_images_ends_with_exit_code_2(photos, tmp_path):
 
 
 def test_networks_of_timm_train_on_folders(photos, tmp_path):
-    from tests.support import peers
+    import peers
 
     peers.timm_densenet()
     options = folder_options(photos)

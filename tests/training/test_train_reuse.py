@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import densenet_ext as dx
 from densenet_ext.cli.reuse import reuse
-from densenet_ext.training.pictures import figures
+from densenet_ext.training import figures
 
 
 def run(*arguments: Any) -> Any:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import densenet_ext as dx
+from densenet_ext.reuse.weights_file import read_weights_file
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.pictures.weights_file import read_weights_file
 
 
 def small() -> dict[str, Tensor]:
@@ -75,6 +75,13 @@ def cut_legacy(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    torch.save(small(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(small()["classifier.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGED = r"cannot read the checkpoint .* bytes\): it is damaged, or no file of torch.save"
 CODE = r"holds Python objects, .* would run code from the file: .* save its model's state_dict\(\)"
 
@@ -90,6 +97,7 @@ CODE = r"holds Python objects, .* would run code from the file: .* save its mode
         (lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=4)), DAMAGED),
         (cut, DAMAGED),
         (cut_legacy, DAMAGED),
+        (flip, DAMAGED),
         (lambda path: torch.save(nn.Linear(2, 2), path), CODE),
         (lambda path: torch.save({"model": small(), "network": nn.ReLU()}, path), CODE),
         (lambda path: torch.jit.script(nn.Linear(2, 2)).save(str(path)), CODE),
@@ -104,6 +112,7 @@ CODE = r"holds Python objects, .* would run code from the file: .* save its mode
         "pickle",
         "cut",
         "cut legacy",
+        "flipped",
         "model",
         "network",
         "script",

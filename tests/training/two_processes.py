@@ -13,7 +13,7 @@ from densenet_ext.cli.arguments import errors_told
 from densenet_ext.training.errors import TrainingError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, joined
+from densenet_ext.training.processes import Processes, joined, make_fabric
 
 
 def main() -> None:
@@ -47,9 +47,11 @@ def buffers_are_shared(processes: Processes) -> bool:
 def overflow_skips_the_step_everywhere(processes: Processes) -> bool:
     """An infinite gradient in the shard of one process: the others must not move on alone."""
     with mock.patch("torch._C._get_accelerator", return_value=torch.device("cuda")):  # --device cpu beside a GPU
-        learner = learner_of(processes, amp="fp16", fsdp=True)
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    weight, step = learner.network.features.conv0.weight, learner.scaler.step
+        fabric = make_fabric("cpu", amp="fp16", fsdp=True)
+        fabric.launch()
+        learner = learner_of(Processes(fabric))
+    scaler = fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    weight, step = learner.network.features.conv0.weight, scaler.step
 
     def overflow(optimizer: torch.optim.Optimizer) -> object:
         if processes.rank == 1:
@@ -57,11 +59,11 @@ def overflow_skips_the_step_everywhere(processes: Processes) -> bool:
         return step(optimizer)
 
     moved = []
-    for learner.scaler.step in (step, overflow):
+    for scaler.step in (step, overflow):
         before = whole(learner.network)
         learner.step(torch.randn(4, 1, 16, 16), torch.arange(4), 8)
         moved.append([not torch.equal(a, b) for a, b in zip(before, whole(learner.network), strict=True)])
-    return all(moved[0]) and not any(moved[1]) and learner.scaler.get_scale() == 128.0
+    return all(moved[0]) and not any(moved[1]) and scaler.get_scale() == 128.0
 
 
 def whole(network: nn.Module) -> list[Tensor]:

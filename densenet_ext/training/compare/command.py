@@ -1,4 +1,4 @@
-"""Fused against unfused training on the same images from the same weights: what ``densenet-ext compare`` does."""
+"""``densenet-ext compare``: fused against unfused training on the same images from the same weights."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from torch import nn
 from densenet_ext._version import __version__
 from densenet_ext.planning.measuring import device_name
 from densenet_ext.text import table
-from densenet_ext.training import announcing, networks, options
+from densenet_ext.training import networks, options
 from densenet_ext.training.compare import comparison
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
 from densenet_ext.training.compare.lockstep import Lockstep, step_bytes
 from densenet_ext.training.data.datasets import Data
+from densenet_ext.training.data.datasets import load as load_data
 from densenet_ext.training.data.loading import Batches
-from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.training.errors import Interrupted, TrainingError, UserError
 from densenet_ext.training.files import write_text
-from densenet_ext.training.interruption import Interrupted, Interruption
+from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import batches
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, joined
+from densenet_ext.training.processes import Processes, joined, make_fabric
 from densenet_ext.training.progress import Bar
 from densenet_ext.training.running import (
+    announcement,
     check_folder,
     check_outside,
     check_takes,
-    load_data,
     make_folder,
     new_folder,
     set_determinism,
@@ -62,7 +63,7 @@ def compare(given: Mapping[str, Any], seeds: int, out: Path | None, download: bo
         raise UserError(f"--out: {folder} holds a run already: name another folder")
     check_folder(folder)
     check_outside(folder, chosen)
-    with joined(given.get("device")) as processes:
+    with joined(chosen.device, chosen.amp) as processes:
         set_determinism(chosen.deterministic)
         data = load_data(chosen, processes, download)
         comparer = Comparer(chosen, data, processes, seeds, folder)
@@ -83,7 +84,7 @@ class Comparer:
         network = self._network("fused", 0)
         check_takes(network, self.chosen.model, self.data)
         self._batches()
-        announcing.announce(network, self.data, self.chosen, self.processes, self.folder)
+        print("\n".join(announcement(network, self.data, self.chosen, self.processes, self.folder)))
         seeds = f"with seeds 0 to {self.seeds - 1}" if self.seeds > 1 else "with seed 0"
         print(f"fused and unfused side by side, from the same weights through the same batches, {seeds}")
         make_folder(self.folder)
@@ -107,7 +108,7 @@ class Comparer:
         return self.found()
 
     def found(self) -> dict[str, Any]:
-        """The figures of the complete seeds, with what they depend on; no paths."""
+        """Returns the figures of the complete seeds, with what they depend on; no paths."""
         chosen = {name: value for name, value in asdict(self.chosen).items() if name not in _LEFT_OUT}
         return {
             "data": self.data.name,
@@ -137,16 +138,16 @@ class Comparer:
 
     def _learner(self, form: str, seed: int) -> Learner:
         chosen = replace(self.chosen, seed=seed, fused=form == "fused")
-        return Learner(self._network(form, seed), chosen, self.processes)
+        # Each with a scaler of its own, where the precision has one.
+        alone = Processes(make_fabric(str(self.processes.device), self.chosen.amp))
+        return Learner(self._network(form, seed), chosen, alone)
 
     def _batches(self) -> Batches:
         return batches(self.data.train, self.chosen, self.processes, shuffle=True)
 
     def _count_bytes(self) -> None:
         """Counts a step's bytes on networks of their own: those that are compared know nothing of it."""
-        train = self._batches()
-        images, labels = next(train.epoch(1))
-        train.close()
+        images, labels = next(self._batches().epoch(1))
         for form in FORMS:
             self.taken[form] = step_bytes(self._learner(form, 0), images, labels)
             self._forget()
@@ -183,7 +184,7 @@ class Comparer:
 
 def draw(runs: Sequence[SeedRun], found: comparison.Found, path: Path) -> None:
     """Draws the picture. Raises UserError when matplotlib is missing or ``path`` can't be written, or TrainingError."""
-    from densenet_ext.training.pictures.drawing import ComparedRuns, draw_comparison
+    from densenet_ext.training.compare.picture import ComparedRuns, draw_comparison
 
     step = found["step"]
     fused, unfused = (
@@ -203,24 +204,21 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'s' if number != 1 else ''}"
 
 
-class _Progress:
+class _Progress(Bar):
     """A bar over all seeds on a terminal, a line for each seed and epoch anywhere else."""
 
     def __init__(self, seeds: int, epochs: int, images: int) -> None:
         """``images``: of an epoch."""
-        self._epochs, self._bar = epochs, Bar(seeds * epochs * images)
+        super().__init__(seeds * epochs * images)
+        self._epochs = epochs
 
     def show(self, run: SeedRun, images: int) -> None:
-        """``images`` more were trained on; none: an epoch is complete."""
+        """Counts ``images`` more that were trained on; none: an epoch is complete."""
         done = len(run.forms["fused"].history)
         figures = self._figures(run, done) if done else ""
-        self._bar.advance(images, f"seed {run.seed}, epoch {min(done + 1, self._epochs)}/{self._epochs}", figures)
-        if not images and not self._bar.is_drawn:
-            self._bar.line(f"seed {run.seed}, epoch {done}/{self._epochs}: {figures}, {self._bar.left()}")
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
+        self.advance(images, f"seed {run.seed}, epoch {min(done + 1, self._epochs)}/{self._epochs}", figures)
+        if not images and not self.is_drawn:
+            self.line(f"seed {run.seed}, epoch {done}/{self._epochs}: {figures}, {self.left()}")
 
     def _figures(self, run: SeedRun, done: int) -> str:
         ours, theirs = (run.forms[form].history[done - 1] for form in FORMS)

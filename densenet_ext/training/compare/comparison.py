@@ -66,7 +66,7 @@ class StepBytes(NamedTuple):
 
 
 def summary(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes], amp: str) -> dict[str, Any]:
-    """The figures of the complete ``runs``, of which there is at least one, as comparison.json holds them.
+    """Returns the figures of the complete ``runs``, of which there is at least one, as comparison.json holds them.
 
     Losses are mean cross-entropies, errors and their differences are percent of the images, differences are
     fused - unfused within a seed, ratios are unfused / fused.
@@ -159,7 +159,7 @@ def _step(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes]) -> dict[str, 
 
 
 def csv_text(runs: Sequence[SeedRun]) -> str:
-    """comparison.csv: a row for each seed, form and epoch."""
+    """Returns comparison.csv: a row for each seed, form and epoch."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["seed", "form", *(field.name for field in dataclasses.fields(Row))])
@@ -175,7 +175,7 @@ def csv_text(runs: Sequence[SeedRun]) -> str:
 
 
 def cells(found: Found, names: Sequence[str] = (*RESULTS, *COSTS)) -> list[list[str]]:
-    """The rows of the table, its head first; of what was not measured there is none."""
+    """Returns the rows of the table, its head first; of what was not measured there is none."""
     rows = [["", *FORMS, "fused against unfused"]]
     for name in names:
         if name in found["results"]:
@@ -191,7 +191,7 @@ def cells(found: Found, names: Sequence[str] = (*RESULTS, *COSTS)) -> list[list[
 
 
 def sentences(found: Found) -> list[str]:
-    """What the table's numbers are, how the losses part, and whether the results differ."""
+    """Returns what the table's numbers are, how the losses part, and whether the results differ."""
     seeds, step = len(found["seeds"]), found["step"]
     lines = []
     if seeds > 1:

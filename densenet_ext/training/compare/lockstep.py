@@ -15,8 +15,8 @@ from torch import Tensor
 from densenet_ext.planning.measuring import peak_bytes, saved_bytes
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.errors import LossError
-from densenet_ext.training.interruption import Interrupted, Interruption
+from densenet_ext.training.errors import Interrupted, LossError
+from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import advice, batches
 from densenet_ext.training.metrics import Row, Sums
@@ -25,7 +25,7 @@ WARM_UP = 3  # steps of a seed that are not timed: they allocate, and choose alg
 
 
 def step_bytes(learner: Learner, images: Tensor, labels: Tensor) -> StepBytes:
-    """What a step of ``learner`` on ``images`` [N, C, H, W] and ``labels`` [N] takes; the learner learns from it."""
+    """Returns what a step of ``learner`` takes on ``images`` [N, C, H, W] and ``labels`` [N]; it learns from it."""
     images, labels = images.to(learner.device), labels.to(learner.device)
 
     def step() -> Tensor:
@@ -62,14 +62,10 @@ class Lockstep:
         Raises LossError when a loss or a weight is no number any more, Interrupted after Ctrl-C or SIGTERM,
         TrainingError when a worker dies.
         """
-        try:
-            for number in range(1, self.options.epochs + 1):
-                self._epoch(number, interruption)
-            for form, learner in self.learners.items():
-                self.run.forms[form].test = self._evaluate(learner, "test", 0)
-        finally:
-            for each in (self._train, *self._others.values()):
-                each.close()
+        for number in range(1, self.options.epochs + 1):
+            self._epoch(number, interruption)
+        for form, learner in self.learners.items():
+            self.run.forms[form].test = self._evaluate(learner, "test", 0)
         return self.run
 
     def _epoch(self, number: int, interruption: Interruption) -> None:

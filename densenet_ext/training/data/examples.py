@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from densenet_ext.training.data import vision
 from densenet_ext.training.errors import UserError
+
+if TYPE_CHECKING:
+    from densenet_ext.training.processes import Processes
+
+vision.import_torchvision()  # before a spawned worker unpickles transforms
 
 SPLIT_SEED = 2017  # not the run's seed: every run is measured on the same images
 
-Recipe = Callable[[], Callable[[Any], Tensor]]
-"""Makes the transform of an image. Pickled by name, so that a spawned worker imports torchvision our way first."""
+Transform = Callable[[Any], Tensor]
 T = TypeVar("T")
-
-
-class Images(Protocol):
-    """A tensor [N, C, H, W], or files: by index, an image as the transforms take it."""
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class Processes(Protocol):
-    """The processes that train together."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def is_first(self) -> bool: ...
-    def gather(self, value: Any, /) -> list[Any]: ...
 
 
 class Examples(Dataset[tuple[Tensor, int]]):
@@ -46,47 +33,25 @@ class Examples(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        images: Images,
+        images: Any,  # a tensor [N, C, H, W], or files: by index, an image as the transforms take it
         labels: Tensor,  # [N] int64
         shape: tuple[int, int, int],  # C, H, W
-        evaluation: Recipe,
-        augmentation: Recipe | None = None,
+        evaluation: Transform,
+        augmentation: Transform | None = None,
     ) -> None:
         self.images, self.labels, self.shape = images, labels, shape
-        self._recipes = (evaluation, augmentation or evaluation)
-        self._transforms: list[Callable[[Any], Tensor] | None] = [None, None]
+        self.evaluation, self.augmentation = evaluation, augmentation or evaluation
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        if isinstance(key, tuple):
-            index, seed = key
-            image = self._augmented(self.images[index], seed)
-        else:
-            index = key
-            image = self._transform(0)(self.images[index])
-        return image, int(self.labels[index])
-
-    def _augmented(self, image: Any, seed: int) -> Tensor:
-        transform = self._transform(1)
-        # torch.manual_seed would seed every GPU as well.
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(seed)
-        try:
-            return transform(image)
-        finally:
-            generator.set_state(state)
-
-    def _transform(self, which: int) -> Callable[[Any], Tensor]:
-        transform = self._transforms[which]
-        if transform is None:
-            transform = self._transforms[which] = self._recipes[which]()
-        return transform
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_transforms": [None, None]}
+        if not isinstance(key, tuple):
+            return self.evaluation(self.images[key]), int(self.labels[key])
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+            return self.augmentation(self.images[index]), int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -100,14 +65,14 @@ class Data:
     train: Examples  # augmented
     validation: Examples | None
     test: Examples | None
-    notes: tuple[str, ...]  # lines for the user: how it was split, which files were left out
+    notes: tuple[str, ...] = ()  # lines for the user: how it was split, which files were left out
 
 
 def split(count: int, fraction: float) -> tuple[Tensor, Tensor]:
-    """Which of ``count`` images are trained on and which are held out for validation: the same ones in every run.
+    """Returns which of ``count`` images are trained on and which are held out: the same ones in every run.
 
-    Returns their indices, each part in ascending order, [count - n] and [n] int64. Raises UserError when ``fraction``
-    leaves nothing on one side, unless it is 0.
+    Indices, each part in ascending order, [count - n] and [n] int64. Raises UserError when ``fraction`` leaves nothing
+    on one side, unless it is 0.
     """
     held_out = round(fraction * count)
     if fraction and not 0 < held_out < count:
@@ -120,7 +85,7 @@ def split(count: int, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def agreed(processes: Processes, find: Callable[[], T]) -> T:
-    """What ``find`` returns in this process. A UserError that it raises in any process is raised in all of them.
+    """Returns what ``find`` returns in this process. A UserError that any process raises is raised in all of them.
 
     All wait for the last one: a process that went on alone would wait for the others for ever.
     """
@@ -129,7 +94,7 @@ def agreed(processes: Processes, find: Callable[[], T]) -> T:
         found = find()
     except UserError as error:
         message = str(error)
-    messages = [text for text in processes.gather(message) if text is not None]
-    if messages:
-        raise UserError(messages[0])
+    for text in processes.gather(message):
+        if text is not None:
+            raise UserError(text)
     return cast(T, found)

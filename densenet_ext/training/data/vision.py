@@ -17,7 +17,7 @@ _KEPT: list[Any] = []  # a Library withdraws what it declared when it is collect
 
 @functools.cache
 def import_torchvision() -> ModuleType:
-    """The module torchvision with its parts ``datasets``, ``models`` and ``transforms``.
+    """Returns the module torchvision with its parts ``datasets``, ``models`` and ``transforms``.
 
     Those need none of its compiled operators, which don't load beside every build of torch. Raises UserError, with what
     to install, where it can't be imported all the same.
@@ -25,22 +25,21 @@ def import_torchvision() -> ModuleType:
     try:
         return _import()
     except ModuleNotFoundError as error:
-        if error.name == "torchvision":
-            raise UserError(f"torchvision is not installed: {_install()}") from error
-        raise UserError(f"torchvision needs {error.name}, which is not installed: {_install()}") from error
+        missing = "is not installed" if error.name == "torchvision" else f"needs {error.name}, which is not installed"
+        raise UserError(f"torchvision {missing}: {_install()}") from error
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"torchvision doesn't go with torch {torch.__version__} ({reason}): {_install()}") from error
 
 
 def transforms() -> ModuleType:
-    """The module torchvision.transforms.v2. Raises UserError as :func:`import_torchvision`."""
+    """Returns the module torchvision.transforms.v2. Raises UserError as :func:`import_torchvision`."""
     import_torchvision()
     return importlib.import_module("torchvision.transforms.v2")
 
 
 def models() -> ModuleType:
-    """The module torchvision.models, with ``get_model``. Raises UserError as :func:`import_torchvision`."""
+    """Returns the module torchvision.models, with ``get_model``. Raises UserError as :func:`import_torchvision`."""
     import_torchvision()
     return importlib.import_module("torchvision.models")
 
@@ -62,7 +61,7 @@ def _import() -> ModuleType:
 
 
 def _install() -> str:
-    """How to install the release of torchvision that belongs to this torch: 2.N goes with 0.(N + 15) up to 2.14.
+    """Returns how to install the torchvision that belongs to this torch: 2.N goes with 0.(N + 15) up to 2.14.
 
     From 0.29.1 on a release of torchvision is for every later torch.
     """

@@ -1,15 +1,15 @@
-"""What the command ``reuse`` does: the picture of a checkpoint's connections, and what it shows in a table."""
+"""The command ``reuse``: the picture of a checkpoint's connections, and a table of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from densenet_ext.reuse.connections import Connections, connections, shares
+from densenet_ext.reuse.drawing import draw_connections
+from densenet_ext.reuse.weights_file import read_weights_file
 from densenet_ext.text import table
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.pictures.connections import Connections, connections, shares
-from densenet_ext.training.pictures.drawing import draw_connections
-from densenet_ext.training.pictures.weights_file import read_weights_file
 
 _HEADER = ("block", "reader", "from the input", "from older layers", "from the layer just before")
 _LEGEND = """\
@@ -24,7 +24,7 @@ def reuse(checkpoint: Path, out: Path | None = None, new_first: bool = False) ->
     """Draws the connections of ``checkpoint`` into ``out`` and returns a table of them, and where the picture is.
 
     ``out`` is by default a picture beside the checkpoint. ``new_first``: as
-    :func:`densenet_ext.training.pictures.connections.connections`.
+    :func:`densenet_ext.reuse.connections.connections`.
 
     Raises UserError for a checkpoint that can't be read or has no dense blocks, and for an ``out`` that is no picture,
     TrainingError when the disk is full.

@@ -1,4 +1,4 @@
-"""How strongly each layer of a dense block uses each earlier one, read from the weights of any DenseNet's checkpoint.
+"""The strength with which each layer of a dense block uses each earlier one, from the weights of any checkpoint.
 
 Source: Huang, Liu, van der Maaten & Weinberger, "Densely Connected Convolutional Networks" (CVPR 2017), section 5,
 "Feature Reuse", and figure 5: the absolute weights that connect source s with layer l, summed, over their number.
@@ -76,7 +76,7 @@ class _Block(NamedTuple):
 
 
 def connections(checkpoint: Mapping[Any, Any], new_first: bool = False) -> list[Connections]:
-    """The dense blocks of a state dict, or of the first one inside a training's dict, in the order of the network.
+    """Returns the dense blocks of a state dict, or of the first one inside a dict, in the network's order.
 
     The weights of a block without bottlenecks are averaged over the kernel, too; 16-bit weights in float32.
 
@@ -99,7 +99,7 @@ def connections(checkpoint: Mapping[Any, Any], new_first: bool = False) -> list[
 
 
 def shares(block: Connections, readers: Sequence[int]) -> tuple[Share, Share, Share] | None:
-    """What falls on the block's input, on older layers and on the layer just before: means over ``readers``.
+    """Returns what falls on the block's input, on older layers and on the layer just before: means over ``readers``.
 
     Readers are columns of ``block.use``. Those without a layer before them, and those whose weights are all 0, don't
     count; None where no reader does.

@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.serialization
 
 from densenet_ext.training.errors import UserError
+from densenet_ext.training.files import check_archive
 
 # What torch.load says with weights_only where a pickle asks for more than tensors, numbers, texts and containers.
 _ASKS_FOR_CODE = ("Unsupported global", "Unsupported class", "TorchScript", "Trying to call", "Can only build Tensor")
@@ -26,7 +28,7 @@ _HARMLESS: list[Any] = [
 
 
 def read_weights_file(path: Path) -> Mapping[Any, Any]:
-    """What the file holds, on the CPU: a state dict, or a training's dict with one inside.
+    """Returns what the file holds, on the CPU: a state dict, or a training's dict with one inside.
 
     A name that ends in ``.safetensors`` is read by the package safetensors, anything else by torch.load with
     ``weights_only=True``.
@@ -53,6 +55,8 @@ def _torch_file(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about kinds of files that are refused below, in one sentence
         try:
+            if zipfile.is_zipfile(path):  # not so before torch 1.6
+                check_archive(path)
             with torch.serialization.safe_globals(_HARMLESS):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds for files that are not its own

@@ -7,7 +7,6 @@ import io
 import textwrap
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,8 @@ KINDS = (".png", ".svg", ".pdf")
 # Okabe and Ito's: told apart by colour-blind readers, and in grey by their lightness. Lines differ in style as well.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
 _DPI = 150
-_TITLE, TEXT, SMALL = 13, 10, 9  # points
-_SPACING = 1.15
+TEXT, SMALL = 10, 9  # points
+_LETTERS = 12.5  # per inch
 _USER_CAN_MEND = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -46,25 +45,12 @@ def check_picture(path: Path) -> None:
         raise UserError("pictures need matplotlib: pip install 'densenet_ext[train]'") from error
 
 
-@dataclass(frozen=True)
-class Page:
-    """A figure with room for axes between its title and the words below."""
-
-    figure: Figure
-    below: float  # inches that the words take
-
-    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
-        """Axes at this place in inches; ``bottom`` counts from above the words."""
-        across, up = self.figure.get_size_inches()
-        return self.figure.add_axes((left / across, (bottom + self.below) / up, width / across, height / up))
-
-
 @contextlib.contextmanager
-def picture(path: Path, title: str, width: float, height: float, words: str) -> Iterator[Page]:
-    """A page with room for ``width`` x ``height`` inches of axes; written to ``path`` at the end.
+def picture(path: Path, title: str, width: float, height: float, words: str) -> Iterator[Figure]:
+    """Yields a figure of ``width`` x ``height`` inches and the ``words`` below; written to ``path`` at the end.
 
-    Neither pyplot nor a backend is touched, and the user's settings are as before afterwards. The same content gives
-    the same file.
+    matplotlib lays it out. Neither pyplot nor a backend is touched, and the user's settings are as before afterwards.
+    The same content gives the same file.
 
     Raises UserError as :func:`check_picture` or when the folder can't be written into, TrainingError when the disk is
     full or fails. ``path`` then holds what it held.
@@ -75,16 +61,14 @@ def picture(path: Path, title: str, width: float, height: float, words: str) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    title, words = _wrapped(title, width, 1.1 * _TITLE), _wrapped(words, width, TEXT)  # bold letters are wider
-    above, below = _height(title, _TITLE) + 0.2, _height(words, TEXT) + 0.3
-    total = above + height + below
+    lines = textwrap.wrap(words, round(_LETTERS * width))
     with matplotlib.style.context("default"), matplotlib.rc_context({"svg.hashsalt": "densenet_ext"}):
-        figure = Figure(figsize=(width, total), dpi=_DPI, facecolor="white")
+        figure = Figure((width, height + 0.2 * len(lines)), dpi=_DPI, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
-        place: dict[str, Any] = {"linespacing": _SPACING, "color": "#222222", "parse_math": False}
-        figure.text(0.15 / width, 1 - 0.12 / total, title, va="top", fontsize=_TITLE, fontweight="bold", **place)
-        figure.text(0.15 / width, 0.15 / total, words, va="bottom", fontsize=TEXT, **place)
-        yield Page(figure, below)
+        look: dict[str, Any] = {"x": 0.01, "ha": "left", "color": "#222222", "parse_math": False}
+        figure.suptitle(textwrap.fill(title, round(0.7 * _LETTERS * width)), fontsize=13, fontweight="bold", **look)
+        figure.supxlabel("\n".join(lines), fontsize=TEXT, **look)
+        yield figure
         _write(figure, path)
 
 
@@ -101,16 +85,6 @@ def plain(axes: Axes, title: str, x: str, y: str) -> None:
 def legend(axes: Axes) -> None:
     """Names the lines of ``axes`` above it, where it hides nothing."""
     axes.legend(fontsize=SMALL, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=2)
-
-
-def _wrapped(text: str, width: float, size: float) -> str:
-    """``text`` in lines that fit ``width`` inches at ``size`` points."""
-    letters = max(20, int((width - 0.3) * 72 / (0.55 * size)))
-    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
-
-
-def _height(text: str, size: float) -> float:
-    return (text.count("\n") + 1) * size * _SPACING * 1.2 / 72
 
 
 def _write(figure: Figure, path: Path) -> None:

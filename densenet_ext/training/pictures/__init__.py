@@ -1,1 +1,0 @@
-"""What is drawn: the curves of a run, which layer uses which, fused against unfused."""
