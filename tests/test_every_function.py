@@ -36,8 +36,8 @@ ROOMS = {
 }
 # Functions, or files whose functions are all parts of one, that are tested under another name.
 UNDER_ANOTHER_NAME = {
+    "algorithm/block_steps.py": "the block layer by layer: test_block_operators against the operation, and test_block",
     "algorithm/step.py": "the halves of a dense layer: dense_block and dense_layer against the reference",
-    "algorithm/block_steps.py": "dense_block in plain PyTorch, and against the block as one operation",
     "algorithm/block.py:block_forward": "dense_block, and torch.ops.densenet_ext in test_compile",
     "algorithm/block.py:block_backward": "the gradients of dense_block",
     "algorithm/layer.py:dense_block_by_layers": "dense_block of norms in several groups, in tests/distributed",
@@ -53,7 +53,7 @@ UNDER_ANOTHER_NAME = {
     "algorithm/sync.py:merge_sums": "needs several processes: tests/distributed",
     "kernels/fakes.py:register": "tensors without data and of other kinds, in test_operator_arguments",
     "kernels/plain_rows.py:affine": "bn_relu",
-    "kernels/plain_rows.py:dropped": "append_features and feature_grad",
+    "kernels/plain_rows.py:dropped": "append_features, feature_grad and the 3x3 convolution with dropout",
     "modules.py:enter_as_usual": "subclasses of ours with a forward of their own, in test_modules",
     "units/around.py:first_mismatch": "errors of a Sequential's units, in tests/fusing",
 }

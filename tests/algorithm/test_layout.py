@@ -62,6 +62,9 @@ def test_memory_formats_are_those_of_pytorch() -> None:
         expected = torch.channels_last if features[0] is features[1] is last else torch.contiguous_format
         assert concatenation_format(features) == expected
         assert torch.cat(features, 1).is_contiguous(memory_format=expected)
+    assert [suggest_memory_format(x) for x in (plain, last)] == [torch.contiguous_format, torch.channels_last]
+    for x in (torch.ones(2, 1, 4, 5), torch.ones(1, 3, 1, 1), plain.permute(0, 2, 3, 1), plain[:, :, 0]):
+        assert suggest_memory_format(x) == torch._prims_common.suggest_memory_format(x)
     weight = torch.ones(4, 3, 1, 1)
     assert convolution_format(torch.channels_last, weight) == torch.channels_last
     assert convolution_format(torch.contiguous_format, torch.ones(4, 3, 3, 3)) == torch.contiguous_format
