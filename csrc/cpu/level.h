@@ -14,6 +14,8 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/elementwise.h"
 #include "kernels/operands.h"
 #include "kernels/gemm.h"
+#include "kernels/transpose.h"
+#include "kernels/packing.h"
 #include "kernels/panels.h"
 #include "kernels/conv1x1.h"
 #include "kernels/conv1x1_backward.h"

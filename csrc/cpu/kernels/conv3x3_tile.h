@@ -75,50 +75,6 @@ __attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::
     for (int j = 0; j < NV; ++j) store_vec(tile + (j * S * G + r) * L, acc[r][j]);
 }
 
-// ---- weights --------------------------------------------------------------------------------------------------------
-// Weights [taps, K, N] as right operands in column blocks, as packed_size and pack_right have them for one tap, or in
-// blocks of so many columns each; a block holds its taps one after the other. `w` has them with the inner dimension as
-// its `input`, `backwards` with the window turned round.
-template <class P>
-inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, int64_t taps, bool backwards,
-                      typename P::Operand* packed, const Pool& pool, int64_t block = 0) {
-  using A = typename P::A;
-  constexpr int64_t kChunk = 16;  // steps of all taps: in an L1 cache, as neighbours of n share its lines
-  const int64_t steps = depth_steps<P>(K), tap = backwards ? -w.tap : w.tap;
-  const A* first = backwards ? w.data + (taps - 1) * w.tap : w.data;
-  const auto pack_block = [&](int64_t n0, int64_t NB, int64_t k0, int64_t k1) {
-    typename P::Operand* out = packed + n0 * steps * taps;
-    const auto pack = [&](int64_t n, int64_t k, int64_t t) {
-      const int64_t i = k * P::kDepth;
-      out[(t * steps + k) * NB + n] = P::pack(first + (n0 + n) * w.output + i * w.input + t * tap, w.input, i + 1 < K);
-    };
-    const int64_t columns = std::min(NB, N - n0);
-    // One tap after the other: what they write lies at distances that would all fall into the same cache sets.
-    for (int64_t t = 0; t < taps; ++t)
-      if (w.output < w.input) {
-        for (int64_t k = k0; k < k1; ++k)
-          for (int64_t n = 0; n < columns; ++n) pack(n, k, t);
-      } else {
-        for (int64_t n = 0; n < columns; ++n)
-          for (int64_t k = k0; k < k1; ++k) pack(n, k, t);
-      }
-    for (int64_t t = 0; t < taps; ++t)
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t n = columns; n < NB; ++n) out[(t * steps + k) * NB + n] = typename P::Operand{};
-  };
-  pool.run([&](int task) {
-    const Range range = part(steps, kChunk, pool.tasks, task);
-    for (int64_t k = range.begin; k < range.end; k += kChunk) {
-      const int64_t end = std::min(k + kChunk, range.end);
-      if (block > 0)
-        for (int64_t n = 0; n < N; n += block) pack_block(n, block, k, end);
-      else
-        for_column_blocks<A>(
-            0, N, [&](int64_t n, auto vectors) { pack_block(n, decltype(vectors)::value * kLanes<A>, k, end); });
-    }
-  });
-}
-
 // ---- a stripe -------------------------------------------------------------------------------------------------------
 // The pixels that S segments from `first` on take, of `count` that a stripe has from `line` on, as in conv_tile; a tile
 // that is not full repeats its last one. distance: of segments in a line.

@@ -1,0 +1,162 @@
+// Weights packed as right operands: in column blocks, whose vectors a product then reads one after the other. They are
+// packed at every call. At batch 1 that is a good part of the work, so it is done by whole vectors where it can be:
+// squares of 16 x 16 operands are transposed in registers.
+#pragma once
+
+// Operands along an inner dimension of K.
+template <class P>
+inline int64_t depth_steps(int64_t K) {
+  return (K + P::kDepth - 1) / P::kDepth;
+}
+
+// A right operand [K, N] in column blocks, each contiguous: the block that starts at column n starts at
+// n * depth_steps(K). Columns beyond N are zero.
+template <class P>
+inline int64_t packed_size(int64_t K, int64_t N) {
+  return padded<typename P::A>(N) * depth_steps<P>(K);
+}
+
+// Weights [taps, K, N], whose number (t, k, n) is w.data[t * w.tap + k * w.input + n * w.output], in column blocks of
+// which each holds its taps one after the other.
+template <class P>
+struct Packing {
+  using A = typename P::A;
+  using Operand = typename P::Operand;
+  static constexpr int L = kLanes<A>;
+
+  Taps<const A> w;
+  int64_t K, N, taps, steps;
+  Operand* packed;
+
+  // Steps k0 to k1 of the block of NB columns from n0 on.
+  void block(int64_t n0, int64_t NB, int64_t k0, int64_t k1) const {
+    for (int64_t n = 0; n < NB; n += L) {
+      const Target out = {packed + n0 * steps * taps + n, NB, steps, std::min<int64_t>(L, NB - n)};
+      const int64_t columns = std::max<int64_t>(0, std::min<int64_t>(out.width, N - n0 - n));
+#if DX_VECTOR_BYTES == 64
+      if constexpr (sizeof(Operand) == 4) {
+        if (w.output == 1 || w.input == 1 || w.tap == 1 || w.tap == -1) {
+          vectors(out, n0 + n, columns, k0, k1);
+          continue;
+        }
+      }
+#endif
+      numbers(out, n0 + n, columns, k0, k1);
+    }
+  }
+
+ private:
+  struct Target {
+    Operand* data;
+    int64_t NB, steps, width;
+    DX_INLINE Operand* at(int64_t tap, int64_t k) const { return data + (tap * steps + k) * NB; }
+#if DX_VECTOR_BYTES == 64
+    DX_INLINE void store(int64_t tap, int64_t k, __m512i v) const {
+      _mm512_mask_storeu_epi32(at(tap, k), __mmask16((1u << width) - 1), v);
+    }
+#endif
+  };
+  DX_INLINE const A* from(int64_t n, int64_t k, int64_t t) const {
+    return w.data + n * w.output + k * P::kDepth * w.input + t * w.tap;
+  }
+  // Where the second numbers of the operands of step k begin, those of the first being `first`.
+  DX_INLINE const A* second(const A* first, int64_t k) const {
+    return k * P::kDepth + 1 < K ? first + w.input : nullptr;
+  }
+
+  void numbers(const Target& out, int64_t n, int64_t columns, int64_t k0, int64_t k1) const {
+    // One tap after the other: what they write lies at distances that would all fall into the same cache sets.
+    for (int64_t t = 0; t < taps; ++t) {
+      const auto pack = [&](int64_t i, int64_t k) {
+        out.at(t, k)[i] = P::pack(from(n + i, k, t), w.input, k * P::kDepth + 1 < K);
+      };
+      if (w.output < w.input) {
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t i = 0; i < columns; ++i) pack(i, k);
+      } else {
+        for (int64_t i = 0; i < columns; ++i)
+          for (int64_t k = k0; k < k1; ++k) pack(i, k);
+      }
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t i = columns; i < out.width; ++i) out.at(t, k)[i] = Operand{};
+    }
+  }
+
+#if DX_VECTOR_BYTES == 64
+  // The same where the numbers are neighbours along the columns, the inner dimension or the taps.
+  void vectors(const Target& out, int64_t n, int64_t columns, int64_t k0, int64_t k1) const {
+    if (w.output == 1) {
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t k = k0; k < k1; ++k) {
+          const A* first = from(n, k, t);
+          out.store(t, k, P::load_neighbours(first, second(first, k), columns));
+        }
+    } else if (w.input == 1) {
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t k = k0; k < k1; k += L) {
+          __m512i square[L];
+          const int64_t left = K - k * P::kDepth;
+          for (int i = 0; i < L; ++i)
+            square[i] = i < columns ? P::load_along(from(n + i, k, t), left) : _mm512_setzero_si512();
+          transpose(square);
+          for (int64_t i = 0; i < std::min<int64_t>(L, k1 - k); ++i) out.store(t, k + i, square[i]);
+        }
+    } else {
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t t = 0; t < taps; t += L) {
+          const int64_t count = std::min<int64_t>(L, taps - t), lowest = w.tap > 0 ? t : t + count - 1;
+          __m512i square[L];
+          for (int i = 0; i < L; ++i) {
+            const A* first = from(n + i, k, lowest);
+            square[i] = i < columns ? P::load_neighbours(first, second(first, k), count) : _mm512_setzero_si512();
+          }
+          transpose(square);
+          for (int64_t i = 0; i < count; ++i) out.store(w.tap > 0 ? t + i : t + count - 1 - i, k, square[i]);
+        }
+    }
+  }
+#endif
+};
+
+constexpr int kPackedSteps = 16;  // at a time: in an L1 cache, as neighbours of a column share its lines
+
+// Packs [K, N] from w, whose element (k, n) is w[k * k_stride + n * n_stride]. `parts`: the column blocks are those of
+// so many tasks side by side. The tasks share the inner dimension.
+template <class P>
+inline void pack_right(const typename P::A* w, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, int parts,
+                       typename P::Operand* packed, const Pool& pool) {
+  using A = typename P::A;
+  const Packing<P> packing = {{w, n_stride, k_stride, 0}, K, N, 1, depth_steps<P>(K), packed};
+  pool.run([&](int task) {
+    const Range range = part(packing.steps, kPackedSteps, pool.tasks, task);
+    for (int64_t k = range.begin; k < range.end; k += kPackedSteps)
+      for (int i = 0; i < parts; ++i) {
+        const Range columns = part(N, kLanes<A>, parts, i);
+        for_column_blocks<A>(columns.begin, columns.end, [&](int64_t n, auto vectors) {
+          packing.block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kPackedSteps, range.end));
+        });
+      }
+  });
+}
+
+// Packs [taps, K, N] in the column blocks of a product, or in blocks of so many columns each. `w` has the inner
+// dimension as its `input`, `backwards` with the window turned round.
+template <class P>
+inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, int64_t taps, bool backwards,
+                      typename P::Operand* packed, const Pool& pool, int64_t block = 0) {
+  using A = typename P::A;
+  Taps<const A> turned = w;
+  if (backwards) turned.data += (taps - 1) * w.tap, turned.tap = -w.tap;
+  const Packing<P> packing = {turned, K, N, taps, depth_steps<P>(K), packed};
+  pool.run([&](int task) {
+    const Range range = part(packing.steps, kPackedSteps, pool.tasks, task);
+    for (int64_t k = range.begin; k < range.end; k += kPackedSteps) {
+      const int64_t end = std::min<int64_t>(k + kPackedSteps, range.end);
+      if (block > 0)
+        for (int64_t n = 0; n < N; n += block) packing.block(n, block, k, end);
+      else
+        for_column_blocks<A>(
+            0, N, [&](int64_t n, auto vectors) { packing.block(n, decltype(vectors)::value * kLanes<A>, k, end); });
+    }
+  });
+}

@@ -1,0 +1,44 @@
+// Squares of numbers transposed in registers.
+#pragma once
+
+#if DX_VECTOR_BYTES == 64
+// The instructions in the form that zeroes lanes, of which there are none: GCC 12 warns of the plain ones' own headers.
+DX_INLINE __m512i low_32(__m512i a, __m512i b) { return _mm512_maskz_unpacklo_epi32(0xffff, a, b); }
+DX_INLINE __m512i high_32(__m512i a, __m512i b) { return _mm512_maskz_unpackhi_epi32(0xffff, a, b); }
+DX_INLINE __m512i low_64(__m512i a, __m512i b) { return _mm512_maskz_unpacklo_epi64(0xff, a, b); }
+DX_INLINE __m512i high_64(__m512i a, __m512i b) { return _mm512_maskz_unpackhi_epi64(0xff, a, b); }
+template <int ORDER>
+DX_INLINE __m512i quarters(__m512i a, __m512i b) {
+  return _mm512_maskz_shuffle_i32x4(0xffff, a, b, ORDER);
+}
+
+// Rows and columns of 16 x 16 numbers of 32 bits exchanged: pairs, then pairs of pairs within each quarter of a
+// register, then the quarters.
+DX_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    w[i] = low_32(v[i], v[i + 1]);
+    w[i + 1] = high_32(v[i], v[i + 1]);
+  }
+  // v[4 i + j]: of the rows 4 i .. 4 i + 3, column j of each quarter
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = low_64(w[i], w[i + 2]);
+    v[i + 1] = high_64(w[i], w[i + 2]);
+    v[i + 2] = low_64(w[i + 1], w[i + 3]);
+    v[i + 3] = high_64(w[i + 1], w[i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low01 = quarters<0x44>(v[j], v[4 + j]), high01 = quarters<0xee>(v[j], v[4 + j]);
+    const __m512i low23 = quarters<0x44>(v[8 + j], v[12 + j]), high23 = quarters<0xee>(v[8 + j], v[12 + j]);
+    w[j] = quarters<0x88>(low01, low23);
+    w[4 + j] = quarters<0xdd>(low01, low23);
+    w[8 + j] = quarters<0x88>(high01, high23);
+    w[12 + j] = quarters<0xdd>(high01, high23);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = w[i];
+}
+#endif
