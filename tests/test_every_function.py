@@ -21,6 +21,7 @@ ROOMS = {
     "algorithm": ("algorithm",),
     "fusing": ("fusing",),
     "kernels": ("kernels",),
+    "reuse": ("training",),
     "planning": ("memory",),
     "units": ("units",),
     "_extension.py": ("build_backend",),

@@ -326,7 +326,7 @@ SETTINGS = """
 import sys, pathlib
 import matplotlib
 from densenet_ext.training.curves import draw_curves
-from test_train_pictures import history
+from tests.training.test_train_pictures import history
 matplotlib.rcParams.update({"text.usetex": True, "figure.facecolor": "red", "font.size": 40, "svg.hashsalt": "mine"})
 before = dict(matplotlib.rcParams.copy())
 draw_curves(history(), pathlib.Path(sys.argv[1]), "x")
