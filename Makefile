@@ -57,7 +57,11 @@ sanitize: $(VENV)/.dev
 # gpleiss/efficient_densenet_pytorch instead of the look-alike of the tests.
 bench: $(VENV)/.dev
 	$(python) -m benchmarks $(BENCH_ARGS)
+	$(python) -m benchmarks workloads
 	$(python) -m benchmarks table
+
+bench-quick: $(VENV)/.dev
+	$(python) -m benchmarks workloads --no-compile --rounds 3 --out build/bench-quick.json $(BENCH_ARGS)
 
 # The second table of README and its picture.
 compare: $(VENV)/.dev

@@ -1,5 +1,6 @@
 """``python -m benchmarks`` measures training steps on the processor, ``python -m benchmarks networks`` and ``kernels``
-whole networks and single operators on a GPU; ``python -m benchmarks table`` writes the figures into the pages.
+whole networks and single operators on a GPU, ``python -m benchmarks workloads`` small and large batches, training and
+inference, on the processor; ``python -m benchmarks table`` writes the figures into the pages.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import gpu_table, kernels, networks, peers, table
+from benchmarks import gpu_table, kernels, networks, peers, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
 
@@ -99,6 +100,21 @@ def measure_networks(
     where, save = _device(device), _saving(out)
     found = networks.run(networks.cases(), where, seconds, _say, save, rounds, try_algorithms)
     typer.echo(gpu_table.networks(found))
+
+
+@app.command("workloads")
+def measure_workloads(
+    only: Annotated[str, typer.Option(help="Those whose network or mode has this in its name.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of everybody.")] = 2,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="With torch.compile.")] = True,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.WORKLOADS,
+) -> None:
+    """Training and inference at small and large batches, in both dtypes, against PyTorch, ONNX Runtime, OpenVINO."""
+    torch.set_num_threads(threads)
+    chosen = [each for each in workloads.WORKLOADS if only in each.network or only in each.mode]
+    found = workloads.run(chosen, rounds, compiled, _say, _saving(out))
+    typer.echo(workloads.table(found))
 
 
 def _say(text: str) -> None:

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table
+from benchmarks import gpu_table, workloads
 from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": ("summary", "compare"),
-    "docs/users/measured.md": ("speed", "memory", "gpu-networks", "gpu-kernels"),
+    "docs/users/measured.md": ("workloads", "speed", "memory", "gpu-networks", "gpu-kernels"),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 # Of `make gpu` on one machine; the names of their markers are those without the ending.
 GPU_RESULTS = [RESULTS.with_name(f"gpu-{name}") for name in gpu_table.RENDERERS]
+WORKLOADS = RESULTS.with_name("cpu-workloads.json")
 COMPARED = RESULTS.with_name("compare-digits.json")  # comparison.json of `densenet-ext compare`
 
 Row = Mapping[str, Any]  # of one contender on one network
@@ -86,7 +87,25 @@ def of_results(path: Path = RESULTS) -> dict[str, str]:
     runs = load(path)
     tables = {name: render(runs) for name, render in RENDERERS.items()}
     beside = [path.with_name(each.name) for each in GPU_RESULTS]
-    return {**tables, **of_gpu(beside), **of_compare(path.with_name(COMPARED.name))}
+    return {
+        **tables,
+        **of_gpu(beside),
+        **of_workloads(path.with_name(WORKLOADS.name)),
+        **of_compare(path.with_name(COMPARED.name)),
+    }
+
+
+def of_workloads(path: Path = WORKLOADS) -> dict[str, str]:
+    """The table of small and large batches by the name of its marker; none without the file.
+
+    Raises ValueError, with the file's name, when it is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return {"workloads": workloads.table(json.loads(path.read_text(encoding="utf-8")))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path.name}: expected a results file of benchmarks, got something else") from error
 
 
 def of_gpu(files: Sequence[Path] = GPU_RESULTS) -> dict[str, str]:
