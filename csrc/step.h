@@ -58,7 +58,7 @@ struct Buffer {
   Rows<T> X;            // [M, C]
   A *mean, *var;        // [C] of X's columns; or both null: no norm takes the batch's statistics
   const int64_t* seed;  // of all dropouts, or null
-  bool tf32;
+  bool tf32, bf16;      // as in BnReluConv1x1
 
   int64_t M() const { return images.rows(); }
   Rows<T> columns(int64_t first) const { return {X.data + first, X.pitch}; }
@@ -199,7 +199,8 @@ void first_half(const B& at, const Buffer<T>& buffer, const DenseLayer<T>& layer
                                     out,
                                     drop ? nullptr : z_mean,
                                     drop ? nullptr : z_var,
-                                    buffer.tf32};
+                                    buffer.tf32,
+                                    buffer.bf16};
   at.bn_relu_conv1x1(product, M * (layer.C + layer.b));
   if (!drop) return;
   const AppendFeatures<T> dropped = {M,           layer.b,          read_only(out),  z, z_mean, z_var, layer.inner.rate,
@@ -220,7 +221,7 @@ void second_half(const B& at, const Buffer<T>& buffer, Rows<const T> x, const No
       std::copy_n(conv.window, 3, p.window);
       p.x = x, p.norm = norm, p.weight = conv.weight, p.bias = conv.bias;
       p.drop_rate = drop.rate, p.seed = buffer.seed, p.layer = drop.site, p.drop_rows = drop.rows;
-      p.out = buffer.columns(added);
+      p.out = buffer.columns(added), p.bf16 = buffer.bf16;
       p.out_mean = stats ? buffer.mean + added : nullptr, p.out_var = stats ? buffer.var + added : nullptr;
       at.bn_relu_conv3x3(p, M * (conv.C + conv.N));
       return;
@@ -292,7 +293,7 @@ BnReluConv3x3Backward<T> conv3x3_backward(const Buffer<T>& buffer, const Incomin
     p.features = come.features, p.features_mean = come.mean, p.features_grad_mean = come.gm,
     p.features_grad_var = come.gv;
   p.drop_rate = come.drop.rate, p.seed = buffer.seed, p.layer = come.drop.site, p.drop_rows = come.drop.rows;
-  p.grad_conv_weight = grads.weight, p.grad_conv_bias = grads.bias;
+  p.grad_conv_weight = grads.weight, p.grad_conv_bias = grads.bias, p.bf16 = buffer.bf16;
   return p;
 }
 
@@ -424,7 +425,7 @@ void first_half_backward(const B& at, const Buffer<T>& buffer, const BufferGrad<
   p.grad_weight = grads.norm1.weight ? grads.norm1.weight : spare;
   p.grad_bias = grads.norm1.bias ? grads.norm1.bias : spare + layer.C;
   if (layer.batch1) p.grad_mean = grad.gm + layer.read, p.grad_var = grad.gv + layer.read;
-  p.tf32 = buffer.tf32;
+  p.tf32 = buffer.tf32, p.bf16 = buffer.bf16;
   at.bn_relu_conv1x1_backward(p, M * (layer.C + layer.b));
 }
 

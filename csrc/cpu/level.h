@@ -50,4 +50,29 @@ constexpr Kernels<T> kKernels = {
     bn_relu_max_pool_backward<T>,
 };
 
+#if defined(DX_BF16_DOT)
+// Float feature maps whose convolutions autocast lowers: products of bf16 numbers, summed and stored in float.
+#define DX_LOWERED(name, Params)                                         \
+  inline void name##_lowered(const Params<float>& p, const Pool& pool) { \
+    if (p.bf16)                                                          \
+      name<float, DotBf16>(p, pool);                                     \
+    else                                                                 \
+      level_avx512()->f32->name(p, pool);                                \
+  }
+DX_LOWERED(bn_relu_conv1x1, BnReluConv1x1)
+DX_LOWERED(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
+DX_LOWERED(bn_relu_conv3x3, BnReluConv3x3)
+DX_LOWERED(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
+#undef DX_LOWERED
+
+inline Kernels<float> lowered_kernels() {
+  Kernels<float> kernels = *level_avx512()->f32;
+  kernels.bn_relu_conv1x1 = bn_relu_conv1x1_lowered;
+  kernels.bn_relu_conv1x1_backward = bn_relu_conv1x1_backward_lowered;
+  kernels.bn_relu_conv3x3 = bn_relu_conv3x3_lowered;
+  kernels.bn_relu_conv3x3_backward = bn_relu_conv3x3_backward_lowered;
+  return kernels;
+}
+#endif
+
 }  // namespace dx::cpu::DX_LEVEL

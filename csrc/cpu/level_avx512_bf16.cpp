@@ -35,7 +35,8 @@
 namespace dx::cpu {
 const Level* level_avx512_bf16() {
   static const Level* other = level_avx512();
-  static const Level level = {"avx512_bf16", other->f32, other->f64, &avx512_bf16::kKernels<bfloat16>, other->f16};
+  static const Kernels<float> f32 = avx512_bf16::lowered_kernels();
+  static const Level level = {"avx512_bf16", &f32, other->f64, &avx512_bf16::kKernels<bfloat16>, other->f16};
   return &level;
 }
 }  // namespace dx::cpu

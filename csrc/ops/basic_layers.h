@@ -49,12 +49,12 @@ void basic_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
                   const std::vector<int64_t>& given, const std::vector<bool>& batch_stats,
                   const std::vector<double>& eps, const std::vector<double>& drop_rates,
                   const std::vector<bool>& drop_channels, const OptionalTensor& seed, bool new_first, const Tensor& out,
-                  const OptionalTensor& mean, const OptionalTensor& var, const Tensor& scratch_memory) {
+                  const OptionalTensor& mean, const OptionalTensor& var, const Tensor& scratch_memory, bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, false);
+    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, false, bf16);
     call.read_layers(tensors, given);
     const int64_t M = call.buffer.M();
     const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
@@ -78,13 +78,13 @@ void basic_layers_backward(const Tensor& grad, bool writable, const std::vector<
                            const std::vector<double>& drop_rates, const std::vector<bool>& drop_channels,
                            const OptionalTensor& seed, bool new_first, const Tensor& out, const OptionalTensor& mean,
                            const OptionalTensor& var, const OptionalTensor& grad_x, const std::vector<Tensor>& grads,
-                           const std::vector<int64_t>& asked, const Tensor& scratch_memory) {
+                           const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool bf16) {
   const D at(defined(out, "out"));
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, false);
+    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, false, bf16);
     call.read_layers(tensors, given);
     const Buffer<T>& buffer = call.buffer;
     const int64_t M = buffer.M();

@@ -162,7 +162,8 @@ class BlockCall {
   using A = Acc<T>;
 
   BlockCall(const D& at, const std::vector<int64_t>& size, const BlockOptions& options, const OptionalTensor& seed,
-            const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var, bool written, bool tf32)
+            const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var, bool written, bool tf32,
+            bool bf16)
       : at_(at), parameters_(at), options_(options), window_dims_(int(size.size()) - 1) {
     check_two_dims(out, "out");
     check_together(mean, var, "mean and var");
@@ -175,7 +176,8 @@ class BlockCall {
         vector(mean, "mean", C, written),
         vector(var, "var", C, written),
         check_dropout(at, 0, seed, 0, 1),
-        tf32};
+        tf32,
+        bf16};
     has_seed_ = seed.has_value();
   }
 

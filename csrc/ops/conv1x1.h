@@ -9,7 +9,7 @@ template <class D>
 void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                      const OptionalTensor& bias, double eps, const Tensor& conv_weight, const OptionalTensor& out_bias,
                      bool out_relu, const Tensor& out, const OptionalTensor& out_mean, const OptionalTensor& out_var,
-                     bool tf32) {
+                     bool tf32, bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -28,7 +28,8 @@ void bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var, con
                                 rows_out<T>(at, out, "out", M, N),
                                 dense_out<A>(at, out_mean, "out_mean", N),
                                 dense_out<A>(at, out_var, "out_var", N),
-                                tf32};
+                                tf32,
+                                bf16};
     at.check_apart();
     if (C + N > 0) at.bn_relu_conv1x1(p, M * (C + N));
   });
@@ -48,7 +49,7 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
                               const OptionalTensor& grad_in, bool accumulate, const Tensor& grad_x,
                               const OptionalTensor& grad_conv_weight, const Tensor& grad_weight,
                               const Tensor& grad_bias, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
-                              bool tf32) {
+                              bool tf32, bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -85,6 +86,7 @@ void bn_relu_conv1x1_backward(const Tensor& x, const Tensor& mean, const Tensor&
     p.grad_mean = dense_out<A>(at, grad_mean, "grad_mean", C);
     p.grad_var = dense_out<A>(at, grad_var, "grad_var", C);
     p.tf32 = tf32;
+    p.bf16 = bf16;
     at.check_apart({{"grad_x", "grad_in"}});
     if (C + N > 0) at.bn_relu_conv1x1_backward(p, M * (C + N));
   });

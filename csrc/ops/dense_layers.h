@@ -82,12 +82,13 @@ void dense_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
                   const std::vector<bool>& drop_channels, const std::vector<double>& inner_drop_rates,
                   const std::vector<bool>& inner_drop_channels, const OptionalTensor& seed, bool new_first,
                   const Tensor& out, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& var,
-                  const OptionalTensor& z_mean, const OptionalTensor& z_var, const Tensor& scratch_memory, bool tf32) {
+                  const OptionalTensor& z_mean, const OptionalTensor& z_var, const Tensor& scratch_memory, bool tf32,
+                  bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, tf32);
+    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, tf32, bf16);
     call.read_layers(tensors, given, inner_drop_rates, inner_drop_channels, z_mean, z_var, true);
     const int64_t M = call.buffer.M();
     const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
@@ -118,13 +119,13 @@ void dense_layers_backward(const Tensor& grad, bool writable, const std::vector<
                            const OptionalTensor& seed, bool new_first, const Tensor& out, const OptionalTensor& z,
                            const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& z_mean,
                            const OptionalTensor& z_var, const OptionalTensor& grad_x, const std::vector<Tensor>& grads,
-                           const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool tf32) {
+                           const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool tf32, bool bf16) {
   const D at(defined(out, "out"));
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, tf32);
+    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, tf32, bf16);
     call.read_layers(tensors, given, inner_drop_rates, inner_drop_channels, z_mean, z_var, false);
     const Buffer<T>& buffer = call.buffer;
     const int64_t M = buffer.M();

@@ -25,7 +25,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("cat_bn_relu(Tensor[] features, " NORM ", Tensor(a!) out) -> ()");
   m.def("bn_relu_conv1x1(Tensor x, " NORM
         ", Tensor conv_weight, Tensor? out_bias, bool out_relu, Tensor(a!) out, Tensor(b!)? out_mean, "
-        "Tensor(c!)? out_var, bool tf32=False) -> ()");
+        "Tensor(c!)? out_var, bool tf32=False, bool bf16=False) -> ()");
   m.def(
       "feature_grad(Tensor grad, Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_var, float drop_rate, "
       "Tensor? seed, int layer, Tensor(a!) out, int drop_rows=1) -> ()");
@@ -36,16 +36,16 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
         ", Tensor conv_weight, Tensor grad_out, Tensor? z, Tensor? z_mean, Tensor? z_var, Tensor? z_weight, "
         "Tensor? z_bias, float z_eps, Tensor? z_grad_weight, Tensor? z_grad_bias, Tensor? grad_in, bool accumulate, "
         "Tensor(a!) grad_x, Tensor(b!)? grad_conv_weight, Tensor(c!) grad_weight, Tensor(d!) grad_bias, "
-        "Tensor(e!)? grad_mean, Tensor(f!)? grad_var, bool tf32=False) -> ()");
+        "Tensor(e!)? grad_mean, Tensor(f!)? grad_var, bool tf32=False, bool bf16=False) -> ()");
   m.def("bn_relu_conv3x3(Tensor x, int[] size, " MAYBE_NORM
         ", Tensor conv_weight, Tensor? conv_bias, float drop_rate, Tensor? seed, int layer, int drop_rows, "
-        "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()");
+        "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, bool bf16=False) -> ()");
   m.def("bn_relu_conv3x3_backward(Tensor x, int[] size, " MAYBE_NORM
         ", Tensor conv_weight, Tensor grad, Tensor? features, Tensor? features_mean, Tensor? features_grad_mean, "
         "Tensor? features_grad_var, float drop_rate, Tensor? seed, int layer, int drop_rows, bool scaled, "
         "Tensor? grad_in, bool accumulate, Tensor(a!)? grad_x, Tensor(b!)? grad_conv_weight, "
         "Tensor(c!)? grad_conv_bias, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? grad_mean, "
-        "Tensor(g!)? grad_var) -> ()");
+        "Tensor(g!)? grad_var, bool bf16=False) -> ()");
   m.def("bn_relu_avg_pool(Tensor x, int[] size, int[] window, " NORM ", Tensor(a!) out) -> ()");
   m.def("bn_relu_avg_pool_backward_reduce(Tensor grad_out, Tensor x, int[] size, int[] window, " NORM
         ", Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
@@ -64,16 +64,17 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "int[] which, int[] starts, float[] momenta, float unbiased) -> ()");
   m.def("dense_layers(Tensor x, " LAYERS INNER_DROPOUT
         "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, Tensor(d!)? var, "
-        "Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False) -> ()");
-  m.def(
-      "dense_layers_backward(Tensor(a!) grad, bool writable, " LAYERS INNER_DROPOUT
-      "Tensor? seed, bool new_first, Tensor out, Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, "
-      "Tensor? z_var, Tensor(b!)? grad_x, Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool tf32=False) -> ()");
+        "Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False, bool bf16=False) -> ()");
+  m.def("dense_layers_backward(Tensor(a!) grad, bool writable, " LAYERS INNER_DROPOUT
+        "Tensor? seed, bool new_first, Tensor out, Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, "
+        "Tensor? z_var, Tensor(b!)? grad_x, Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool tf32=False, bool "
+        "bf16=False) -> ()");
   m.def("basic_layers(Tensor x, " LAYERS
-        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, Tensor(d!) scratch) -> ()");
+        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, Tensor(d!) scratch, bool "
+        "bf16=False) -> ()");
   m.def("basic_layers_backward(Tensor(a!) grad, bool writable, " LAYERS
         "Tensor? seed, bool new_first, Tensor out, Tensor? mean, Tensor? var, Tensor(b!)? grad_x, "
-        "Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch) -> ()");
+        "Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool bf16=False) -> ()");
 }
 #undef NORM
 #undef MAYBE_NORM

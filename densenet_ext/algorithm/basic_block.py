@@ -31,7 +31,15 @@ from densenet_ext import kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.columns import Columns, layer_columns, within
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
-from densenet_ext.algorithm.conversions import frozen_norm, grad_like, is_empty, norm_tensors, norm_values, result_dtype
+from densenet_ext.algorithm.conversions import (
+    frozen_norm,
+    grad_like,
+    is_empty,
+    is_lowered,
+    norm_tensors,
+    norm_values,
+    result_dtype,
+)
 from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
@@ -88,7 +96,8 @@ def basic_block(
             x, stats = basic_block(x, [layer], new_first)
         return x, stats
     own.check_counts(x.shape)
-    config = own.config._replace(dtype=torch.promote_types(x.dtype, result_dtype(x)))
+    dtype = torch.promote_types(x.dtype, result_dtype(x))
+    config = own.config._replace(dtype=dtype, lowered=is_lowered(x, dtype))
     tensors = [x, new_seed(config.drop_rates, x.device), *own.tensors]
 
     def move(results: Sequence[Tensor]) -> None:
@@ -174,7 +183,7 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
         assert tensors[0] is not None
         a, g, _ = _scratch_sizes(tensors, results[0])
         scratch, held = whole.scratch(results[0], a), whole.results(results[0], g)
-        run_whole(to_rows(tensors[0].to(config.dtype)), *_call(config, tensors, results), scratch)
+        run_whole(to_rows(tensors[0].to(config.dtype)), *_call(config, tensors, results), scratch, bf16=config.lowered)
         del held
     return results
 
@@ -257,7 +266,9 @@ def _backward(
     )  # the first norm's gradients, not its input's
     scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
     held = whole.results(out, a)
-    run_whole(incoming, writable, *_call(config, tensors, results), dx, asked.found, asked.bits, scratch)
+    run_whole(
+        incoming, writable, *_call(config, tensors, results), dx, asked.found, asked.bits, scratch, bf16=config.lowered
+    )
     del held
     return [x_grad, None, *asked.gradients()]
 

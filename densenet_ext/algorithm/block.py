@@ -33,7 +33,7 @@ from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.block_steps import FIRST, backward_by_steps, columns_group, forward_by_steps, layer_places
 from densenet_ext.algorithm.columns import layer_columns
-from densenet_ext.algorithm.conversions import cast, is_empty, result_dtype
+from densenet_ext.algorithm.conversions import cast, is_empty, is_lowered, result_dtype
 from densenet_ext.algorithm.dropout import new_seed
 from densenet_ext.algorithm.layer import dense_block_by_layers
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
@@ -114,7 +114,8 @@ def dense_block(
     if not own.one_group:
         return dense_block_by_layers(x, own.layers, save, new_first), None
     own.check_counts(x.shape)
-    config = own.config._replace(dtype=torch.promote_types(x.dtype, result_dtype(x)), save=save)
+    dtype = torch.promote_types(x.dtype, result_dtype(x))
+    config = own.config._replace(dtype=dtype, save=save, lowered=is_lowered(x, dtype))
     tensors = [x, new_seed(own.all_drop_rates, x.device), *own.tensors]
 
     def move(results: Sequence[Tensor]) -> None:
@@ -170,7 +171,9 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         sizes = _scratch_sizes(config, tensors, results[0])
         scratch = whole.scratch(results[0], sizes.z, sizes.a)
         held = whole.results(results[0], sizes.g)
-        run_whole(x, *_call(config, _folded(config, tensors), results), scratch, tf32=kernels.tf32(x))
+        run_whole(
+            x, *_call(config, _folded(config, tensors), results), scratch, tf32=kernels.tf32(x), bf16=config.lowered
+        )
         del held
     return results
 
@@ -191,7 +194,9 @@ def block_backward(
     call, sizes = _call(config, tensors, results), _scratch_sizes(config, tensors, out)
     own = (sizes.z, sizes.a, sizes.g, sizes.wide if whole.has_conv3x3(out) else 0, 0 if writable else sizes.last)
     scratch, held = whole.scratch(out, *own), whole.results(out, sizes.wide if sizes.g else 0)
-    run_whole(incoming, writable, *call, dx, asked.found, asked.bits, scratch, tf32=kernels.tf32(out))
+    run_whole(
+        incoming, writable, *call, dx, asked.found, asked.bits, scratch, tf32=kernels.tf32(out), bf16=config.lowered
+    )
     del held
     return [x_grad, None, *asked.gradients()]
 

@@ -64,6 +64,15 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_lowered(x: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether features of ``dtype`` float32 are multiplied as bfloat16 by eager's convolutions.
+
+    They are where float32 comes in under autocast on the CPU, as behind the pooling of volumes: a concatenation with it
+    is float32 again.
+    """
+    return x.is_cpu and dtype == torch.float32 and result_dtype(x) == torch.bfloat16
+
+
 def as_pooled(out: Tensor) -> Tensor:
     """A pooling's result in the dtype that PyTorch gives it: autocast on the CPU pools volumes in float32."""
     kind = out.device.type

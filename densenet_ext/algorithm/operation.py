@@ -38,6 +38,7 @@ class Config(NamedTuple):
     drop_channels: tuple[bool, ...] = ()  # per layer: whole channels are dropped
     inner_drop_rates: tuple[float, ...] = ()  # per layer, of the bottleneck features
     inner_drop_channels: tuple[bool, ...] = ()
+    lowered: bool = False  # autocast would multiply these float32 features as bfloat16
 
 
 _SCHEMA_TYPES: dict[Any, str] = {

@@ -233,12 +233,14 @@ def bn_relu_conv1x1(
     out_mean: Tensor | None,
     out_var: Tensor | None,
     tf32: bool = False,
+    bf16: bool = False,
 ) -> None:
     """out [M, b] = relu(bn(x [M, C])) @ conv_weight [b, C]^T (+ out_bias [b], then ReLU); its statistics as stored.
 
     conv_weight and its gradient may be given as the convolution has them, [b, C, 1, ...].
 
-    ``tf32``: a GPU may multiply float32 as TF32; here PyTorch's setting for matrix products decides.
+    ``tf32``: a GPU may multiply float32 as TF32; here PyTorch's setting for matrix products decides. ``bf16``: a
+    processor may multiply float32 as bfloat16; here it does not.
     """
     z = affine(x, mean, var, weight, bias, eps).relu_() @ conv_weight.flatten(1).t()
     if out_bias is not None:
@@ -276,6 +278,7 @@ def bn_relu_conv1x1_backward(
     grad_mean: Tensor | None,
     grad_var: Tensor | None,
     tf32: bool = False,
+    bf16: bool = False,
 ) -> None:
     """The backward pass of ``bn_relu_conv1x1``, and of the BatchNorm and ReLU on its output when ``z`` [M, b] is given.
 

@@ -143,3 +143,19 @@ def test_dropping_everything(backend: str) -> None:
     out = dense_block(x, layers)
     assert not out[:, 5:].any() and torch.equal(F.dropout(out[:, 5:], 1.0), out[:, 5:])
     assert_equal(gradients(out, [x]), [torch.ones_like(x)])
+
+
+def test_volumes_in_float32_under_autocast(backend: str) -> None:
+    """As behind their pooling, which autocast on the CPU does in float32."""
+    layers, x = make_layers(16, 8, 32, dims=3, dtype=torch.float32), make_input(2, 16, 4, 4, 4, dtype=torch.float32)
+    results = []
+    for block, y, ls, enabled in (
+        (dense_block, x, layers, True),
+        (reference.dense_block, x, clone(layers), True),
+        (reference.dense_block, clone(x, F64), clone(layers, F64), False),
+    ):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            out = block(y, ls)
+        results.append([out, *gradients(out, [y, *parameters(ls)])])
+    assert results[0][0].dtype == torch.float32
+    assert_as_good(*results, measure=vector_error)

@@ -12,6 +12,7 @@ from densenet_ext.algorithm.conversions import (
     frozen_norm,
     grad_like,
     is_empty,
+    is_lowered,
     norm_tensors,
     norm_values,
     result_dtype,
@@ -118,3 +119,13 @@ def test_one_process_shares_nothing() -> None:
     assert group_of(nn.SyncBatchNorm(3)) == "" and group_of(nn.BatchNorm2d(3)) == ""
     assert shared_group(("a", "b", "a"), (True, False, True)) == "a"
     assert shared_group(("a", "b"), (True, True)) is None and shared_group((), ()) == ""
+
+
+def test_what_autocast_lowers_of_float32_features() -> None:
+    x = torch.zeros(1, 2, 3, 3, device="cpu")
+    assert not is_lowered(x, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_lowered(x, torch.float32) and not is_lowered(x.bfloat16(), torch.bfloat16)
+        assert not is_lowered(x.double(), torch.float64)
+    with torch.autocast("cpu", torch.float16):
+        assert not is_lowered(x, torch.float32)

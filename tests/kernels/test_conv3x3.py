@@ -310,3 +310,26 @@ def test_a_line_of_the_benchmark() -> None:
     mine = layer.out.clone()
     layer.theirs()
     torch.testing.assert_close(mine, layer.out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bn_relu_conv1x1", "bn_relu_conv3x3"])
+def test_float32_is_multiplied_as_bfloat16_where_that_is_allowed(name: str) -> None:
+    if _extension.module is None or _extension.module.simd_level() != "avx512_bf16":
+        pytest.skip("this processor has no dot products of bfloat16")
+    x, norm = torch.randn(24, 9), (torch.zeros(9), torch.ones(9), None, None, 0.0)
+    out, lowered = torch.zeros(24, 5), torch.zeros(24, 5)
+    if name == "bn_relu_conv1x1":
+        W = torch.randn(5, 9)
+        call = (x, *norm, W, None, False)
+        expected = x.relu().bfloat16().double() @ W.bfloat16().double().t()
+        rest: tuple[Any, ...] = (None, None)
+    else:
+        W = torch.randn(5, 9, 3, 3)
+        call = (x, [1, 1, 6, 4], *norm, W, None, 0.0, None, 0, 1)
+        image = x.relu().bfloat16().double().view(1, 6, 4, 9).permute(0, 3, 1, 2)
+        expected = F.conv2d(image, W.bfloat16().double(), padding=1)[0].flatten(1).t()
+        rest = (None, None)
+    op = getattr(torch.ops.densenet_ext, name)
+    op(*call, out, *rest)
+    op(*call, lowered, *rest, bf16=True)
+    assert (lowered - expected).abs().max() < 1e-5 * expected.abs().max() < (out - expected).abs().max()

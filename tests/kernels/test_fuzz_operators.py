@@ -103,7 +103,14 @@ def valid(draw: st.DrawFn, op: str) -> Arguments:
         C = sum(parts)
         args["features"] = [draw(rows(f"features{i}", dtype, M, n)) for i, n in enumerate(parts)]
     rate = draw(st.sampled_from([0.0, 0.3, 0.999, 1.0]))
-    args |= {"eps": 1e-5, "z_eps": 1e-3, "drop_rate": rate, "layer": draw(st.integers(0, 300)), "tf32": False}
+    args |= {
+        "eps": 1e-5,
+        "z_eps": 1e-3,
+        "drop_rate": rate,
+        "layer": draw(st.integers(0, 300)),
+        "tf32": False,
+        "bf16": False,
+    }
     args |= {"out_relu": draw(st.booleans()), "accumulate": draw(st.booleans())}
     args |= {"drop_rows": draw(st.sampled_from([1, 3, M])), "scaled": True}
     args["seed"] = Spec("seed", torch.int64, (1,), (1,)) if rate or draw(st.booleans()) else None

@@ -3,9 +3,8 @@
 // are taken from the panel just written, as stored.
 #pragma once
 
-template <class T>
+template <class T, class P = Product<T>>
 void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool) {
-  using P = Product<T>;
   using A = Acc<T>;
   using Operand = typename P::Operand;
   constexpr int L = kLanes<A>;

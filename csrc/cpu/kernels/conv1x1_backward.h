@@ -9,9 +9,8 @@
 // What one task works on: panels of rows of its columns. dz is an operand twice: of dgrad along its columns (the inner
 // dimension is N), of wgrad along its rows (the inner dimension is M). Where an operand is a single number the two are
 // the same.
-template <class T>
+template <class T, class P>
 struct BackwardPanels {
-  using P = Product<T>;
   using A = Acc<T>;
   using Operand = typename P::Operand;
   static constexpr bool kSame = P::kDepth == 1;
@@ -144,12 +143,11 @@ struct DgradColumns {
   }
 };
 
-template <class T>
+template <class T, class P = Product<T>>
 void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& pool) {
-  using P = Product<T>;
   using A = Acc<T>;
   using Operand = typename P::Operand;
-  using Panels = BackwardPanels<T>;
+  using Panels = BackwardPanels<T, P>;
   constexpr int L = kLanes<A>;
   const bool want_wgrad = p.grad_conv_weight != nullptr;
   const Grid grid = make_grid<A>(pool.tasks, p.M, p.C, 0.5);

@@ -3,9 +3,8 @@
 // taken from the lines just written, as stored.
 #pragma once
 
-template <class T>
+template <class T, class P>
 class Conv3x3Forward {
-  using P = Product<T>;
   using A = Acc<T>;
   using Operand = typename P::Operand;
   static constexpr int L = kLanes<A>;
@@ -134,7 +133,7 @@ class Conv3x3Forward {
   }
 };
 
-template <class T>
+template <class T, class P = Product<T>>
 void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool) {
-  Conv3x3Forward<T>(p, pool).run();
+  Conv3x3Forward<T, P>(p, pool).run();
 }

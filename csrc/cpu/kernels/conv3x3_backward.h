@@ -100,9 +100,8 @@ struct InputGradColumns {
   }
 };
 
-template <class T>
+template <class T, class P>
 class Conv3x3Backward {
-  using P = Product<T>;
   using A = Acc<T>;
   using Operand = typename P::Operand;
   static constexpr int L = kLanes<A>;
@@ -312,7 +311,7 @@ class Conv3x3Backward {
   }
 };
 
-template <class T>
+template <class T, class P = Product<T>>
 void bn_relu_conv3x3_backward(const BnReluConv3x3Backward<T>& p, const Pool& pool) {
-  Conv3x3Backward<T>(p, pool).run();
+  Conv3x3Backward<T, P>(p, pool).run();
 }

@@ -43,9 +43,9 @@ STRUCTS = {
     "FeatureGrad": "M:i C:i grad:r x:r mean:v grad_mean:v grad_var:v drop_rate:d seed:v layer:i drop_rows:i out:r",
     "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v",
     "BnReluBackward": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
-    "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b",
+    "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b bf16:b",
     "BnReluConv1x1Backward": "M:i C:i N:i x:r norm:n weight:v grad_out:r z:r z_norm:n z_grad_weight:v z_grad_bias:v "
-    "grad_in:r accumulate:b grad_x:r grad_conv_weight:v grad_weight:v grad_bias:v grad_mean:v grad_var:v tf32:b",
+    "grad_in:r accumulate:b grad_x:r grad_conv_weight:v grad_weight:v grad_bias:v grad_mean:v grad_var:v tf32:b bf16:b",
     "BnReluPool": "C:i pooling:p x:r norm:n out:r index:r",
     "BnReluPoolBackwardReduce": "C:i pooling:p grad_out:r index:r x:r norm:n pooled:r grad_weight:v grad_bias:v",
     "BnReluPoolBackward": "C:i pooling:p grad_out:r index:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
