@@ -1,6 +1,6 @@
 // One dense layer in two halves each way, over a backend: line by line what densenet_ext/algorithm/step.py says in
 // plain PyTorch. No torch here: a backend (B) has the kernels of params.h under their names, and PyTorch's own
-// convolution for shapes without a kernel (ops/convolution.h).
+// convolution for shapes without a kernel (ops/torch_calls.h).
 //
 // First half      z   = dropout(relu(bn1(x)) @ W1^T + c1)            and z's statistics
 // Second half     new = dropout(conv3x3(relu(bn2(z)), W2) + c2)      and their statistics, in the buffer's columns
@@ -90,7 +90,8 @@ struct DenseLayer {
   Norm<A> norm1;           // of the columns read, by their statistics or the running ones
   bool batch1;             // by their statistics
   const A *W1, *c1;        // [b, C]; [b] or null
-  Norm<A> norm2;           // of z; mean null: folded into W1 and c1 by the caller
+  Norm<A> norm2;           // of z; mean null: folded, c1 and `fold` [b] being its shift and its scale
+  const A* fold;           // or null
   bool batch2;
   SameConvolution<T> conv2;
   DropoutSite inner, drop;  // of z, of the new features
@@ -188,12 +189,14 @@ void first_half(const B& at, const Buffer<T>& buffer, const DenseLayer<T>& layer
   const bool drop = layer.inner.rate > 0;
   const Rows<T> out = drop ? dense_rows(scratch, layer.b) : z;
   const Rows<const T> x = read_only(buffer.columns(layer.read));
+  const auto W1 = layer.fold ? at.scaled_rows(layer.W1, layer.fold, layer.b, layer.C)
+                             : at.borrowed(Rows<Acc<T>>{const_cast<Acc<T>*>(layer.W1), layer.C});
   const BnReluConv1x1<T> product = {M,
                                     layer.C,
                                     layer.b,
                                     x,
                                     layer.norm1,
-                                    layer.W1,
+                                    W1.rows().data,
                                     layer.c1,
                                     layer.folded(),
                                     out,

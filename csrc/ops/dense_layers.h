@@ -55,7 +55,8 @@ class DenseBlockCall : public BlockCall<D, T> {
       STD_TORCH_CHECK(!stats || z + b <= b_total, "densenet_ext: z_mean: expected at least ", z + b, " elements, got ",
                       b_total);
       layer.z_mean = stats ? z_means + z : nullptr, layer.z_var = stats ? z_vars + z : nullptr;
-      const bool folded = !layer.batch2 && !t[6] && !t[7] && !t[8] && !t[9];
+      const bool folded = !layer.batch2 && !t[7] && !t[8] && !t[9];
+      if (folded) layer.fold = this->parameters_.template dense<A>(t[6], "norm2 weight", b);
       if (!folded) layer.norm2 = this->norm(2 * l + 1, t + 6, layer.z_mean, layer.z_var, b);
       layer.inner = this->dropout(inner_drop_rates[l], inner_drop_channels[l], kBottlenecks + int64_t(l));
       layer.drop = this->dropout(this->options_.drop_rates[l], this->options_.drop_channels[l], int64_t(l));

@@ -71,6 +71,14 @@ class TorchCalls : public Place {
     return as_rows<T>(g, images, std::move(dx), conv.C);
   }
 
+  // Rows [N, C], row n times scale[n].
+  template <class A>
+  MaybeOwned<A> scaled_rows(const A* rows, const A* scale, int64_t N, int64_t C) const {
+    Tensor product = times(matrix(Rows<const A>{rows, C}, N, C), from_memory(scale, {N, 1}, {1, 1}));
+    A* data = static_cast<A*>(product.mutable_data_ptr());
+    return MaybeOwned<A>({data, C}, std::move(product));
+  }
+
   // ---- vectors ------------------------------------------------------------------------------------------------------
 
   template <class A>

@@ -33,7 +33,7 @@ from densenet_ext import checks, kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.block_steps import FIRST, backward_by_steps, columns_group, forward_by_steps, layer_places
 from densenet_ext.algorithm.columns import layer_columns
-from densenet_ext.algorithm.conversions import cast, is_empty, is_lowered, result_dtype
+from densenet_ext.algorithm.conversions import is_empty, is_lowered, result_dtype
 from densenet_ext.algorithm.dropout import new_seed
 from densenet_ext.algorithm.layer import dense_block_by_layers
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
@@ -46,7 +46,6 @@ from densenet_ext.algorithm.step import (
     NORMS,
     Parameters,
     folded,
-    folded_weight,
     layer_of,
     parameters_of,
 )
@@ -263,9 +262,8 @@ def _folded(config: Config, tensors: Tensors) -> Tensors:
     own = [Parameters(*tensors[start : start + COUNT]) for start in starts]
     pairs = folded([(layer, config.eps[2 * l + 1]) for l, layer in zip(fold, own, strict=True)], acc)
     for start, layer, (s2, t2) in zip(starts, own, pairs, strict=True):
-        W1 = folded_weight(cast(layer.conv1, acc), s2)
-        nothing = {"gamma2": None, "beta2": None, "mean2": None, "var2": None}
-        tensors[start : start + COUNT] = layer._replace(conv1=W1, bias1=t2, **nothing)
+        # the operation scales the weights, one layer's at a time
+        tensors[start : start + COUNT] = layer._replace(bias1=t2, gamma2=s2, beta2=None, mean2=None, var2=None)
     return tensors
 
 

@@ -192,7 +192,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
 def test_every_table_has_one_place() -> None:
     names = [name for names in table.PAGES.values() for name in names]
     files = [path.stem for path in table.GPU_RESULTS]
-    assert sorted(names) == sorted([*table.RENDERERS, *files, "compare"])
+    assert sorted(names) == sorted([*table.RENDERERS, *files, "compare", "workloads"])
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)

@@ -35,6 +35,13 @@ HALF = [torch.float16, torch.bfloat16]
 @BOTH
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_is_as_good_as_unfused(name: str, training: bool, dtype: torch.dtype) -> None:
+    # of several networks: where a rounding lets one ReLU pass, or not, a gradient of theirs is off by some percent
+    errors = torch.stack([half_precision_errors(name, training, dtype) for _ in range(4)]).mean(0)
+    assert (errors[1] <= 2 * errors[0] + 4 * torch.finfo(dtype).eps).all(), errors
+
+
+def half_precision_errors(name: str, training: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Of the plain network and the fused one [2]: the relative errors of output and gradients [2], against float64."""
     exact = warm(NETS[name]().double())
     plain = copy.deepcopy(exact).to(dtype).train(training)
     exact = copy.deepcopy(plain).double()
@@ -49,9 +56,8 @@ def test_half_precision_is_as_good_as_unfused(name: str, training: bool, dtype: 
             (p.grad.double() - w).norm() / w.norm().clamp_min(1e-6)
             for p, w in zip(model.parameters(), wanted, strict=True)
         ]
-        errors.append((out.item(), torch.stack(grads).mean().item()))
-    for got, allowed in zip(errors[1], errors[0], strict=True):
-        assert got <= 2 * allowed + 4 * torch.finfo(dtype).eps, errors
+        errors.append(torch.stack([out, torch.stack(grads).mean()]))
+    return torch.stack(errors)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
