@@ -197,6 +197,11 @@ class BlockCall {
     return conv;
   }
   SameConvolutionGrads<T> convolution_grads(const Tensor* weight, const Tensor* bias, const SameConvolution<T>& conv) {
+    bool fits = !weight || weight->dim() == window_dims_ + 2;
+    for (int i = 0; weight && fits && i < window_dims_; ++i)
+      fits = weight->size(i + 2) == conv.window[3 - window_dims_ + i];
+    STD_TORCH_CHECK(fits, "densenet_ext: grads: expected a convolution's gradient in the shape of its weight, got ",
+                    weight ? shape_of(*weight) : "");
     return {parameters_.template taps_out<A>(weight, "grads", conv.N, conv.C), vector_grad(bias, conv.N)};
   }
   A* vector_grad(const Tensor* t, int64_t count) { return t ? dense_out<A>(parameters_, *t, "grads", count) : nullptr; }

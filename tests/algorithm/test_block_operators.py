@@ -227,3 +227,15 @@ def test_who_computes_a_convolution() -> None:
     assert whole.has_kernel(x, [of_three]) == compiled and not whole.has_kernel(x, [of_three, of_one])
     with kernels.force_plain():
         assert not whole.has_conv3x3(x) and whole.operation("dense_layers", x, []) is None
+
+
+@pytest.mark.skipif(kernels.backend("cpu") != "compiled", reason="nothing is compiled")
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 5, 5), (2, 3, 9)])
+def test_a_gradient_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    own = (torch.ones(4, 4), False, [1, 2, 2], [torch.ones(3, 2, 1, 1), torch.ones(2, 3, 3, 3)], [1 << 4 | 1 << 10])
+    options = ([True, True], [1e-5, 1e-5], [0.0], [False], [0.0], [False], None, False)
+    results = (torch.ones(4, 4), torch.ones(12), torch.zeros(4), torch.ones(4), torch.zeros(3), torch.ones(3))
+    run = torch.ops.densenet_ext.dense_layers_backward
+    run(*own, *options, *results, None, [torch.ones(2, 3, 3, 3)], [1 << 10], torch.zeros(256))
+    with pytest.raises(RuntimeError, match="densenet_ext: grads: expected a convolution's gradient in the shape"):
+        run(*own, *options, *results, None, [torch.ones(shape)], [1 << 10], torch.zeros(256))

@@ -36,8 +36,8 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_is_as_good_as_unfused(name: str, training: bool, dtype: torch.dtype) -> None:
     # of several networks: where a rounding lets one ReLU pass, or not, a gradient of theirs is off by some percent
-    errors = torch.stack([half_precision_errors(name, training, dtype) for _ in range(4)]).mean(0)
-    assert (errors[1] <= 2 * errors[0] + 4 * torch.finfo(dtype).eps).all(), errors
+    errors = torch.stack([half_precision_errors(name, training, dtype) for _ in range(16)]).mean(0)
+    assert (errors[1] <= 1.5 * errors[0] + 2 * torch.finfo(dtype).eps).all(), errors
 
 
 def half_precision_errors(name: str, training: bool, dtype: torch.dtype) -> torch.Tensor:
