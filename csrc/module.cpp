@@ -8,6 +8,7 @@
 #if defined(USE_CUDA)
 #include "cuda/kernels.h"
 #endif
+#include "record.h"
 
 namespace {
 
@@ -39,7 +40,7 @@ void translate_exception(std::exception_ptr thrown) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Build facts of densenet_ext and the hooks that its tests need.";
+  m.doc() = "Build facts of densenet_ext, what of its Python has to be fast, and the hooks that its tests need.";
   pybind11::register_exception_translator(&translate_exception);
   m.def("build_facts", &build_facts, "Compiler, torch and CUDA that this was built with.");
   m.def("simd_level", [] { return std::string(dx::cpu::level().name); }, "The SIMD level in use.");
@@ -57,6 +58,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (!dx::cpu::set_level(name)) throw pybind11::value_error("no SIMD level '" + name + "' on this processor");
       },
       pybind11::arg("name"), "Use another SIMD level, for tests.");
+  pybind11::class_<dx::Record>(m, "Record", "What dictionaries hold, and of which classes objects are.")
+      .def(pybind11::init<const pybind11::list&, const pybind11::list&, pybind11::object, bool>(),
+           pybind11::arg("entries"), pybind11::arg("typed"), pybind11::arg("absent"), pybind11::arg("identical"))
+      .def("holds", &dx::Record::holds, "Whether they hold it still.");
 #if defined(USE_CUDA)
   m.def(
       "why_no_kernel",

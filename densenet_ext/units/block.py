@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from densenet_ext.units.parts import (
     parameter,
     submodule,
 )
-from densenet_ext.units.reading import Readings
+from densenet_ext.units.reading import ABSENT, Entry, Readings, record
 
 
 class Parts(NamedTuple):
@@ -221,28 +220,24 @@ class _Reading:
         self.layers = [_LayerParts(block, layer) for layer in layers]
         self.weights = [weight for layer in self.layers for weight in _weights(layer.values())]
         self._shapes = [weight.shape for weight in self.weights]
-        self._tensors = [entry for layer in self.layers for entry in layer.tensors()]
-        self._settings = [entry for layer in self.layers for entry in layer.settings()]
+        # of the tensors and the numbers that the layers' values are made of
+        self._records: list[Any] = []
         # what these norms do follows from the process group, too
         self._synced = any(isinstance(norm, nn.SyncBatchNorm) for layer in self.layers for norm in layer.norms)
-        self._found: tuple[list[Tensor | None], list[Any], DenseLayers | BasicLayers] | None = None
+        self._found: DenseLayers | BasicLayers | None = None
 
     def now(self, new_first: bool) -> DenseLayers | BasicLayers | None:
         """Returns the layers as they stand at this call; None where they are no plain tensors of the shapes that were
         read, alike in dtype and device."""
         if torch.compiler.is_compiling() or self._synced:
             return self._read(new_first)
-        try:
-            tensors = [holder[name] for holder, name in self._tensors]
-            settings = [get(values) for values, get in self._settings]
-        except KeyError:  # a parameter is no longer one, but an attribute
-            return self._read(new_first)
-        found = self._found
-        if found is not None and all(map(is_, tensors, found[0])) and settings == found[1]:
-            return found[2] if self._fits() else None
-        layers = self._read(new_first)
-        self._found = None if layers is None else (tensors, settings, layers)
-        return layers
+        if self._found is not None and all(record.holds() for record in self._records):
+            return self._found if self._fits() else None
+        tensors = [entry for layer in self.layers for entry in layer.tensors()]
+        settings = [entry for layer in self.layers for entry in layer.settings()]
+        self._records = [record(tensors, identical=True), record(settings)]
+        self._found = self._read(new_first)
+        return self._found
 
     def _read(self, new_first: bool) -> DenseLayers | BasicLayers | None:
         layers: list[Any] = [layer.values() for layer in self.layers]
@@ -270,19 +265,16 @@ class _LayerParts:
         # their attributes: a layer that is a unit by itself must not be kept alive by what was read of it
         self._drops = [(vars(submodule(layer, drop.part)), drop) for drop in block.drops]
 
-    def tensors(self) -> list[tuple[Any, str]]:
-        """Returns where the parameters and buffers are that the layer's values are made of: a dict and a key each."""
-        return [
-            (holder, name)
-            for module in (*self.norms, *self._convs)
-            for holder in (module._parameters, module._buffers)
-            for name in holder
-        ]
+    def tensors(self) -> list[Entry]:
+        """Returns the parameters and buffers that the layer's values are made of, where they are."""
+        holders = [vars(module)[kind] for module in (*self.norms, *self._convs) for kind in ("_parameters", "_buffers")]
+        return [(held, len(held), tuple(held), tuple(held.values())) for held in holders]
 
-    def settings(self) -> list[tuple[Any, Callable[[Any], Any]]]:
-        """Returns where the numbers and flags are that they are made of: a dict and a getter each."""
-        drops = [(values, itemgetter("training", drop.attribute)) for values, drop in self._drops]
-        return [*((vars(norm), _NORM_SETTINGS) for norm in self.norms), *drops]
+    def settings(self) -> list[Entry]:
+        """Returns the numbers and flags that they are made of, where they are."""
+        drops = [(values, ("training", drop.attribute)) for values, drop in self._drops]
+        settings = [*((vars(norm), _NORM_SETTINGS) for norm in self.norms), *drops]
+        return [(values, -1, names, tuple(values.get(name, ABSENT) for name in names)) for values, names in settings]
 
     def values(self) -> Layer | BasicLayer:
         """Returns the layer as the algorithm takes it, as it stands at this call."""
@@ -302,7 +294,7 @@ class _LayerParts:
         return Layer(norm1, W1, norm2, W2, rate, bias1, bias2, channels, inner_rate, inner_channels)
 
 
-_NORM_SETTINGS = itemgetter("training", "momentum", "eps", "track_running_stats")
+_NORM_SETTINGS = ("training", "momentum", "eps", "track_running_stats")
 
 
 def norms_of(layers: Sequence[Layer | BasicLayer]) -> list[Norm]:

@@ -11,13 +11,14 @@ import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from operator import itemgetter
+from operator import is_
 from types import CodeType, FunctionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+from densenet_ext import _extension
 
 _POOLING = ("kernel_size", "stride", "padding", "ceil_mode")
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
@@ -45,6 +46,42 @@ class Part(NamedTuple):
     hooks: bool = True  # whether hooks on it stand in the way
 
 
+Entry = tuple[Any, int, "tuple[str, ...] | None", tuple[Any, ...]]
+"""A dictionary, how many entries it has (-1: any number), some of their names, and their values; names of None: all
+values, in their order. ``ABSENT`` stands for an entry that is not there."""
+ABSENT = object()
+
+
+class _Record:
+    """What dictionaries hold, and of which classes objects are; ``identical``: as the same objects, else equal ones."""
+
+    def __init__(self, entries: list[Entry], typed: list[tuple[Any, type]], absent: object, identical: bool) -> None:
+        self._entries, self._typed, self._absent, self._identical = entries, typed, absent, identical
+
+    def holds(self) -> bool:
+        """Returns whether they hold it still."""
+        return all(type(thing) is kind for thing, kind in self._typed) and all(map(self._holds, self._entries))
+
+    def _holds(self, entry: Entry) -> bool:
+        values, count, names, expected = entry
+        if count >= 0 and len(values) != count:
+            return False
+        now = tuple(values.values()) if names is None else tuple(values.get(name, self._absent) for name in names)
+        if self._identical or names is None:
+            return len(now) == len(expected) and all(map(is_, now, expected))
+        return now == expected
+
+
+_Form: Any = _Record if _extension.module is None else _extension.module.Record
+
+
+def record(entries: list[Entry], typed: list[tuple[Any, type]] | None = None, identical: bool = False) -> _Record:
+    """Returns what ``entries`` are now, and of which classes the objects of ``typed`` are, compiled where that is
+    there."""
+    made: _Record = _Form(entries, typed or [], ABSENT, identical)
+    return made
+
+
 class Watch:
     """Tells whether modules are what they were: children, classes, hooks, forwards and settings.
 
@@ -54,46 +91,28 @@ class Watch:
     def __init__(self, parts: Iterable[Part]) -> None:
         parts = list(parts)
         # vars(), not attributes: a module looks its attributes up in Python, which costs ten times as much
-        self._holders = [part.module._modules for part in parts if part.module._modules]
-        self._children = self._now()
-        # not the first, the unit's own module: what remembers it would keep it alive
-        self._modules = [part.module for part in parts[1:]]
-        self._types = list(map(type, self._modules))
+        children = [part.module._modules for part in parts if part.module._modules]
+        entries: list[Entry] = [(held, len(held), None, tuple(held.values())) for held in children]
         classes = _own_classes(*dict.fromkeys(type(part.module) for part in parts))
-        self._classes = [(*_code[kind][:2], vars(kind), len(vars(kind))) for kind in classes if kind in _code]
-        self._constants = [entry for kind in classes for entry in _globals.get(kind, ())]
-        self._facts = [self._fact(part) for part in parts]
+        for kind in classes:
+            if kind in _code:
+                entries.append((vars(kind), len(vars(kind)), *_code[kind]))
+            entries += [(names, -1, (name,), (value,)) for names, name, value in _globals.get(kind, ())]
+        entries += map(self._fact, parts)
+        # not the first, the unit's own module: what remembers it would keep it alive
+        self._record = record(entries, [(part.module, type(part.module)) for part in parts[1:]])
 
-    def _now(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, self._holders)))
-
-    def _fact(self, part: Part) -> tuple[dict[str, Any], int, Any, Callable[[Any], Any], tuple[Any, ...]]:
+    def _fact(self, part: Part) -> Entry:
         # how many attributes: a new one might hide a function of the class
-        values, count = vars(part.module), len(vars(part.module))
-        names = (*(_HOOKS if part.hooks else ()), *_SETTINGS.get(type(part.module), ()), *part.settings)
-        if len(names) < 2:
-            names = (*names, "training", "training")[:2]  # itemgetter of one name returns no tuple
-            return values, count, values.get("forward"), itemgetter("_modules", "_modules"), (values["_modules"],) * 2
-        expected = (*(_NO_HOOKS if part.hooks else ()), *(values[name] for name in names[len(_HOOKS) * part.hooks :]))
-        return values, count, values.get("forward"), itemgetter(*names), expected
+        values = vars(part.module)
+        names = ("forward", *_SETTINGS.get(type(part.module), ()), *part.settings)
+        expected = tuple(values.get(name, ABSENT) for name in names)
+        hooks = _HOOKS if part.hooks else ()
+        return values, len(values), (*hooks, *names), (*_NO_HOOKS[: len(hooks)], *expected)
 
     def holds(self) -> bool:
         """Returns whether all is as it was when the watch began."""
-        if self._now() != self._children or list(map(type, self._modules)) != self._types:
-            return False
-        try:
-            for get, expected, now, count in self._classes:
-                if len(now) != count or get(now) != expected:
-                    return False
-            for names, name, value in self._constants:
-                if names[name] != value:
-                    return False
-            for values, count, forward, get, expected in self._facts:
-                if len(values) != count or values.get("forward") is not forward or get(values) != expected:
-                    return False
-        except KeyError:  # an attribute is gone
-            return False
-        return True
+        return self._record.holds()
 
 
 Value = TypeVar("Value")
@@ -129,8 +148,8 @@ class Readings(Generic[Value]):
         return value
 
 
-_code: dict[type, tuple[Callable[[Any], Any], tuple[Any, ...], int]] = {}
-"""The functions of classes that are not PyTorch's, as they were when the class was first met, and their number."""
+_code: dict[type, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
+"""The functions of classes that are not PyTorch's, by name as they were when the class was first met."""
 _globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
 """The numbers and words that these functions read from their files."""
 
@@ -140,8 +159,7 @@ def know_code(cls: type) -> None:
     for kind in _own_classes(cls):
         if kind not in _code:
             functions = {name: value for name, value in vars(kind).items() if isinstance(value, FunctionType)}
-            get = itemgetter("__module__", "__module__", *functions)
-            _code[kind] = get, get(vars(kind)), len(functions)
+            _code[kind] = tuple(functions), tuple(functions.values())
             read = [(f.__globals__, name) for f in functions.values() for name in f.__code__.co_names]
             constants = [(names, name, names.get(name)) for names, name in read]
             _globals[kind] = [entry for entry in constants if type(entry[2]) in (bool, int, float, str)]
@@ -157,12 +175,10 @@ def code_changed(cls: type) -> bool:
         known = _code.get(kind)
         if known is None:
             continue
-        if sum(isinstance(value, FunctionType) for value in vars(kind).values()) != known[2]:
+        if sum(isinstance(value, FunctionType) for value in vars(kind).values()) != len(known[0]):
             return True
-        try:
-            if known[0](vars(kind)) != known[1]:
-                return True
-        except KeyError:
+        now = vars(kind)
+        if any(now.get(name) is not function for name, function in zip(known[0], known[1], strict=True)):
             return True
         if any(names.get(name) != value for names, name, value in _globals[kind]):
             return True

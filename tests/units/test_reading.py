@@ -1,0 +1,142 @@
+"""What a unit remembers of its modules: compiled and in Python."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from densenet_ext import _extension
+from densenet_ext.units import reading
+from densenet_ext.units.reading import ABSENT, Part, Watch, code_changed, know_code
+
+FORMS = [
+    pytest.param(reading._Record, id="python"),
+    pytest.param(
+        None if _extension.module is None else _extension.module.Record,
+        id="compiled",
+        marks=pytest.mark.skipif(_extension.module is None, reason="without the compiled part"),
+    ),
+]
+
+
+@pytest.fixture(params=FORMS)
+def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``record`` in one of its two forms."""
+    monkeypatch.setattr(reading, "_Form", request.param)
+    return reading.record
+
+
+def test_a_record_sees_every_change_of_its_entries(made: Any) -> None:
+    values: dict[str, Any] = {"a": 1, "b": (2, 3), "hooks": OrderedDict()}
+    entry = (values, 3, ("a", "b", "hooks", "c"), (1, (2, 3), OrderedDict(), ABSENT))
+    known = made([entry])
+    assert known.holds()
+    values["b"] = (2, 3)[:1] + (3,)  # an equal one
+    assert known.holds()
+    for name, other in (("a", 2), ("b", (2, 4)), ("a", None)):
+        before = values[name]
+        values[name] = other
+        assert not known.holds(), name
+        values[name] = before
+    values["hooks"][0] = print
+    assert not known.holds()
+    values["hooks"].clear()
+    assert known.holds()
+    values["c"] = 1
+    assert not known.holds()
+    del values["c"], values["a"]
+    assert not known.holds()
+
+
+def test_a_record_counts_entries_where_it_is_told_how_many(made: Any) -> None:
+    values = {"a": 1}
+    counted, any_number = made([(values, 1, ("a",), (1,))]), made([(values, -1, ("a",), (1,))])
+    values["b"] = 2
+    assert not counted.holds()
+    assert any_number.holds()
+
+
+def test_a_record_of_all_values_sees_their_order(made: Any) -> None:
+    first, second = object(), object()
+    values = {"a": first, "b": second}
+    known = made([(values, 2, None, (first, second))])
+    assert known.holds()
+    values["a"] = values.pop("a")  # behind b
+    assert not known.holds()
+
+
+def test_a_record_of_the_same_objects_refuses_equal_ones(made: Any) -> None:
+    weight = torch.ones(3)
+    values = {"weight": weight, "bias": None}
+    known = made([(values, 2, ("weight", "bias"), (weight, None))], identical=True)
+    assert known.holds()
+    values["weight"] = torch.ones(3)
+    assert not known.holds()
+
+
+def test_a_record_sees_another_class(made: Any) -> None:
+    module = nn.ReLU()
+    known = made([], [(module, nn.ReLU)])
+    assert known.holds()
+    module.__class__ = nn.ReLU6
+    assert not known.holds()
+
+
+def test_a_record_of_a_class_reads_its_functions(made: Any) -> None:
+    class Own:
+        def act(self) -> None: ...
+
+    known = made([(vars(Own), -1, ("act", "other"), (Own.act, ABSENT))])
+    assert known.holds()
+    Own.other = Own.act  # type: ignore[attr-defined]
+    assert not known.holds()
+
+
+def test_an_error_of_a_comparison_is_raised(made: Any) -> None:
+    class Strange:
+        def __eq__(self, other: object) -> bool:
+            raise LookupError("strange")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    values: dict[str, Any] = {"a": 1}
+    known = made([(values, 1, ("a",), (Strange(),))])
+    with pytest.raises(LookupError, match="strange"):
+        known.holds()
+
+
+def test_a_watch_sees_children_hooks_forwards_and_settings() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    conv: Any = module[0]
+    watch = Watch([Part(module), *map(Part, module)])
+    assert watch.holds()
+    conv.stride = (2, 2)
+    assert not watch.holds()
+    conv.stride = (1, 1)
+    handle = conv.register_forward_hook(lambda *_: None)
+    assert not watch.holds()
+    handle.remove()
+    assert watch.holds()
+    conv.forward = conv.forward
+    assert not watch.holds()
+    del conv.forward
+    module[1] = nn.ReLU()
+    assert not watch.holds()
+
+
+def test_code_that_was_replaced_is_seen() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    know_code(Own)
+    watch = Watch([Part(Own())])
+    assert watch.holds()
+    assert not code_changed(Own)
+    Own.forward = lambda self, x: x + 1  # type: ignore[method-assign, assignment]
+    assert not watch.holds()
+    assert code_changed(Own)
