@@ -67,7 +67,7 @@ void basic_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
-    dx::basic_block(at, call.buffer, input, call.layers, scratch);
+    call.run(call.layers, [&] { dx::basic_block(at, call.buffer, input, call.layers, scratch); });
   });
 }
 
@@ -123,7 +123,8 @@ void basic_layers_backward(const Tensor& grad, bool writable, const std::vector<
     at.check_apart();
     const auto statistics = statistics_grad<A>(out, buffer.C, 2 * buffer.C);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
-    dx::basic_block_backward(at, buffer, gradient, writable, call.layers, own, ask, dx, scratch);
+    call.run(call.layers,
+             [&] { dx::basic_block_backward(at, buffer, gradient, writable, call.layers, own, ask, dx, scratch); });
   });
 }
 

@@ -155,6 +155,15 @@ inline Images images_of(const std::vector<int64_t>& size) {
   return images;
 }
 
+template <class T>
+const SameConvolution<T>& convolution_of(const DenseLayer<T>& layer) {
+  return layer.conv2;
+}
+template <class T>
+const SameConvolution<T>& convolution_of(const BasicLayer<T>& layer) {
+  return layer.conv;
+}
+
 // What forward and backward pass read of their arguments alike.
 template <class D, class T>
 class BlockCall {
@@ -240,6 +249,21 @@ class BlockCall {
   static void check_reads(size_t l, int64_t got, int64_t expected, const char* name) {
     STD_TORCH_CHECK(got == expected, "densenet_ext: ", name, ": expected ", expected, " input channels in layer ", l,
                     ", got ", got);
+  }
+
+  // Runs the layers. Where all their convolutions are kernels of ours, nothing else is called meanwhile.
+  template <class Layers, class F>
+  void run(const Layers& layers, const F& f) const {
+    constexpr int64_t kProductsPerElement = 32, kPasses = 4;  // of the backward pass over the same
+    bool ours = true;
+    int64_t elements = 0;
+    for (const auto& layer : layers) {
+      const auto& conv = convolution_of(layer);
+      const int64_t taps = conv.window[0] * conv.window[1] * conv.window[2];
+      ours &= has_kernel(at_, buffer.images, conv);
+      elements += buffer.M() * (conv.C + conv.N + layer.C + (layer.C + taps * conv.N) * conv.C / kProductsPerElement);
+    }
+    ours ? at_.together(kPasses * elements, f) : f();
   }
 
   A* vector(const OptionalTensor& t, const char* name, int64_t count, bool written) const {

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <exception>
+#include <thread>
 
 #include "../cpu/levels.h"
+#include "../cpu/team.h"
 #include "torch_calls.h"
 
 namespace dx::ops {
@@ -54,6 +57,34 @@ class Cpu : public TorchCalls {
     return conv.window[2] == 3;
   }
 
+  // Runs f, which calls nothing but the kernels above, with threads that stay together for all of them. `elements`: of
+  // the whole work, as the kernels measure it.
+  template <class F>
+  void together(int64_t elements, const F& f) const {
+    const int threads = pool(elements).tasks;
+    if (threads == 1 || cpu::Team::led()) return f();
+    cpu::Team team(threads);
+    const std::thread::id leader = std::this_thread::get_id();
+    bool ran = false;
+    std::exception_ptr error;  // torch's pool would hand on its words only
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const bool leads = std::this_thread::get_id() == leader;
+      if (!team.gather(end - begin == 1 && leads == (begin == 0))) return;
+      if (!leads) return team.serve(int(begin));
+      ran = true;
+      cpu::Team::led() = &team;
+      try {
+        f();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      cpu::Team::led() = nullptr;
+      team.dismiss();
+    });
+    if (error) std::rethrow_exception(error);
+    if (!ran) f();
+  }
+
  private:
   // Rows that a product takes of its inputs: a window of every row.
   template <class Params>
@@ -68,8 +99,10 @@ class Cpu : public TorchCalls {
   static cpu::Pool pool(int64_t elements) {
     constexpr int64_t kElementsPerTask = 16384;
     const int64_t worth = std::max<int64_t>(1, elements / kElementsPerTask);
-    return {int(std::min<int64_t>(torch::stable::get_num_threads(), worth)),
-            [](int tasks, void (*body)(void*, int), void* context) {
+    const cpu::Team* team = cpu::Team::led();
+    const int64_t threads = team ? team->size() : int64_t(torch::stable::get_num_threads());
+    return {int(std::min(threads, worth)), [](int tasks, void (*body)(void*, int), void* context) {
+              if (cpu::Team* led = cpu::Team::led()) return led->run(tasks, body, context);
               torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) body(context, int(i));
               });

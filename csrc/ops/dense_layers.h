@@ -107,7 +107,7 @@ void dense_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
-    dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch);
+    call.run(call.layers, [&] { dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch); });
   });
 }
 
@@ -171,7 +171,9 @@ void dense_layers_backward(const Tensor& grad, bool writable, const std::vector<
     at.check_apart();
     const auto statistics = statistics_grad<A>(out, buffer.C, sums);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
-    dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
+    call.run(call.layers, [&] {
+      dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
+    });
   });
 }
 

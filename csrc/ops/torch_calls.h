@@ -33,6 +33,12 @@ class TorchCalls : public Place {
     return MaybeOwned<T>(rows);
   }
 
+  // Runs f, which calls nothing but kernels: where a backend can make ready for many of them, it does.
+  template <class F>
+  void together(int64_t, const F& f) const {
+    f();
+  }
+
   // ---- convolutions that keep the size of their images --------------------------------------------------------------
 
   // Rows [M, N] of the convolution of x [M, C].
