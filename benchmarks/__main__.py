@@ -79,7 +79,10 @@ OUT = Annotated[Path, typer.Option(help="Results file, written anew.")]
 
 @app.command("kernels")
 def measure_kernels(
-    device: DEVICE = "cuda", seconds: SECONDS = 120.0, out: OUT = table.GPU_RESULTS[1], batch_size: BATCH = 64
+    device: DEVICE = "cuda",
+    seconds: SECONDS = 120.0,
+    out: OUT = table.FOLDER / "gpu-kernels.json",
+    batch_size: BATCH = 64,
 ) -> None:
     """Every operator at the shapes of DenseNet-121, DenseNet-201 and DenseNet-BC-100: time, bytes, share of a copy."""
     chosen = [peers.NETWORKS[name]._replace(batch=batch_size) for name in ("densenet121", "densenet201", "bc100")]
@@ -92,7 +95,7 @@ def measure_kernels(
 def measure_networks(
     device: DEVICE = "cuda",
     seconds: SECONDS = 3600.0,
-    out: OUT = table.GPU_RESULTS[0],
+    out: OUT = table.FOLDER / "gpu-networks.json",
     rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = networks.ROUNDS,
     try_algorithms: Annotated[bool, typer.Option(help="cuDNN chooses its algorithms by trying them.")] = False,
 ) -> None:
@@ -108,7 +111,7 @@ def measure_workloads(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of everybody.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="With torch.compile.")] = True,
-    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.WORKLOADS,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-workloads.json",
 ) -> None:
     """Training and inference at small and large batches, in both dtypes, against PyTorch, ONNX Runtime, OpenVINO."""
     torch.set_num_threads(threads)

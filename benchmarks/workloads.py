@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from benchmarks import measure, peers
+from benchmarks import markdown, measure, peers
 from benchmarks.run import Say, machine
 
 OURS = "densenet_ext"
@@ -194,17 +194,12 @@ def _seconds_each(repeats: int, call: Call) -> float:
 
 def table(found: Mapping[str, Any]) -> str:
     """Returns the rows as a table in Markdown, and what they depend on above it."""
-    about = found["machine"]
-    caption = (
-        f"{found['threads']} threads, {found['rounds']} rounds, medians: {about['cpu']} ({about['simd']}), "
-        f"torch {about['torch']}, commit {about['commit']}, {about['date']}"
-    )
+    caption = f"{found['threads']} threads, {found['rounds']} rounds, medians: {markdown.provenance(found['machine'])}"
     head = ["workload", "dtype", "ours, ms", "fastest other", "ms", "its time over ours (range)"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|--:|---|--:|--:|"]
+    rows = []
     for row in found["rows"]:
         median, low, high = row["ratio"]
-        times = row["milliseconds"]
-        name = row["fastest"]
-        cells = [f"{row['mode']}: {row['title']}", row["dtype"], times[OURS], name, times[name]]
-        lines.append(f"| {' | '.join(map(str, cells))} | **{median:.2f}** ({low:.2f} to {high:.2f}) |")
-    return f"{caption}\n\n" + "\n".join(lines)
+        times, fastest = row["milliseconds"], row["fastest"]
+        cells = [f"{row['mode']}: {row['title']}", row["dtype"], times[OURS], fastest, times[fastest]]
+        rows.append([*cells, f"**{median:.2f}** ({low:.2f} to {high:.2f})"])
+    return f"{caption}\n\n{markdown.table(head, rows, 'llrlrr')}"
