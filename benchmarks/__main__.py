@@ -1,6 +1,9 @@
-"""``python -m benchmarks`` measures training steps on the processor, ``python -m benchmarks networks`` and ``kernels``
-whole networks and single operators on a GPU, ``python -m benchmarks workloads`` small and large batches, training and
-inference, on the processor; ``python -m benchmarks table`` writes the figures into the pages.
+"""The command line of the benchmarks.
+
+On the processor: ``python -m benchmarks`` measures training steps, time and memory, and its commands ``workloads``
+small and large batches and inference, ``roofline`` single kernels, ``profile`` what a step consists of, ``depth``
+networks of up to 1,996 layers, ``host`` the time in front of the kernels. On a GPU: ``networks`` and ``kernels``.
+``python -m benchmarks table`` writes the figures of all of them into the pages.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import gpu_table, kernels, networks, peers, table, workloads
+from benchmarks import gpu_table, kernels, networks, peers, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
 
@@ -118,6 +121,17 @@ def measure_workloads(
     chosen = [each for each in workloads.WORKLOADS if only in each.network or only in each.mode]
     found = workloads.run(chosen, rounds, compiled, _say, _saving(out))
     typer.echo(workloads.table(found))
+
+
+@app.command("roofline")
+def measure_roofline(
+    threads: Annotated[int, typer.Option(min=1, help="Threads beside one alone.")] = 2,
+    shortest: Annotated[float, typer.Option(min=0, help="Seconds of a case's calls, three at least.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-roofline.json",
+) -> None:
+    """Every kernel of the processor: flops, bytes, time, its share of the machine's best product and copy."""
+    found = roofline.run(roofline.CHOSEN, sorted({1, threads}), shortest, _say, _saving(out))
+    typer.echo(roofline.table(found))
 
 
 def _say(text: str) -> None:
