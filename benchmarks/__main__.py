@@ -21,7 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import gpu_table, kernels, networks, peers, roofline, table, workloads
+from benchmarks import gpu_table, kernels, networks, peers, profile, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
 
@@ -132,6 +132,18 @@ def measure_roofline(
     """Every kernel of the processor: flops, bytes, time, its share of the machine's best product and copy."""
     found = roofline.run(roofline.CHOSEN, sorted({1, threads}), shortest, _say, _saving(out))
     typer.echo(roofline.table(found))
+
+
+@app.command("profile")
+def measure_profile(
+    steps: Annotated[int, typer.Option(min=1, help="Profiled steps, after two others.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-profile.json",
+) -> None:
+    """Which operator takes what share of a training step and of an inference."""
+    torch.set_num_threads(threads)
+    chosen = [peers.NETWORKS[name] for name in MEASURED]
+    typer.echo(profile.table(profile.run(chosen, steps, _say, _saving(out))))
 
 
 def _say(text: str) -> None:

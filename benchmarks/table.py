@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table, roofline, workloads
+from benchmarks import gpu_table, profile, roofline, workloads
 from benchmarks.markdown import table
 from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": ("summary", "compare"),
-    "docs/users/measured.md": ("workloads", "speed", "roofline", "memory", "gpu-networks", "gpu-kernels"),
+    "docs/users/measured.md": ("workloads", "speed", "profile", "roofline", "memory", "gpu-networks", "gpu-kernels"),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 
@@ -122,6 +122,7 @@ BESIDE: dict[str, dict[str, Callable[[Any], str]]] = {
     **{f"gpu-{name}": {f"gpu-{Path(name).stem}": render} for name, render in gpu_table.RENDERERS.items()},
     "cpu-workloads.json": {"workloads": workloads.table},
     "cpu-roofline.json": {"roofline": roofline.table},
+    "cpu-profile.json": {"profile": profile.table},
     "compare-digits.json": {"compare": compare},  # comparison.json of `densenet-ext compare`
 }
 """The other results files, and their tables by the names of their markers."""

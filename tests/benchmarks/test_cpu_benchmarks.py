@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import operators, peaks, peers, roofline
+import densenet_ext as dx
+from benchmarks import operators, peaks, peers, profile, roofline
 from benchmarks.kernels import Stopwatch
 from densenet_ext import _extension
 from densenet_ext.kernels import OPS
@@ -106,3 +110,96 @@ def test_the_table_of_a_roofline(tiny_roofline: dict[str, Any]) -> None:
     cell = f"{timed['seconds'] * 1e3:.2f} ms, {timed['share_of_copy']:.0%}"
     line = next(line for line in others.splitlines() if line.startswith("| `bn_relu` "))
     assert line.startswith(f"| `bn_relu` | 128 | 16 | {row['bytes'] / 1e6:.3g} | {cell} | ")
+
+
+# ---- profile ---------------------------------------------------------------------------------------------------------
+
+
+def event(name: str, above: Any = None, microseconds: float = 1.0, flops: int = 0, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(name=name, cpu_parent=above, cpu_time_total=microseconds, flops=flops, **more)
+
+
+def test_a_time_belongs_to_the_outermost_operator() -> None:
+    function = event("_Fused")
+    block = event("densenet_ext::dense_layers", function, 50)
+    within = event("aten::convolution", block, 30)
+    outer = event("aten::conv2d", function, 7, 1000)
+    inner = event("aten::conv2d", outer, 6, 1000)  # autocast's second
+    step = event("Optimizer.step#SGD.step", None, 9)
+    shapes, asked = [[2, 8, 3, 3], [2, 4, 3, 3], [8, 4, 1, 1], []], [True, True, False]
+    given = {"input_shapes": shapes, "concrete_inputs": [None, asked]}
+    backward = event("aten::convolution_backward", event("ConvolutionBackward0"), 11, **given)
+    found = profile.parts_of([function, block, within, outer, inner, step, event("aten::add_", step), backward])
+    assert found == {
+        "densenet_ext::dense_layers": (1, pytest.approx(50e-6), 0),
+        profile.FORWARD: (1, pytest.approx(7e-6), 1000),
+        profile.OPTIMIZER: (1, pytest.approx(9e-6), 0),
+        profile.BACKWARD: (1, pytest.approx(11e-6), 2 * 2 * (2 * 8 * 9) * 4),
+    }
+    asked[0] = False
+    assert profile.flops_of_backward(backward) == 2 * (2 * 8 * 9) * 4
+
+
+@pytest.mark.parametrize("network", [TINY, TINY._replace(small_inputs=True, image=8)], ids=["large", "small"])
+def test_flops_of_the_layers_are_those_that_torch_counts(network: peers.Network) -> None:
+    model = dx.DenseNet(**network.keywords(), small_inputs=network.small_inputs)
+    blocks = [module for module in model.modules() if isinstance(module, dx.DenseBlock)]
+    images: list[torch.Tensor] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: images.append(args[0].detach()))
+    model(torch.randn(network.batch, 3, network.image, network.image))
+    with FlopCounterMode(display=False) as counter:
+        for block, x in zip(blocks, images.copy(), strict=True):
+            block(x)
+    assert profile.flops_of_layers(network) == counter.get_total_flops()
+
+
+def test_a_profile() -> None:
+    saved: list[int] = []
+    found = profile.run([TINY], 2, no_words, lambda found: saved.append(len(found["rows"])), (8,))
+    assert json.loads(json.dumps(found)) == found and saved == [1, 2, 3, 4]
+    assert {(row["mode"], row["dtype"]) for row in found["rows"]} == set(
+        itertools.product(profile.MODES, profile.DTYPES)
+    )
+    layers = profile.flops_of_layers(TINY)
+    for row in found["rows"]:
+        parts, training = row["parts"], row["mode"] == "training"
+        assert sum(part["seconds"] for part in parts.values()) < row["seconds"]
+        assert parts["densenet_ext::dense_layers"]["flops"] == layers
+        assert parts["densenet_ext::dense_layers"]["calls"] == len(TINY.block_config)
+        stem, transition = 2 * 2 * 16 * 16 * 49 * 3 * 8, 2 * 2 * 4 * 4 * 16 * 8
+        assert parts[profile.FORWARD]["flops"] == stem + transition
+        assert (profile.OPTIMIZER in parts) == training
+        if training:
+            assert parts["densenet_ext::dense_layers_backward"]["flops"] == 2 * layers
+            assert parts[profile.BACKWARD]["flops"] == stem + 2 * transition  # images have no gradient
+    shown = [part for part in profile.table(found).split("\n\n") if part.startswith("|")]
+    assert [part.split(" | ")[0] for part in shown] == ["| training", "| inference"]
+    assert "| `densenet_ext::dense_layers` | " in shown[1] and "%, at " in shown[1]
+
+
+def test_the_table_of_a_profile_adds_up() -> None:
+    parts = {
+        "densenet_ext::dense_layers": {"calls": 4, "seconds": 0.06, "flops": 3e9},
+        profile.FORWARD: {"calls": 1, "seconds": 0.03, "flops": 0},
+        "densenet_ext::bn_relu_avg_pool": {"calls": 1, "seconds": 0.0005, "flops": 0},
+    }
+    row = {
+        "title": "A",
+        "image": 8,
+        "batch": 2,
+        "mode": "inference",
+        "dtype": "float32",
+        "seconds": 0.1,
+        "parts": parts,
+    }
+    about = {"cpu": "A", "simd": "s", "torch": "t", "commit": "c", "date": "d"}
+    lines = profile.table({"machine": about, "threads": 2, "steps": 1, "gemm": {"float32": 1e11}, "rows": [row]})
+    assert lines.splitlines()[2:] == [
+        "| inference | A, 8^2, batch 2, float32 |",
+        "|---|--:|",
+        "| milliseconds | 100.0 |",
+        "| `densenet_ext::dense_layers` | 60%, at 50% |",
+        f"| {profile.FORWARD} | 30% |",
+        f"| {profile.REST} | 10% |",  # with what is less than a hundredth
+    ]
