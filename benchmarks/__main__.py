@@ -21,9 +21,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import gpu_table, kernels, networks, peers, profile, roofline, table, workloads
+from benchmarks import depth, gpu_table, kernels, networks, peers, profile, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.figures import check_picture
 
 BATCH = Annotated[int, typer.Option(min=1, help="Images of a call.")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -144,6 +146,33 @@ def measure_profile(
     torch.set_num_threads(threads)
     chosen = [peers.NETWORKS[name] for name in MEASURED]
     typer.echo(profile.table(profile.run(chosen, steps, _say, _saving(out))))
+
+
+@app.command("depth")
+def measure_depth(
+    deepest: Annotated[int, typer.Option(min=40, help="No deeper networks than this.")] = 1996,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the two levels of saving.")] = 7,
+    batch_size: BATCH = 64,
+    image: Annotated[int, typer.Option(min=8, help="Height and width.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    out: Annotated[Path, typer.Option(help="Results file; an interrupted run goes on.")] = table.FOLDER
+    / "cpu-depth.json",
+    picture: Annotated[Path, typer.Option(help="Where to draw.")] = table.ROOT / "docs" / "pictures" / "depth.png",
+) -> None:
+    """DenseNet-BC of 40 to 1,996 layers: time and memory of a step; both levels of saving."""
+    save = _saving(out)
+    try:
+        earlier = depth.earlier_of(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from error
+    try:
+        check_picture(picture)
+    except UserError as error:
+        raise typer.BadParameter(str(error), param_hint="'--picture'") from error
+    chosen = [each for each in depth.DEPTHS if each.layers <= deepest]
+    found = depth.run(chosen, earlier, rounds, batch_size, image, threads, _say, save)
+    depth.draw(found, picture)
+    typer.echo(depth.table(found))
 
 
 def _say(text: str) -> None:
