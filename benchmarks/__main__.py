@@ -21,7 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import depth, gpu_table, kernels, networks, peers, profile, roofline, table, workloads
+from benchmarks import depth, gpu_table, host, kernels, networks, peers, profile, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
 from densenet_ext.training.errors import UserError
@@ -173,6 +173,22 @@ def measure_depth(
     found = depth.run(chosen, earlier, rounds, batch_size, image, threads, _say, save)
     depth.draw(found, picture)
     typer.echo(depth.table(found))
+
+
+@app.command("host")
+def measure_host(
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 25,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-host.json",
+) -> None:
+    """What a call costs before and between its kernels, in one thread, against PyTorch; the time of plan."""
+    save = _saving(out)
+    try:
+        found = host.run(rounds, _say)
+    except peers.Unavailable as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    save(found)
+    typer.echo(host.table(found))
 
 
 def _say(text: str) -> None:

@@ -13,14 +13,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import depth, gpu_table, profile, roofline, workloads
+from benchmarks import depth, gpu_table, host, profile, roofline, workloads
 from benchmarks.markdown import table
 from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": ("summary", "depth", "compare"),
-    "docs/users/measured.md": ("workloads", "speed", "profile", "roofline", "memory", "gpu-networks", "gpu-kernels"),
+    "docs/users/measured.md": (
+        "workloads",
+        "speed",
+        "host",
+        "profile",
+        "roofline",
+        "memory",
+        "gpu-networks",
+        "gpu-kernels",
+    ),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 
@@ -122,6 +131,7 @@ BESIDE: dict[str, dict[str, Callable[[Any], str]]] = {
     **{f"gpu-{name}": {f"gpu-{Path(name).stem}": render} for name, render in gpu_table.RENDERERS.items()},
     "cpu-workloads.json": {"workloads": workloads.table},
     "cpu-depth.json": {"depth": depth.table},
+    "cpu-host.json": {"host": host.table},
     "cpu-roofline.json": {"roofline": roofline.table},
     "cpu-profile.json": {"profile": profile.table},
     "compare-digits.json": {"compare": compare},  # comparison.json of `densenet-ext compare`

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import densenet_ext as dx
-from benchmarks import operators, peaks, peers, profile, roofline
+from benchmarks import host, operators, peaks, peers, profile, roofline
 from benchmarks.kernels import Stopwatch
 from densenet_ext import _extension
 from densenet_ext.kernels import OPS
@@ -203,3 +203,36 @@ def test_the_table_of_a_profile_adds_up() -> None:
         f"| {profile.FORWARD} | 30% |",
         f"| {profile.REST} | 10% |",  # with what is less than a hundredth
     ]
+
+
+# ---- host time -------------------------------------------------------------------------------------------------------
+
+
+def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "NETWORK", host.NETWORK._replace(block_config=(2, 2)))
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "plan_seconds", lambda: 0.25)
+    before = torch.get_num_threads()
+    try:
+        found = host.run(2, no_words)
+    except peers.Unavailable as error:
+        pytest.skip(str(error))
+    assert torch.get_num_threads() == before and json.loads(json.dumps(found)) == found
+    assert [row["mode"] for row in found["rows"]] == ["inference", "forward and backward"]
+    for row in found["rows"]:
+        median, low, high = row["ratio"]
+        assert 0 < low <= median <= high and min(row["milliseconds"].values()) > 0
+    text = host.table(found)
+    assert f"| inference | {found['rows'][0]['milliseconds'][host.OURS]:.2f} | " in text
+    assert text.endswith("takes 0.25 s.")
+
+
+def test_the_networks_of_host_time_leave_no_gradient_and_have_one_pixel_at_the_end() -> None:
+    assert [block.image for block in operators.blocks_of(host.NETWORK)] == [8, 4, 2, 1]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    seen: list[int] = []
+    model[1].weight.register_hook(lambda grad: seen.append(1))
+    host.training(model)()
+    assert seen and all(parameter.grad is None for parameter in model.parameters()) and model.training
+    host.inference(model)()
+    assert not model.training and len(seen) == 1
