@@ -116,12 +116,13 @@ def measure_workloads(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of everybody.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="With torch.compile.")] = True,
+    seconds: SECONDS = 7200.0,
     out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-workloads.json",
 ) -> None:
     """Training and inference at small and large batches, in both dtypes, against PyTorch, ONNX Runtime, OpenVINO."""
     torch.set_num_threads(threads)
     chosen = [each for each in workloads.WORKLOADS if only in each.network or only in each.mode]
-    found = workloads.run(chosen, rounds, compiled, _say, _saving(out))
+    found = workloads.run(chosen, rounds, compiled, _say, _saving(out), seconds)
     typer.echo(workloads.table(found))
 
 

@@ -19,7 +19,7 @@ from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    "README.md": ("summary", "depth", "compare"),
+    "README.md": ("workloads-summary", "summary", "depth", "compare"),
     "docs/users/measured.md": (
         "workloads",
         "speed",
@@ -129,7 +129,7 @@ _COMPARED = ("loss", "validation_error_last", "test_error", "seconds", "kept_byt
 
 BESIDE: dict[str, dict[str, Callable[[Any], str]]] = {
     **{f"gpu-{name}": {f"gpu-{Path(name).stem}": render} for name, render in gpu_table.RENDERERS.items()},
-    "cpu-workloads.json": {"workloads": workloads.table},
+    "cpu-workloads.json": {"workloads": workloads.table, "workloads-summary": workloads.summary},
     "cpu-depth.json": {"depth": depth.table},
     "cpu-host.json": {"host": host.table},
     "cpu-roofline.json": {"roofline": roofline.table},
