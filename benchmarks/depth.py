@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -101,8 +100,20 @@ def measured(depth: Depth, batch: int, image: int, threads: int) -> dict[str, An
         "steps": len(seconds),
         "kept_bytes": memory.kept,
         "peak_bytes": held + memory.peak,
-        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident_bytes": resident_peak(),
     }
+
+
+def resident_peak() -> int | None:
+    """Returns the most bytes that this process has held, None where the system does not tell.
+
+    ``getrusage`` would count what the parent held when it started the process.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def levels(rounds: int, batch: int, image: int) -> dict[str, Any]:
@@ -220,7 +231,7 @@ def table(found: Mapping[str, Any]) -> str:
             row["form"],
             f"{row['parameters'] / 1e6:.2f}",
             f"{row['seconds']:.{max(1, 2 - math.floor(math.log10(row['seconds'])))}f}",
-            *(f"{row[key] / 2**30:.2f}" for key in ("kept_bytes", "peak_bytes", "resident_bytes")),
+            *(_gib(row[key]) for key in ("kept_bytes", "peak_bytes", "resident_bytes")),
         )
         for row in sorted(found["rows"], key=lambda row: (row["form"] != OURS, row["layers"]))
     ]
@@ -232,6 +243,10 @@ def table(found: Mapping[str, Any]) -> str:
             f'{high:.2f}) times one at `"bottlenecks"`, paired in {found["levels"]["rounds"]} rounds.'
         )
     return "\n\n".join(parts)
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f}"
 
 
 PICTURE = "![Peak memory and time of a step over the number of layers](docs/pictures/depth.png)"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,16 @@ def found() -> dict[str, Any]:
     result: dict[str, Any] = run(SHALLOW, None, lambda found: saved.append(len(found["rows"])))
     assert saved == [0, 1, 2]  # the levels of saving first
     return result
+
+
+@pytest.mark.skipif(depth.resident_peak() is None, reason="the system does not tell")
+def test_a_process_does_not_count_what_its_parent_held() -> None:
+    ballast = torch.ones(2**27)  # 512 MiB
+    here = depth.resident_peak()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        there = processes.submit(depth.resident_peak).result()
+    assert here is not None and there is not None and there < here
+    assert here > 4 * ballast.numel()
 
 
 def test_an_interrupted_run_goes_on(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
