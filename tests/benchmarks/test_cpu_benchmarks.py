@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import densenet_ext as dx
-from benchmarks import host, operators, peaks, peers, profile, roofline
+from benchmarks import host, operators, peaks, peers, profile, roofline, table
 from benchmarks.kernels import Stopwatch
 from densenet_ext import _extension
 from densenet_ext.kernels import OPS
@@ -236,3 +238,33 @@ def test_the_networks_of_host_time_leave_no_gradient_and_have_one_pixel_at_the_e
     assert seen and all(parameter.grad is None for parameter in model.parameters()) and model.training
     host.inference(model)()
     assert not model.training and len(seen) == 1
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_write_results_files_that_have_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from benchmarks.__main__ import app
+
+    monkeypatch.setattr(roofline, "CHOSEN", [roofline.Chosen(TINY, lambda case: case.where == "head")])
+    monkeypatch.setattr(roofline, "run", functools.partial(roofline.run, sides=(8,), copied=2**10))
+    monkeypatch.setattr(profile, "run", functools.partial(profile.run, sides=(8,)))
+    monkeypatch.setattr(host, "run", lambda rounds, say: HOST | {"rounds": rounds})
+    for name in ("bc100", "densenet121"):
+        monkeypatch.setitem(peers.NETWORKS, name, TINY)
+    threads = torch.get_num_threads()
+    for name, *options in (("roofline", "--shortest", 0), ("profile", "--steps", 1), ("host", "--rounds", 3)):
+        out = tmp_path / "new" / f"cpu-{name}.json"
+        arguments = [name, *options, *(["--threads", threads] if name != "host" else []), "--out", out]
+        result = testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        tables = table.of_file(out)
+        assert list(tables) == [name] and tables[name] in result.output
+
+
+HOST = {
+    "machine": {"cpu": "A", "simd": "s", "torch": "t", "commit": "c", "date": "d"},
+    "rows": [{"mode": "inference", "milliseconds": {host.OURS: 1.0, host.EAGER: 3.0}, "ratio": [3.0, 2.0, 4.0]}],
+    "plan_seconds": 0.5,
+}
