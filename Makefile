@@ -1,7 +1,8 @@
 # Each target makes its own environment on a machine that has Python >= 3.10, a C++ compiler and make.
 #   make train   train on the handwritten digits        make test    lint, types and tests
-#   make bench   README's first table                   make lint    lint and types only
-#   make compare README's second table and its picture
+#   make bench   all tables of the processor            make lint    lint and types only
+#   make bench-quick   its first table and the kernels, five minutes
+#   make compare README's last table and its picture
 #   make test-fast                  the tests without the slow ones      make docs   the site, into build/site
 #   make fuzz FUZZ_EXAMPLES=5000    random calls, as many for each test as asked for
 #   make sanitize                   the operators' tests under ASan and UBSan, at each SIMD level of this processor
@@ -26,7 +27,7 @@ cxx_files := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast lint pytest fuzz sanitize bench compare docs gpu clean
+.PHONY: train test test-fast lint pytest fuzz sanitize bench bench-quick compare docs gpu clean
 
 train: $(VENV)/.train
 	$(python) -m densenet_ext train $(TRAIN_ARGS)
@@ -53,17 +54,24 @@ fuzz: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(python) tools/sanitize.py $(TEST_ARGS)
 
-# The first table of README and those of docs/users/measured.md. BENCH_ARGS="--efficient FOLDER": with a clone of
-# gpleiss/efficient_densenet_pytorch instead of the look-alike of the tests.
+# All tables of README and of docs/users/measured.md but for those of a GPU and of `make compare`.
+# BENCH_ARGS="--efficient FOLDER": with a clone of gpleiss/efficient_densenet_pytorch instead of the tests' look-alike.
+# An interrupted run of `depth` goes on.
 bench: $(VENV)/.dev
 	$(python) -m benchmarks $(BENCH_ARGS)
 	$(python) -m benchmarks workloads
+	$(python) -m benchmarks roofline
+	$(python) -m benchmarks profile
+	$(python) -m benchmarks host
+	$(python) -m benchmarks depth
 	$(python) -m benchmarks table
 
 bench-quick: $(VENV)/.dev
-	$(python) -m benchmarks workloads --no-compile --rounds 3 --out build/bench-quick.json $(BENCH_ARGS)
+	$(python) -m benchmarks workloads --no-compile --rounds 3 --seconds 200 --out build/bench/workloads.json
+	$(python) -m benchmarks roofline --shortest 0 --out build/bench/roofline.json
+	$(python) -m benchmarks host --rounds 5 --out build/bench/host.json
 
-# The second table of README and its picture.
+# The last table of README and its picture.
 compare: $(VENV)/.dev
 	rm -rf build/compare
 	$(python) -m densenet_ext compare --seeds 5 --out build/compare $(COMPARE_ARGS)

@@ -1,6 +1,9 @@
-"""``python -m benchmarks`` measures training steps on the processor, ``python -m benchmarks networks`` and ``kernels``
-whole networks and single operators on a GPU, ``python -m benchmarks workloads`` small and large batches, training and
-inference, on the processor; ``python -m benchmarks table`` writes the figures into the pages.
+"""The command line of the benchmarks.
+
+On the processor: ``python -m benchmarks`` measures training steps, time and memory, and its commands ``workloads``
+small and large batches and inference, ``roofline`` single kernels, ``profile`` what a step consists of, ``depth``
+networks of up to 1,996 layers, ``host`` the time in front of the kernels. On a GPU: ``networks`` and ``kernels``.
+``python -m benchmarks table`` writes the figures of all of them into the pages.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the
 import torch
 import typer
 
-from benchmarks import gpu_table, kernels, networks, peers, table, workloads
+from benchmarks import depth, gpu_table, host, kernels, networks, peers, profile, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.figures import check_picture
 
 BATCH = Annotated[int, typer.Option(min=1, help="Images of a call.")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -79,7 +84,10 @@ OUT = Annotated[Path, typer.Option(help="Results file, written anew.")]
 
 @app.command("kernels")
 def measure_kernels(
-    device: DEVICE = "cuda", seconds: SECONDS = 120.0, out: OUT = table.GPU_RESULTS[1], batch_size: BATCH = 64
+    device: DEVICE = "cuda",
+    seconds: SECONDS = 120.0,
+    out: OUT = table.FOLDER / "gpu-kernels.json",
+    batch_size: BATCH = 64,
 ) -> None:
     """Every operator at the shapes of DenseNet-121, DenseNet-201 and DenseNet-BC-100: time, bytes, share of a copy."""
     chosen = [peers.NETWORKS[name]._replace(batch=batch_size) for name in ("densenet121", "densenet201", "bc100")]
@@ -92,7 +100,7 @@ def measure_kernels(
 def measure_networks(
     device: DEVICE = "cuda",
     seconds: SECONDS = 3600.0,
-    out: OUT = table.GPU_RESULTS[0],
+    out: OUT = table.FOLDER / "gpu-networks.json",
     rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = networks.ROUNDS,
     try_algorithms: Annotated[bool, typer.Option(help="cuDNN chooses its algorithms by trying them.")] = False,
 ) -> None:
@@ -108,13 +116,80 @@ def measure_workloads(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of everybody.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="With torch.compile.")] = True,
-    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.WORKLOADS,
+    seconds: SECONDS = 7200.0,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-workloads.json",
 ) -> None:
     """Training and inference at small and large batches, in both dtypes, against PyTorch, ONNX Runtime, OpenVINO."""
     torch.set_num_threads(threads)
     chosen = [each for each in workloads.WORKLOADS if only in each.network or only in each.mode]
-    found = workloads.run(chosen, rounds, compiled, _say, _saving(out))
+    found = workloads.run(chosen, rounds, compiled, _say, _saving(out), seconds)
     typer.echo(workloads.table(found))
+
+
+@app.command("roofline")
+def measure_roofline(
+    threads: Annotated[int, typer.Option(min=1, help="Threads beside one alone.")] = 2,
+    shortest: Annotated[float, typer.Option(min=0, help="Seconds of a case's calls, three at least.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-roofline.json",
+) -> None:
+    """Every kernel of the processor: flops, bytes, time, its share of the machine's best product and copy."""
+    found = roofline.run(roofline.CHOSEN, sorted({1, threads}), shortest, _say, _saving(out))
+    typer.echo(roofline.table(found))
+
+
+@app.command("profile")
+def measure_profile(
+    steps: Annotated[int, typer.Option(min=1, help="Profiled steps, after two others.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-profile.json",
+) -> None:
+    """Which operator takes what share of a training step and of an inference."""
+    torch.set_num_threads(threads)
+    chosen = [peers.NETWORKS[name] for name in MEASURED]
+    typer.echo(profile.table(profile.run(chosen, steps, _say, _saving(out))))
+
+
+@app.command("depth")
+def measure_depth(
+    deepest: Annotated[int, typer.Option(min=40, help="No deeper networks than this.")] = 1996,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the two levels of saving.")] = 7,
+    batch_size: BATCH = 64,
+    image: Annotated[int, typer.Option(min=8, help="Height and width.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    out: Annotated[Path, typer.Option(help="Results file; an interrupted run goes on.")] = table.FOLDER
+    / "cpu-depth.json",
+    picture: Annotated[Path, typer.Option(help="Where to draw.")] = table.ROOT / "docs" / "pictures" / "depth.png",
+) -> None:
+    """DenseNet-BC of 40 to 1,996 layers: time and memory of a step; both levels of saving."""
+    save = _saving(out)
+    try:
+        earlier = depth.earlier_of(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from error
+    try:
+        check_picture(picture)
+    except UserError as error:
+        raise typer.BadParameter(str(error), param_hint="'--picture'") from error
+    chosen = [each for each in depth.DEPTHS if each.layers <= deepest]
+    found = depth.run(chosen, earlier, rounds, batch_size, image, threads, _say, save)
+    depth.draw(found, picture)
+    typer.echo(depth.table(found))
+
+
+@app.command("host")
+def measure_host(
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 25,
+    out: Annotated[Path, typer.Option(help="Results file, written anew.")] = table.FOLDER / "cpu-host.json",
+) -> None:
+    """What a call costs before and between its kernels, in one thread, against PyTorch; the time of plan."""
+    save = _saving(out)
+    try:
+        found = host.run(rounds, _say)
+    except peers.Unavailable as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    save(found)
+    typer.echo(host.table(found))
 
 
 def _say(text: str) -> None:

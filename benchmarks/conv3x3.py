@@ -8,19 +8,15 @@ timed by the processor time that it uses, so that other programs on the machine 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.measure import interleave, median, ratio
-from build_backend.environment import cxx_compiler
+from benchmarks.peaks import multiply_adds
 from densenet_ext.algorithm.conv import conv_same, conv_same_backward
 
 ops = torch.ops.densenet_ext
@@ -98,44 +94,6 @@ class Layer:
         ops.bn_relu_backward_reduce(da, self.x, *self.norm, *self.sums)
 
 
-# Twelve chains of multiply-adds, more than the processor's latency; nothing else.
-_PEAK = r"""
-#include <immintrin.h>
-#include <time.h>
-#define CHAINS(op, x) asm volatile( \
-  op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11) \
-  :: "v"(x) : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11")
-#define FMA(i) "vfmadd231ps %0, %0, %%zmm" #i "\n"
-#define DOT(i) "vdpbf16ps %0, %0, %%zmm" #i "\n"
-extern "C" double gflops(int bf16) {
-  const __m512 zero = _mm512_setzero_ps();
-  timespec a, b;
-  const int rounds = 1000000;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &a);
-  for (int i = 0; i < rounds; ++i)
-    if (bf16) CHAINS(DOT, zero); else CHAINS(FMA, zero);
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &b);
-  return rounds * 12.0 * 16 * 2 * (bf16 ? 2 : 1) / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec));
-}
-"""
-
-
-def peaks() -> dict[torch.dtype, float]:
-    """GFLOP/s of one thread that does nothing but multiply-adds; empty where there is no AVX-512 with bf16."""
-    from torch.backends import cpu
-
-    if cpu.get_cpu_capability() != "AVX512" or "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "peak.cpp", Path(folder) / "peak.so"
-        source.write_text(_PEAK)
-        compiler = cxx_compiler() or "c++"
-        subprocess.run([compiler, "-O2", "-mavx512f", "-shared", "-fPIC", source, "-o", library], check=True)
-        gflops = ctypes.CDLL(str(library)).gflops
-    gflops.restype = ctypes.c_double
-    return {dtype: max(gflops(bf16) for _ in range(5)) for bf16, dtype in enumerate((torch.float32, torch.bfloat16))}
-
-
 def stopwatch(calls: int) -> Callable[[Callable[[], object]], float]:
     """Seconds of one of ``calls`` calls."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -173,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = peaks()
+    found = multiply_adds()
     print(f"{'network':13} {'N':>3} {'image':9} {'C':>4} {'k':>3} {'dtype':9}", end="")
     print(" |".join(f"{way:>7} {'peak':>5} {'times':>6}" for way in ("forward", "backwd")))
     for dtype in (torch.float32, torch.bfloat16):

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
+
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -19,12 +21,11 @@ _KERNELS = ("operator", "shapes", "ms, all", "GB / s", "share of a copy", "lowes
 
 def networks(found: Results) -> str:
     """A line a case: images per second of ours and of the fastest eager peer, the same as graphs, peaks."""
-    lines = [_line(_NETWORKS), "|---|--:|---|---|" + "--:|--:|---|" + "--:|" * (len(_NETWORKS) - 7)]
-    lines += [_line(_case(run)) for run in found["runs"].values()]
+    lines = table(_NETWORKS, map(_case, found["runs"].values()), "lrllrrl" + "r" * (len(_NETWORKS) - 7))
     remarks = [f"{key}: {', '.join(reasons)}" for key, run in found["runs"].items() if (reasons := _reasons(run))]
     rounds = sorted({run["rounds"] for run in found["runs"].values()})
     text = f"{_machine(found['machine'])}; medians of {' or '.join(map(str, rounds))} interleaved rounds."
-    return "\n\n".join([text, "\n".join(lines), *(["Not measured: " + "; ".join(remarks) + "."] if remarks else [])])
+    return "\n\n".join([text, lines, *(["Not measured: " + "; ".join(remarks) + "."] if remarks else [])])
 
 
 def kernels(found: Results) -> str:
@@ -35,9 +36,9 @@ def kernels(found: Results) -> str:
     copy = found["copy_bytes_per_second"] / 1e9
     parts = [f"{_machine(found['machine'])}; a copy moves {copy:.0f} GB/s, bytes read and written."]
     for (network, batch, precision), rows in groups.items():
-        lines = [_line(_KERNELS), "|---|" + "--:|" * (len(_KERNELS) - 1)]
-        lines += [_line(_operator(name, each, found["copy_bytes_per_second"])) for name, each in rows.items()]
-        parts += [f"**{network}**, batch {batch}, {precision}", "\n".join(lines)]
+        lines = [_operator(name, each, found["copy_bytes_per_second"]) for name, each in rows.items()]
+        shown = table(_KERNELS, lines, "l" + "r" * (len(_KERNELS) - 1))
+        parts += [f"**{network}**, batch {batch}, {precision}", shown]
     return "\n\n".join(parts)
 
 
@@ -49,10 +50,6 @@ def _machine(machine: Mapping[str, Any]) -> str:
     gpu = "gpu" in machine
     where = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if gpu else machine["cpu"]
     return f"{where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _case(run: Results) -> list[str]:

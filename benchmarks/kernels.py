@@ -40,20 +40,32 @@ PRECISIONS = (
 class Stopwatch:
     """Seconds of single calls on a device, with nothing of their arguments in its cache."""
 
-    def __init__(self, device: torch.device, flush_bytes: int | None = None) -> None:
-        """``flush_bytes``: what is written between two calls; by default several times the cache of a GPU."""
+    def __init__(
+        self,
+        device: torch.device,
+        flush_bytes: int | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``flush_bytes``: what is written between two calls; by default several times the cache of a GPU.
+
+        ``now``: the clock of a processor.
+        """
         self.device = device
         if flush_bytes is None:
             cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
             flush_bytes = max(4 * cache, 2**20)
         self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
+        self.now = now
 
     def median(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
         """The median seconds of ``repeats`` calls after three that are not counted."""
+        return statistics.median(self.times(call, repeats))
+
+    def times(self, call: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+        """The seconds of ``repeats`` calls after three that are not counted."""
         for _ in range(3):
             call()
-        times = self._on_gpu(call, repeats) if self.device.type == "cuda" else self._here(call, repeats)
-        return statistics.median(times)
+        return self._on_gpu(call, repeats) if self.device.type == "cuda" else self._here(call, repeats)
 
     def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[float]:
         # the flush takes longer than a launch: the calls are in the queue before the GPU comes to them
@@ -70,9 +82,9 @@ class Stopwatch:
         times = []
         for _ in range(repeats):
             self.flush.zero_()
-            begin = time.perf_counter()
+            begin = self.now()
             call()
-            times.append(time.perf_counter() - begin)
+            times.append(self.now() - begin)
         return times
 
 

@@ -17,6 +17,7 @@ from densenet_ext.kernels import acc_dtype
 
 EPS = 1e-5
 Arguments = dict[str, Any]
+_NO_DROPOUT: Arguments = {"drop_rate": 0.0, "seed": None, "layer": 0, "drop_rows": 1}
 
 
 class Case(NamedTuple):
@@ -66,6 +67,18 @@ def cases(network: Network, dtype: torch.dtype, device: torch.device) -> Iterato
         last = block is blocks[-1]
         window = block.image if last else 2
         yield from _average(make, block, width, window, "head" if last else f"transition {block.number}")
+
+
+def cases_3x3(network: Network, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """The 3x3 convolutions of ``network``, one a block, for which a GPU has no operator: all layers are alike."""
+    make, k = _Maker(dtype, device), network.growth_rate
+    for block in blocks_of(network):
+        pitch, where = block.channels + block.layers * k, f"block {block.number}"
+        given = (make, block, 4 * k, k, pitch)
+        flops = 2 * block.pixels * 9 * 4 * k * k
+        yield Case("bn_relu_conv3x3", where, block.pixels, 4 * k, functools.partial(_conv3x3, *given), flops)
+        backward = functools.partial(_conv3x3_backward, *given)
+        yield Case("bn_relu_conv3x3_backward", where, block.pixels, 4 * k, backward, 2 * flops)
 
 
 def bytes_moved(operator: Any, arguments: Arguments) -> int:
@@ -203,6 +216,45 @@ def _conv1x1_backward(make: _Maker, M: int, C: int, b: int, pitch: int) -> Argum
         "grad_mean": make.vector(C),
         "grad_var": make.vector(C),
     }
+
+
+def _conv3x3(make: _Maker, block: Block, b: int, k: int, pitch: int) -> Arguments:
+    M = block.pixels
+    return {
+        **_conv3x3_of(make, block, b, k),
+        "conv_bias": None,
+        **_NO_DROPOUT,
+        "out": make.rows(M, k, pitch, block.channels),
+        "out_mean": make.vector(k),
+        "out_var": make.vector(k),
+    }
+
+
+def _conv3x3_backward(make: _Maker, block: Block, b: int, k: int, pitch: int) -> Arguments:
+    M = block.pixels
+    return {
+        **_conv3x3_of(make, block, b, k),
+        "grad": make.rows(M, k, pitch, block.channels),
+        "features": make.rows(M, k, pitch, block.channels),
+        "features_mean": make.vector(k),
+        "features_grad_mean": make.vector(k),
+        "features_grad_var": make.vector(k),
+        **_NO_DROPOUT,
+        "scaled": False,
+        "grad_in": None,
+        "accumulate": False,
+        "grad_x": make.rows(M, b),
+        "grad_conv_weight": make.vector(k, b, 3, 3),
+        "grad_conv_bias": None,
+        **make.sums(b),
+        "grad_mean": None,
+        "grad_var": None,
+    }
+
+
+def _conv3x3_of(make: _Maker, block: Block, b: int, k: int) -> Arguments:
+    size, weight = [block.batch, 1, block.image, block.image], make.vector(k, b, 3, 3)
+    return {"x": make.rows(block.pixels, b), "size": size, **make.norm(b), "conv_weight": weight}
 
 
 def _cat(make: _Maker, M: int, C0: int, k: int, count: int) -> Arguments:

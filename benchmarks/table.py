@@ -13,21 +13,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table, workloads
+from benchmarks import depth, gpu_table, host, profile, roofline, workloads
+from benchmarks.markdown import table
 from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    "README.md": ("summary", "compare"),
-    "docs/users/measured.md": ("workloads", "speed", "memory", "gpu-networks", "gpu-kernels"),
+    "README.md": ("workloads-summary", "summary", "depth", "compare"),
+    "docs/users/measured.md": (
+        "workloads",
+        "speed",
+        "host",
+        "profile",
+        "roofline",
+        "memory",
+        "gpu-networks",
+        "gpu-kernels",
+    ),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
-# Of `make gpu` on one machine; the names of their markers are those without the ending.
-GPU_RESULTS = [RESULTS.with_name(f"gpu-{name}") for name in gpu_table.RENDERERS]
-WORKLOADS = RESULTS.with_name("cpu-workloads.json")
-COMPARED = RESULTS.with_name("compare-digits.json")  # comparison.json of `densenet-ext compare`
+FOLDER = Path(__file__).parent / "results"
+RESULTS = FOLDER / "cpu.json"
 
 Row = Mapping[str, Any]  # of one contender on one network
 Run = Mapping[str, Any]  # "title", "machine", "rounds", "baseline", "rows", "skipped": of one network
@@ -59,15 +66,15 @@ def memory(runs: Mapping[str, Run]) -> str:
 def summary(runs: Mapping[str, Run]) -> str:
     """One table: each level of ours in channels_last against the fastest peer and against the memory of plain."""
     measured_together: dict[str, list[str]] = defaultdict(list)
-    lines = [_line(_SUMMARY), "|---|---|--:|---|" + "--:|" * (len(_SUMMARY) - 4)]
+    rows = []
     for run in runs.values():
         measured_together[_settings(run)].append(run["title"])
         peer = fastest_peer(run["rows"])
         for row in run["rows"]:
             if (row["who"], row["layout"]) == ("densenet_ext", "channels_last"):
-                lines.append(_line(_summary_cells(run, row, peer)))
+                rows.append(_summary_cells(run, row, peer))
     captions = [f"**{' and '.join(titles)}**, {settings}" for settings, titles in measured_together.items()]
-    return "\n\n".join([*captions, "\n".join(lines)])
+    return "\n\n".join([*captions, table(_SUMMARY, rows, "llrlrrrrr")])
 
 
 _SUMMARY = (
@@ -86,56 +93,23 @@ def of_results(path: Path = RESULTS) -> dict[str, str]:
     """
     runs = load(path)
     tables = {name: render(runs) for name, render in RENDERERS.items()}
-    beside = [path.with_name(each.name) for each in GPU_RESULTS]
-    return {
-        **tables,
-        **of_gpu(beside),
-        **of_workloads(path.with_name(WORKLOADS.name)),
-        **of_compare(path.with_name(COMPARED.name)),
-    }
-
-
-def of_workloads(path: Path = WORKLOADS) -> dict[str, str]:
-    """The table of small and large batches by the name of its marker; none without the file.
-
-    Raises ValueError, with the file's name, when it is something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return {"workloads": workloads.table(json.loads(path.read_text(encoding="utf-8")))}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path.name}: expected a results file of benchmarks, got something else") from error
-
-
-def of_gpu(files: Sequence[Path] = GPU_RESULTS) -> dict[str, str]:
-    """The tables of a GPU by the names of their markers, of those results files that are there.
-
-    Raises ValueError, with the file's name, when one is none.
-    """
-    tables = {}
-    for path in files:
-        if not path.is_file():
-            continue
-        try:
-            render = gpu_table.RENDERERS[path.name.removeprefix("gpu-")]
-            tables[path.stem] = render(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path.name}: expected a results file of benchmarks, got something else") from error
+    for name in BESIDE:
+        tables |= of_file(path.with_name(name))
     return tables
 
 
-def of_compare(path: Path = COMPARED) -> dict[str, str]:
-    """The table of a comparison of fused and unfused training by the name of its marker; none without the file.
+def of_file(path: Path) -> dict[str, str]:
+    """The tables of one file of ``BESIDE`` by the names of their markers; none where there is no file.
 
     Raises ValueError, with the file's name, when it is something else.
     """
     if not path.is_file():
         return {}
     try:
-        return {"compare": compare(json.loads(path.read_text(encoding="utf-8")))}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: render(found) for name, render in BESIDE[path.name].items()}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path.name}: expected what densenet-ext compare writes, got something else") from error
+        raise ValueError(f"{path.name}: expected a results file of benchmarks, got something else") from error
 
 
 def compare(found: comparison.Found) -> str:
@@ -147,11 +121,22 @@ def compare(found: comparison.Found) -> str:
         f"{machine['date']}"
     )
     head, *rows = comparison.cells(found, _COMPARED)
-    table = "\n".join([_line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(_line, rows)])
-    return "\n\n".join([caption, table, " ".join(comparison.sentences(found))])
+    shown = table(head, rows, "lrrr")
+    return "\n\n".join([caption, shown, " ".join(comparison.sentences(found))])
 
 
 _COMPARED = ("loss", "validation_error_last", "test_error", "seconds", "kept_bytes", "peak_bytes")
+
+BESIDE: dict[str, dict[str, Callable[[Any], str]]] = {
+    **{f"gpu-{name}": {f"gpu-{Path(name).stem}": render} for name, render in gpu_table.RENDERERS.items()},
+    "cpu-workloads.json": {"workloads": workloads.table, "workloads-summary": workloads.summary},
+    "cpu-depth.json": {"depth": depth.table},
+    "cpu-host.json": {"host": host.table},
+    "cpu-roofline.json": {"roofline": roofline.table},
+    "cpu-profile.json": {"profile": profile.table},
+    "compare-digits.json": {"compare": compare},  # comparison.json of `densenet-ext compare`
+}
+"""The other results files, and their tables by the names of their markers."""
 
 
 _MARKER = re.compile(r"<!-- (/?)benchmarks:([\w-]+) -->")
@@ -174,8 +159,8 @@ def rewrite(page: str, text: str, tables: Mapping[str, str]) -> str:
         opening, closing = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
         if name in names:
             before, rest = text.split(opening)
-            table = f"{tables[name]}\n" if name in tables else ""
-            text = f"{before}{opening}\n{table}{closing}{rest.partition(closing)[2]}"
+            shown = f"{tables[name]}\n" if name in tables else ""
+            text = f"{before}{opening}\n{shown}{closing}{rest.partition(closing)[2]}"
         elif name in tables:
             raise ValueError(f"{page}: expected the markers {opening} and {closing}, got neither")
     return text
@@ -194,16 +179,10 @@ def _tables(
 ) -> str:
     parts = []
     for run in runs.values():
-        lines = [_line(head), "|---|---|---|" + "--:|" * (len(head) - 3)]
-        for row in run["rows"]:
-            lines.append(_line((row["who"], row["how"], row["layout"], *cells(run, row))))
-        table = "\n".join(lines)
-        parts += [part for part in (_caption(run), table, remark(run), _left_out(run)) if part]
+        rows = [(row["who"], row["how"], row["layout"], *cells(run, row)) for row in run["rows"]]
+        shown = table(head, rows, "lll" + "r" * (len(head) - 3))
+        parts += [part for part in (_caption(run), shown, remark(run), _left_out(run)) if part]
     return "\n\n".join(parts)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _caption(run: Run) -> str:

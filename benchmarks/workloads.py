@@ -10,6 +10,8 @@ import copy
 import functools
 import importlib
 import io
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import densenet_ext as dx
-from benchmarks import measure, peers
+from benchmarks import markdown, measure, peers
 from benchmarks.run import Say, machine
 
 OURS = "densenet_ext"
@@ -140,11 +142,25 @@ def open_vino(model: nn.Module, images: Tensor, dtype: str) -> Call:
     return lambda: request.infer([given])
 
 
-def run(workloads: Sequence[Workload], rounds: int, compiled: bool, say: Say, save: Callable[[Any], None]) -> Any:
-    """Measures all workloads in both dtypes; gives what there is so far to ``save`` after each."""
+def run(
+    workloads: Sequence[Workload],
+    rounds: int,
+    compiled: bool,
+    say: Say,
+    save: Callable[[Any], None],
+    seconds: float = math.inf,
+) -> Any:
+    """Measures all workloads in both dtypes; gives what there is so far to ``save`` after each.
+
+    Begins none after ``seconds``.
+    """
+    end = time.monotonic() + seconds
     found: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "rounds": rounds, "rows": []}
     for workload in workloads:
         for dtype in DTYPES:
+            if time.monotonic() > end:
+                say(f"{workload.title}, {workload.mode}, {dtype}: no time is left")
+                continue
             try:
                 row = measured(workload, dtype, rounds, compiled)
             except peers.Unavailable as error:
@@ -194,17 +210,35 @@ def _seconds_each(repeats: int, call: Call) -> float:
 
 def table(found: Mapping[str, Any]) -> str:
     """Returns the rows as a table in Markdown, and what they depend on above it."""
-    about = found["machine"]
-    caption = (
-        f"{found['threads']} threads, {found['rounds']} rounds, medians: {about['cpu']} ({about['simd']}), "
-        f"torch {about['torch']}, commit {about['commit']}, {about['date']}"
-    )
     head = ["workload", "dtype", "ours, ms", "fastest other", "ms", "its time over ours (range)"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|--:|---|--:|--:|"]
+    rows = []
     for row in found["rows"]:
-        median, low, high = row["ratio"]
-        times = row["milliseconds"]
-        name = row["fastest"]
-        cells = [f"{row['mode']}: {row['title']}", row["dtype"], times[OURS], name, times[name]]
-        lines.append(f"| {' | '.join(map(str, cells))} | **{median:.2f}** ({low:.2f} to {high:.2f}) |")
-    return f"{caption}\n\n" + "\n".join(lines)
+        times, fastest = row["milliseconds"], row["fastest"]
+        cells = [f"{row['mode']}: {row['title']}", row["dtype"], times[OURS], fastest, times[fastest]]
+        rows.append([*cells, _ratio(row)])
+    return f"{_caption(found)}\n\n{markdown.table(head, rows, 'llrlrr')}"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """Returns a table with a line for each workload, both dtypes beside each other."""
+    head = ["workload"]
+    for dtype in DTYPES:
+        head += [f"{dtype}: ours, ms", "fastest other", "its time over ours (range)"]
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in found["rows"]:
+        cells = [f"{row['milliseconds'][OURS]:.1f}", row["fastest"], _ratio(row)]
+        lines.setdefault(f"{row['mode']}: {row['title']}", {})[row["dtype"]] = cells
+    none = ["-"] * 3
+    rows = [[name, *(cell for dtype in DTYPES for cell in each.get(dtype, none))] for name, each in lines.items()]
+    return f"{_caption(found)}\n\n{markdown.table(head, rows, 'lrlrrlr')}"
+
+
+def _caption(found: Mapping[str, Any]) -> str:
+    others = dict.fromkeys(name for row in found["rows"] for name in row["milliseconds"] if name != OURS)
+    where = f"{found['threads']} threads, {found['rounds']} rounds, medians: {markdown.provenance(found['machine'])}"
+    return f"{where}; others: {'; '.join(others)}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    median, low, high = row["ratio"]
+    return f"**{median:.2f}** ({low:.2f} to {high:.2f})"

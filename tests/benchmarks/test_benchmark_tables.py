@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers, table
+from benchmarks import markdown, peers, table
 from benchmarks.run import machine, run
 from tests.support import pages
 
@@ -123,7 +123,7 @@ def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
         ("<!-- /benchmarks:speed --><!-- benchmarks:speed -->", "next, got /speed, speed$"),
         (MARKED.format("speed", MARKED.format("memory", "")), "next, got speed, memory, /memory, /speed$"),
         (2 * MARKED.format("speed", ""), "next, got speed, /speed, speed, /speed$"),
-        (MARKED.format("summary", ""), "speed, memory, gpu-networks, gpu-kernels only, got benchmarks:summary$"),
+        (MARKED.format("summary", ""), "memory, gpu-networks, gpu-kernels only, got benchmarks:summary$"),
     ],
     ids=["none", "open", "reversed", "nested", "twice", "another-page"],
 )
@@ -174,12 +174,20 @@ def test_the_table_of_a_comparison_is_small() -> None:
 
 def test_the_table_of_a_comparison_comes_from_its_file_where_there_is_one(tmp_path: Path) -> None:
     path = tmp_path / "compare-digits.json"
-    assert table.of_compare(path) == {}
+    assert table.of_file(path) == {}
     path.write_text(json.dumps(compared()))
-    assert table.of_compare(path) == {"compare": table.compare(compared())}
+    assert table.of_file(path) == {"compare": table.compare(compared())}
     path.write_text('{"results": {}}')
-    with pytest.raises(ValueError, match="compare-digits.json: expected what densenet-ext compare writes"):
-        table.of_compare(path)
+    with pytest.raises(ValueError, match="compare-digits.json: expected a results file"):
+        table.of_file(path)
+
+
+def test_tables_have_as_many_cells_in_every_line() -> None:
+    lines = markdown.table(("a", "b", "c"), [("x", 1, 2.5), ("y", 3, "-")], "lrr").splitlines()
+    assert lines == ["| a | b | c |", "|---|--:|--:|", "| x | 1 | 2.5 |", "| y | 3 | - |"]
+    for rows, align in (([("x", 1)], "lrr"), ([("x", 1, 2)], "lr")):
+        with pytest.raises(ValueError, match="expected 3 columns, got 2"):
+            markdown.table(("a", "b", "c"), rows, align)
 
 
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
@@ -191,8 +199,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
 
 def test_every_table_has_one_place() -> None:
     names = [name for names in table.PAGES.values() for name in names]
-    files = [path.stem for path in table.GPU_RESULTS]
-    assert sorted(names) == sorted([*table.RENDERERS, *files, "compare", "workloads"])
+    assert sorted(names) == sorted([*table.RENDERERS, *(name for file in table.BESIDE.values() for name in file)])
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)

@@ -319,11 +319,10 @@ def test_the_table_of_operators_adds_up_their_shapes(measured: dict[str, Any]) -
 
 
 def test_the_page_shows_a_gpu_only_when_there_are_results(tmp_path: Path, measured: dict[str, Any]) -> None:
-    files = [tmp_path / path.name for path in table.GPU_RESULTS]
-    assert [path.name for path in files] == ["gpu-networks.json", "gpu-kernels.json"]
-    assert table.of_gpu(files) == {}
+    files = [tmp_path / name for name in ("gpu-networks.json", "gpu-kernels.json")]
+    assert [table.of_file(file) for file in files] == [{}, {}]
     files[0].write_text(json.dumps(network_results()))
-    tables = table.of_gpu(files)
+    tables = table.of_file(files[0])
     assert list(tables) == ["gpu-networks"]
     page = "docs/users/measured.md"
     opening, closing = "<!-- benchmarks:gpu-networks -->", "<!-- /benchmarks:gpu-networks -->"
@@ -336,7 +335,7 @@ def test_the_page_shows_a_gpu_only_when_there_are_results(tmp_path: Path, measur
         table.rewrite(page, "words", tables)
     files[1].write_text("{}")
     with pytest.raises(ValueError, match=r"gpu-kernels\.json: expected a results file"):
-        table.of_gpu(files)
+        table.of_file(files[1])
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

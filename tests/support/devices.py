@@ -12,7 +12,10 @@ LEFT_OUT = {
     "test_build.py": "decisions of the build and errors of a machine without torch or compiler; no tensor is computed",
     "test_train*.py": "the command line, its data and its pictures, on the processor",
     "test_benchmarks.py": "arithmetic of the benchmarks and their files, on the processor",
-    "test_gpu_benchmarks.py": "the same; `make gpu` runs the benchmarks themselves",
+    "test_cpu_benchmarks.py": "the processor's kernels and steps",
+    "test_depth_benchmark.py": "the same",
+    "test_workloads.py": "the same",
+    "test_gpu_benchmarks.py": "arithmetic and files again; `make gpu` runs the benchmarks themselves",
     "test_docs.py": "the pages show what the processor computes",
     "test_gpu_tool.py": "how `make gpu` runs its stages",
     "test_memory.py::test_inference_needs_the_buffer_and_one_scratch": "counts every temporary, and cuDNN takes "
