@@ -118,7 +118,7 @@ template <class T>
 struct BnReluConv1x1 {
   int64_t M, C, N;  // N output channels
   Rows<const T> x;
-  Norm<Acc<T>> norm;
+  Norm<Acc<T>> norm;       // on a processor, mean null: x is normalised already
   const Acc<T>* weight;    // [N, C]
   const Acc<T>* out_bias;  // [N] or null
   bool out_relu;

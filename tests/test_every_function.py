@@ -45,7 +45,6 @@ UNDER_ANOTHER_NAME = {
     "algorithm/concat.py:split": "cat_bn_relu and bottleneck",
     "algorithm/concat.py:gather": "bottleneck of features that are no neighbours",
     "algorithm/operation.py:register": "every operation that test_compile compiles",
-    "algorithm/single.py:inputs_of": "transition, stem and head",
     "algorithm/single.py:allocate_stats": "transition, stem and head",
     "algorithm/single.py:allocate_shared_stats": "transition, stem and head, in tests/distributed",
     "algorithm/single.py:input_sums": "the gradients of transition, stem and head",

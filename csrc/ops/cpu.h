@@ -48,6 +48,11 @@ class Cpu : public TorchCalls {
 #undef DX_RUN
 #undef DX_RUN_PRODUCT
 
+  template <class A>
+  Identity<A> identity_norm(const A*, int64_t) const {
+    return {{}, {}};
+  }
+
   static constexpr bool kHasConv3x3 = true;
   // Where the convolution is ours: whenever its kernel is of 3 in every dimension.
   template <class T>

@@ -7,6 +7,10 @@ namespace dx::ops {
 
 // BatchNorm's five arguments, wherever an operator takes a norm; and where mean and var may be None: no norm.
 #define NORM "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps"
+// A norm by given statistics, or by those of its input, which are taken first.
+#define POOLED_NORM                                                                                                \
+  "Tensor? mean, Tensor? var, Tensor(a!)? taken_mean, Tensor(b!)? taken_var, Tensor? weight, Tensor? bias, float " \
+  "eps"
 #define MAYBE_NORM "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
 
 // What a block's call and its backward pass have in common: the tensors of its layers, those that are there, with a bit
@@ -59,6 +63,18 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "bn_relu_max_pool_backward(Tensor grad_out, Tensor index, Tensor x, int[] size, int[] window, int[] stride, "
       "int[] padding, " NORM ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
+  m.def("whole_transition(Tensor x, int[] size, int[] window, " POOLED_NORM
+        ", Tensor? conv, Tensor? conv_bias, Tensor(c!) pooled, Tensor(d!)? out, bool tf32=False, bool bf16=False) -> "
+        "()");
+  m.def("whole_transition_backward(Tensor grad, Tensor x, int[] size, int[] window, " NORM
+        ", bool batch, bool sums, Tensor? conv, Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
+        "Tensor(d!)? grad_x, Tensor(e!)? grad_conv, Tensor(f!)? grad_conv_bias) -> ()");
+  m.def("whole_stem(Tensor x, int[] size, int[] window, int[] stride, int[] padding, " POOLED_NORM
+        ", Tensor(c!) out, Tensor(d!)? index) -> ()");
+  m.def(
+      "whole_stem_backward(Tensor grad, Tensor index, Tensor x, int[] size, int[] window, int[] stride, int[] "
+      "padding, " NORM
+      ", bool batch, bool sums, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_x) -> ()");
   m.def(
       "move_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] means, Tensor[] vars, "
       "int[] which, int[] starts, float[] momenta, float unbiased) -> ()");
@@ -78,6 +94,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
 }
 #undef NORM
 #undef MAYBE_NORM
+#undef POOLED_NORM
 #undef LAYERS
 #undef INNER_DROPOUT
 

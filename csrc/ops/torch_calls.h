@@ -85,6 +85,21 @@ class TorchCalls : public Place {
     return MaybeOwned<A>({data, C}, std::move(product));
   }
 
+  // A norm of C channels that changes nothing, with the memory of its statistics beside `like`.
+  template <class A>
+  struct Identity {
+    Norm<A> norm;
+    OptionalTensor owner;
+  };
+  template <class A>
+  Identity<A> identity_norm(const A* like, int64_t C) const {
+    Tensor storage = torch::stable::new_zeros(vector(like, C), {2 * C});
+    A* data = static_cast<A*>(storage.mutable_data_ptr());
+    Tensor variance = vector(data + C, C);
+    torch::stable::fill_(variance, 1.0);
+    return {{data, data + C, nullptr, nullptr, 0}, std::move(storage)};
+  }
+
   // ---- vectors ------------------------------------------------------------------------------------------------------
 
   template <class A>

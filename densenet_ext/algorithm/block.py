@@ -141,7 +141,7 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     """The buffer; every z, one after the other, each [M, b]; mean and variance of the columns and of every z.
 
     With processes that share statistics also: how many rows the columns' have, and each z's; and mean and variance of
-    the columns in this process alone.
+    the columns in this process alone. What is not there is empty, and may be one tensor for all.
     """
     x = tensors[0]
     assert x is not None
@@ -149,12 +149,14 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     conv2: Any = tensors[FIRST + CONV2 :: COUNT]
     C_total, b_total = conv1[-1].shape[1] + conv2[-1].shape[0], sum(W.shape[0] for W in conv1)
     out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
-    z = out.new_empty(pixels(x.shape) * b_total if config.save == "bottlenecks" else 0)
     acc = kernels.acc_dtype(config.dtype)
     counts = [C_total if any(config.batch_stats[0::2]) else 0] * 2 + [
         b_total if any(config.batch_stats[1::2]) else 0
     ] * 2
     counts += [len(conv1) + 1 if any(config.groups) else 0] + [counts[0] if columns_group(config) else 0] * 2
+    if config.save == "nothing" and not any(counts):
+        return [out, *[out.new_empty(0, dtype=acc)] * (1 + len(counts))]
+    z = out.new_empty(pixels(x.shape) * b_total if config.save == "bottlenecks" else 0)
     return [out, z, *(out.new_empty(n, dtype=acc) for n in counts)]
 
 

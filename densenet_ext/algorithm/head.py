@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import (
     as_pooled,
     cast,
@@ -26,6 +27,8 @@ from densenet_ext.algorithm.single import (
     input_sums,
     inputs_of,
     move,
+    norm_again,
+    norm_call,
     norms_of,
     rows_size,
 )
@@ -54,7 +57,13 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     own = Inputs(*tensors)
-    rows, size, out = to_rows(own.x), rows_size(own.x), own.x.new_empty(own.x.shape[:2])
+    rows, size = to_rows(own.x), rows_size(own.x)
+    run_whole = whole.operation("whole_transition", rows, config.groups)
+    if run_whole is not None:
+        results = _allocate(config, tensors)
+        run_whole(rows, size, size[1:], *norm_call(config, own, results[1], results[2]), None, None, results[0], None)
+        return results
+    out = own.x.new_empty(own.x.shape[:2])
     mean, var, count = batch_stats(config, own, rows)
     norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(rows).bn_relu_avg_pool(rows, size, size[1:], *norm, out)
@@ -69,9 +78,16 @@ def _backward(
     assert mean is not None and var is not None and count is not None
     x, batch = own.x, config.batch_stats[0]
     ops, C = kernels.select(x), x.shape[1]
-    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     rows, size, g = to_rows(x), rows_size(x), cast(grad, x.dtype)
     dgamma, dbeta, dx = mean.new_empty(C), mean.new_empty(C), None
+    run_whole = whole.operation("whole_transition_backward", rows, config.groups)
+    if run_whole is not None:
+        dx = new_features(x, x.shape) if asked.x else None
+        again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, None if dx is None else to_rows(dx))
+        sums = (batch and asked.x) or asked.gamma or asked.beta
+        run_whole(g, rows, size, size[1:], *again, sums, None, None, *grads, None, None)
+        return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
+    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     if batch or asked.gamma or asked.beta:
         ops.bn_relu_avg_pool_backward_reduce(g, rows, size, size[1:], *norm, None, dgamma, dbeta)
     if asked.x:

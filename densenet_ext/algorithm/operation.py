@@ -259,11 +259,11 @@ def register(operation: Operation) -> Operation:
 
     def forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
         values, expanded = _config(config), _expand(tensors, given)
-        return [*operation.forward(values, expanded), _frozen_stats(operation, values, expanded)]
+        return _distinct([*operation.forward(values, expanded), _frozen_stats(operation, values, expanded)])
 
     def fake_forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
         values, expanded = _config(config), _expand(tensors, given)
-        return [*operation.allocate(values, expanded), _frozen_stats(operation, values, expanded)]
+        return _distinct([*operation.allocate(values, expanded), _frozen_stats(operation, values, expanded)])
 
     def backward(grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any) -> list[Tensor]:
         grads = operation.backward(_config(config), grad, tensors, results, needs)
@@ -310,6 +310,11 @@ def register(operation: Operation) -> Operation:
     _CUSTOM_OPS[operation.name] = getattr(torch.ops.densenet_ext, f"{operation.name}_forward").default
     OPERATIONS[operation.name] = operation
     return operation
+
+
+def _distinct(results: list[Tensor]) -> list[Tensor]:
+    """The results, each a tensor of its own: what a custom operation returns must not share memory."""
+    return [x.clone() if any(x is other for other in results[:i]) else x for i, x in enumerate(results)]
 
 
 def _config(values: Sequence[Any]) -> Config:

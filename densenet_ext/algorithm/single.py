@@ -97,6 +97,36 @@ def batch_stats(config: Config, inputs: Inputs, rows: Tensor) -> tuple[Tensor, T
     return mean, var, count
 
 
+class NormCall(NamedTuple):
+    """The norm of a unit as its compiled operation takes it: by given statistics, or by those that it is to take."""
+
+    mean: Tensor | None  # [C]
+    var: Tensor | None
+    taken_mean: Tensor | None
+    taken_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def norm_call(config: Config, inputs: Inputs, mean: Tensor, var: Tensor) -> NormCall:
+    """The norm's arguments; ``mean`` and ``var`` become those of x where it normalises by the batch's."""
+    if not config.batch_stats[0]:
+        return NormCall(inputs.running_mean, inputs.running_var, None, None, inputs.gamma, inputs.beta, config.eps[0])
+    if inputs.mean is None:
+        return NormCall(None, None, mean, var, inputs.gamma, inputs.beta, config.eps[0])
+    mean.copy_(inputs.mean)
+    var.copy_(inputs.var)
+    return NormCall(mean, var, None, None, inputs.gamma, inputs.beta, config.eps[0])
+
+
+def norm_again(config: Config, inputs: Inputs, mean: Tensor, var: Tensor) -> tuple[Any, ...]:
+    """The norm's arguments for the backward pass: statistics, weight, bias, eps and whether they are the batch's."""
+    batch = config.batch_stats[0]
+    stats = (mean, var) if batch else (inputs.running_mean, inputs.running_var)
+    return (*stats, inputs.gamma, inputs.beta, config.eps[0], batch)
+
+
 def input_sums(
     config: Config, dgamma: Tensor, dbeta: Tensor, count: Tensor, rows: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
@@ -25,6 +26,8 @@ from densenet_ext.algorithm.single import (
     input_sums,
     inputs_of,
     move,
+    norm_again,
+    norm_call,
     norms_of,
     rows_size,
     volume,
@@ -74,10 +77,14 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     own = Inputs(*tensors)
     results = _allocate(config, tensors)
     out, index, rows = results[0], results[4], to_rows(own.x)
-    mean, var, _ = results[1:4] = batch_stats(config, own, rows)
-    norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     positions = None if config.save == "nothing" else to_rows(index)
     geometry = (rows_size(own.x), config.window, config.stride, config.padding)
+    run_whole = whole.operation("whole_stem", rows, config.groups)
+    if run_whole is not None:
+        run_whole(rows, *geometry, *norm_call(config, own, results[1], results[2]), to_rows(out), positions)
+        return results
+    mean, var, _ = results[1:4] = batch_stats(config, own, rows)
+    norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(rows).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
     return results
 
@@ -90,10 +97,17 @@ def _backward(
     assert mean is not None and var is not None and count is not None and index is not None
     x, batch = own.x, config.batch_stats[0]
     ops, C = kernels.select(x), x.shape[1]
-    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
     geometry = (rows_size(x), config.window, config.stride, config.padding)
     dgamma, dbeta, dx = mean.new_empty(C), mean.new_empty(C), None
+    run_whole = whole.operation("whole_stem_backward", rows, config.groups)
+    if run_whole is not None:
+        dx = new_features(x, x.shape) if asked.x else None
+        again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, None if dx is None else to_rows(dx))
+        sums = (batch and asked.x) or asked.gamma or asked.beta
+        run_whole(g, positions, rows, *geometry, *again, sums, *grads)
+        return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
+    norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     if batch or asked.gamma or asked.beta:
         ops.bn_relu_max_pool_backward_reduce(g, positions, rows, *geometry, *norm, dgamma, dbeta)
     if asked.x:

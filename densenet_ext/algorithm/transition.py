@@ -11,10 +11,12 @@ is recomputed on the way), and to write
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conv import conv_same_backward, conv_same_features
 from densenet_ext.algorithm.conversions import (
     as_pooled,
@@ -35,6 +37,8 @@ from densenet_ext.algorithm.single import (
     input_sums,
     inputs_of,
     move,
+    norm_again,
+    norm_call,
     norms_of,
     rows_size,
     volume,
@@ -82,6 +86,20 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     own = Inputs(*tensors)
+    x = own.x
+    run_whole = whole.operation("whole_transition", x, config.groups) if x.dtype == config.dtype else None
+    if run_whole is None:
+        return _forward_by_steps(config, own)
+    results = _allocate(config, tensors)
+    norm = norm_call(config, own, results[1], results[2])
+    pooled, out = to_rows(new_features(x, _pooled_size(config, x))), to_rows(results[0])
+    run_whole(
+        to_rows(x), rows_size(x), config.window, *norm, own.conv, own.conv_bias, pooled, out, tf32=kernels.tf32(x)
+    )
+    return results
+
+
+def _forward_by_steps(config: Config, own: Inputs) -> list[Tensor]:
     x, rows = own.x, to_rows(own.x)
     mean, var, count = batch_stats(config, own, rows)
     norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
@@ -96,6 +114,27 @@ def _backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     own, asked = Inputs(*tensors), Inputs(*needs)
+    x = own.x
+    run_whole = whole.operation("whole_transition_backward", x, config.groups) if x.dtype == config.dtype else None
+    if run_whole is None:
+        return _backward_by_steps(config, grad, own, results, asked)
+    mean, var = results[1:3]
+    assert mean is not None and var is not None
+    pooled, C = to_rows(new_features(x, _pooled_size(config, x))), x.shape[1]
+    dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
+    dx = new_features(x, x.shape) if asked.x else None
+    dW = whole.new_gradient(own.conv, mean.dtype) if asked.conv else None
+    dc = mean.new_empty(own.conv.shape[0]) if asked.conv_bias else None
+    sums = asked.x or asked.gamma or asked.beta
+    norm = norm_again(config, own, mean, var)
+    grads = dgamma, dbeta, None if dx is None else to_rows(dx), dW, dc
+    held = whole.results(pooled, x.shape[1])  # the convolution's gradient of what it read
+    run_whole(to_rows(grad), to_rows(x), rows_size(x), config.window, *norm, sums, own.conv, pooled, *grads)
+    del held
+    return found(own, asked, x=dx, gamma=dgamma, beta=dbeta, conv=dW, conv_bias=dc)
+
+
+def _backward_by_steps(config: Config, grad: Tensor, own: Inputs, results: Tensors, asked: Inputs) -> list[Any]:
     mean, var, count = results[1:]
     assert mean is not None and var is not None and count is not None
     x, batch = own.x, config.batch_stats[0]

@@ -1,4 +1,4 @@
-"""A block as one call of a compiled operation (csrc/ops): its arguments in the form of the operation's schema."""
+"""A unit as one call of a compiled operation (csrc/ops): its arguments in the form of the operation's schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from densenet_ext.algorithm.values import Tensors
 
 
 def operation(name: str, like: Tensor, groups: Sequence[str]) -> Any:
-    """The compiled operation for feature maps like ``like``, or None where the block has to run layer by layer."""
+    """The compiled operation for feature maps like ``like``, or None where the unit has to run step by step."""
     return None if any(groups) else getattr(kernels.select(like), name, None)
 
 
@@ -69,7 +69,7 @@ class Gradients:
 
     def __init__(self, tensors: Tensors, needs: Sequence[bool], per_layer: int, acc: torch.dtype) -> None:
         self._tensors = tensors
-        asked = [_new_gradient(x, acc) if need else None for x, need in zip(tensors, needs, strict=True)]
+        asked = [new_gradient(x, acc) if need else None for x, need in zip(tensors, needs, strict=True)]
         self._asked = asked
         self.found, self.bits = present(asked, per_layer)
 
@@ -78,7 +78,8 @@ class Gradients:
         return [grad_like(grad, x) for grad, x in zip(self._asked, self._tensors, strict=True)]
 
 
-def _new_gradient(x: Tensor | None, acc: torch.dtype) -> Tensor | None:
+def new_gradient(x: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """A parameter's gradient, uninitialised: in the dtype of sums, in the parameter's layout or contiguous."""
     if x is None:
         return None
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):

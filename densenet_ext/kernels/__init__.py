@@ -20,9 +20,9 @@ from densenet_ext.kernels import fakes, plain
 from densenet_ext.kernels.plain import acc_dtype
 
 __all__ = [
-    "BLOCK_OPS",
     "CPU_OPS",
     "OPS",
+    "UNIT_OPS",
     "acc_dtype",
     "backend",
     "force_plain",
@@ -53,8 +53,18 @@ OPS = (
 )
 """The names of the operations over rows, which ``plain`` has, too."""
 
-BLOCK_OPS = ("move_running_stats", "dense_layers", "dense_layers_backward", "basic_layers", "basic_layers_backward")
-"""The operations that run all layers of a block; what they compute stands, in plain PyTorch, in ``algorithm``."""
+UNIT_OPS = (
+    "move_running_stats",
+    "dense_layers",
+    "dense_layers_backward",
+    "basic_layers",
+    "basic_layers_backward",
+    "whole_transition",
+    "whole_transition_backward",
+    "whole_stem",
+    "whole_stem_backward",
+)
+"""The operations that run a whole unit; what they compute stands, in plain PyTorch, in ``algorithm``."""
 
 CPU_OPS = frozenset(("move_running_stats", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
 """Those that have no kernel for GPUs."""
@@ -65,11 +75,11 @@ _compiled: Any = None
 # The same, with the products of float32 numbers on a GPU's tensor cores.
 _compiled_tf32: Any = None
 if _extension.module is not None:
-    _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *BLOCK_OPS)})
+    _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS)})
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
-    for _name in (*OPS, *BLOCK_OPS):
+    for _name in (*OPS, *UNIT_OPS):
         fakes.register((_name,), ("cpu", "cuda") if _extension.has_cuda and _name not in CPU_OPS else ("cpu",))
 _forced = 0
 

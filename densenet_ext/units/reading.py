@@ -94,10 +94,7 @@ class Watch:
         children = [part.module._modules for part in parts if part.module._modules]
         entries: list[Entry] = [(held, len(held), None, tuple(held.values())) for held in children]
         classes = _own_classes(*dict.fromkeys(type(part.module) for part in parts))
-        for kind in classes:
-            if kind in _code:
-                entries.append((vars(kind), len(vars(kind)), *_code[kind]))
-            entries += [(names, -1, (name,), (value,)) for names, name, value in _globals.get(kind, ())]
+        entries += [entry for kind in classes if kind in _code for entry in _code_of(kind)]
         entries += map(self._fact, parts)
         # not the first, the unit's own module: what remembers it would keep it alive
         self._record = record(entries, [(part.module, type(part.module)) for part in parts[1:]])
@@ -154,6 +151,10 @@ _globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
 """The numbers and words that these functions read from their files."""
 
 
+_as_noted: dict[type, _Record] = {}
+"""The classes whose code, with that of those they derive from, was found unchanged: as long as it is this."""
+
+
 def know_code(cls: type) -> None:
     """Notes the functions of ``cls`` and of the classes that it derives from, unless that was done."""
     for kind in _own_classes(cls):
@@ -163,6 +164,7 @@ def know_code(cls: type) -> None:
             read = [(f.__globals__, name) for f in functions.values() for name in f.__code__.co_names]
             constants = [(names, name, names.get(name)) for names, name in read]
             _globals[kind] = [entry for entry in constants if type(entry[2]) in (bool, int, float, str)]
+            _as_noted.clear()  # somebody may derive from it
 
 
 @torch.compiler.assume_constant_result
@@ -171,18 +173,30 @@ def code_changed(cls: type) -> bool:
 
     So does a number or a word in their files that they read.
     """
-    for kind in _own_classes(cls):
-        known = _code.get(kind)
-        if known is None:
-            continue
-        if sum(isinstance(value, FunctionType) for value in vars(kind).values()) != len(known[0]):
-            return True
-        now = vars(kind)
-        if any(now.get(name) is not function for name, function in zip(known[0], known[1], strict=True)):
-            return True
-        if any(names.get(name) != value for names, name, value in _globals[kind]):
-            return True
+    known = _as_noted.get(cls)
+    if known is not None and known.holds():
+        return False
+    kinds = [kind for kind in _own_classes(cls) if kind in _code]
+    if any(map(_changed, kinds)):
+        return True
+    _as_noted[cls] = record([entry for kind in kinds for entry in _code_of(kind)])
     return False
+
+
+def _changed(kind: type) -> bool:
+    names, functions = _code[kind]
+    now = vars(kind)
+    if sum(isinstance(value, FunctionType) for value in now.values()) != len(names):
+        return True
+    if any(now.get(name) is not function for name, function in zip(names, functions, strict=True)):
+        return True
+    return any(names.get(name) != value for names, name, value in _globals[kind])
+
+
+def _code_of(kind: type) -> list[Entry]:
+    """The functions of a class and what they read, as they were noted."""
+    constants: list[Entry] = [(names, -1, (name,), (value,)) for names, name, value in _globals[kind]]
+    return [(vars(kind), len(vars(kind)), *_code[kind]), *constants]
 
 
 def _own_classes(*classes: type) -> list[type]:

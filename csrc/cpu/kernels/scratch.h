@@ -46,7 +46,11 @@ struct Affine {
     scale = scratch.take<A>(Cp);
     bias = scratch.take<A>(Cp);
     rstd = scratch.take<A>(Cp);
-    for (int64_t c = 0; c < C; ++c) {
+    if (!norm.mean) {  // x is normalised already
+      std::fill_n(scale, C, A(1)), std::fill_n(rstd, C, A(1));
+      std::fill_n(bias, C, A(0)), std::fill_n(mean, C, A(0));
+    }
+    for (int64_t c = 0; norm.mean && c < C; ++c) {
       rstd[c] = bn_rstd(norm.var[c], norm.eps);
       scale[c] = (norm.weight ? norm.weight[c] : A(1)) * rstd[c];
       bias[c] = norm.bias ? norm.bias[c] : A(0);

@@ -4,10 +4,10 @@
 
 #include <cstring>
 
-#include "../../../csrc/ops/cuda.h"
-
+#include "../../../csrc/ops/around.h"
 #include "../../../csrc/ops/basic_layers.h"
 #include "../../../csrc/ops/conv1x1.h"
+#include "../../../csrc/ops/cuda.h"
 #include "../../../csrc/ops/dense_layers.h"
 #include "../../../csrc/ops/elementwise.h"
 #include "../../../csrc/ops/pool.h"
@@ -65,4 +65,5 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CPU, m) {
   dx::ops::implement_pool<dx::ops::Cuda>(m);
   dx::ops::implement_dense_layers<dx::ops::Cuda>(m);
   dx::ops::implement_basic_layers<dx::ops::Cuda>(m);
+  dx::ops::implement_around<dx::ops::Cuda>(m);
 }
