@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from densenet_ext.reuse.connections import Connections
-from densenet_ext.training.figures import SMALL, TEXT, picture, plain
+from densenet_ext.training.pictures import SMALL, TEXT, name, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
 _HOW_TO_READ = (
-    "How to read it: each layer of a dense block reads the features of all layers before it. A square shows how "
-    "strongly one reader (its column) uses one source (its row). The strength is the mean absolute value of the "
-    "weights between them, in percent of that of the source which this reader uses most: dark is strong, light is "
-    "weak. White: a layer cannot read what is made later. The top row is the block's input, the lowest square of a "
-    "column is the layer just before it. If columns are dark all over, no source is preferred, as in an untrained "
-    "network."
+    "A square shows how strongly one reader (its column) uses one source (its row): the mean absolute weight between "
+    "them, in percent of that of the source which this reader uses most. White: a layer cannot read what comes later. "
+    "If columns are dark all over, no source is preferred, as in an untrained network."
 )
 _LABELS = 13  # on an axis at most
 _NUMBERED, _SEPARATE = 9, 30  # readers up to which squares have room for their numbers, and for lines between them
@@ -34,7 +31,7 @@ def draw_connections(blocks: Sequence[Connections], path: Path, title: str) -> N
     Source: Huang et al. (CVPR 2017), figure 5. Colours are relative to each reader's strongest source: the norm behind
     a convolution takes the size of its weights away again, so that columns can't be compared by it.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.training.pictures.picture`.
     """
     columns = len(blocks) if len(blocks) <= 3 else 2 if len(blocks) == 4 else 4
     rows = math.ceil(len(blocks) / columns)
@@ -65,7 +62,7 @@ def _draw_block(axes: Axes, block: Connections) -> ScalarMappable:
     # The input on top; where nothing comes behind the block, nobody reads its last layer, which then has no row.
     axes.set(xlim=(0, readers), ylim=(readers, 0))
     layers = f"{block.layers} layer{'s' if block.layers > 1 else ''}"
-    plain(axes, f"{block.name}: {layers}" if block.name else layers, "", "")
+    name(axes, f"{block.name}: {layers}" if block.name else layers, "", "")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     numbers = _thinned(block.layers)

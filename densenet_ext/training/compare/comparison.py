@@ -71,18 +71,22 @@ def summary(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes], amp: str) -
     Losses are mean cross-entropies, errors and their differences are percent of the images, differences are
     fused - unfused within a seed, ratios are unfused / fused.
     """
-    seeds = [_of_seed(run) for run in runs]
+    seeds: list[dict[str, Any]] = [
+        {"seed": run.seed, **{form: _of_form(run.forms[form]) for form in FORMS}} for run in runs
+    ]
+    results = {}
+    for name in RESULTS:
+        ours, theirs = ([seed[form][name] for seed in seeds] for form in FORMS)
+        if None not in ours:
+            difference = _spread([a - b for a, b in zip(ours, theirs, strict=True)])
+            difference["interval"] = _interval(difference, len(seeds))
+            results[name] = {"fused": _spread(ours), "unfused": _spread(theirs), "difference": difference}
     return {
-        "results": _results(seeds),
+        "results": results,
         "loss_difference": {"rounding": torch.finfo(AMP[amp]).eps, "largest": _growth(runs)},
         "step": _step(runs, taken),
         "seeds": seeds,
     }
-
-
-def _of_seed(run: SeedRun) -> dict[str, Any]:
-    forms = {form: _of_form(run.forms[form]) for form in FORMS}
-    return {"seed": run.seed, **forms, "loss_difference": _growth([run]), "step": _times([run])}
 
 
 def _of_form(run: FormRun) -> dict[str, float | None]:
@@ -95,21 +99,6 @@ def _of_form(run: FormRun) -> dict[str, float | None]:
         "validation_error_last": last.validation_error,
         "test_error": None if run.test is None else run.test.error,
     }
-
-
-def _results(seeds: Sequence[Found]) -> dict[str, Any]:
-    results = {}
-    for name in RESULTS:
-        ours, theirs = ([seed[form][name] for seed in seeds] for form in FORMS)
-        if None in ours:
-            continue
-        difference = _spread([a - b for a, b in zip(ours, theirs, strict=True)])
-        results[name] = {
-            "fused": _spread(ours),
-            "unfused": _spread(theirs),
-            "difference": {**difference, "interval": _interval(difference, len(seeds))},
-        }
-    return results
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -137,21 +126,13 @@ def _growth(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
     return [{"steps": mark, "difference": max(max(run.differences[:mark]) for run in runs)} for mark in marks]
 
 
-def _times(runs: Sequence[SeedRun]) -> dict[str, Any]:
-    seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
-    pairs = [b / a for a, b in zip(seconds["fused"], seconds["unfused"], strict=True)]
-    if not pairs:
-        return {"timed": 0, "seconds": {"fused": None, "unfused": None, "ratio": None}, "ratio_of_medians": None}
-    medians = {form: statistics.median(values) for form, values in seconds.items()}
-    return {
-        "timed": len(pairs),  # steps of either form
-        "seconds": {**medians, "ratio": statistics.median(pairs)},
-        "ratio_of_medians": medians["unfused"] / medians["fused"],
-    }
-
-
 def _step(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes]) -> dict[str, Any]:
-    step = _times(runs)
+    """What a step takes: seconds are medians over all seeds, their ratio is the median of the pairs."""
+    seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
+    pairs = [theirs / ours for ours, theirs in zip(seconds["fused"], seconds["unfused"], strict=True)]
+    medians = {form: statistics.median(values) if values else None for form, values in seconds.items()}
+    step: dict[str, Any] = {"timed": len(pairs)}  # steps of either form
+    step["seconds"] = {**medians, "ratio": statistics.median(pairs) if pairs else None}
     for name in ("kept", "peak"):
         ours, theirs = (getattr(taken[form], name) for form in FORMS)
         step[f"{name}_bytes"] = {"fused": ours, "unfused": theirs, "ratio": theirs / ours if ours else None}
@@ -191,39 +172,21 @@ def cells(found: Found, names: Sequence[str] = (*RESULTS, *COSTS)) -> list[list[
 
 
 def sentences(found: Found) -> list[str]:
-    """Returns what the table's numbers are, how the losses part, and whether the results differ."""
-    seeds, step = len(found["seeds"]), found["step"]
-    lines = []
-    if seeds > 1:
-        lines.append(f"Mean ± standard deviation over {seeds} seeds; differences are fused - unfused within a seed.")
+    """Returns what the table's numbers are, how far the first losses are apart, and whether the results differ."""
+    seeds, step, difference = len(found["seeds"]), found["step"], found["loss_difference"]
+    lines = [f"Mean ± standard deviation over {seeds} seeds."] if seeds > 1 else []
     if step["timed"]:
-        lines.append(
-            f"Time per step: medians of {step['timed']} steps of each form, taken in turns; unfused / fused is "
-            f"{step['seconds']['ratio']:.2f} as the median of the pairs, {step['ratio_of_medians']:.2f} of the medians."
-        )
-    return [*lines, _parting(found["loss_difference"]), _verdict(found)]
-
-
-def _parting(difference: Found) -> str:
-    first, *later = difference["largest"]
-    start = (
-        f"The two losses of a batch differ by at most {first['difference']:.1e} in step 1 "
-        f"(one rounding is {difference['rounding']:.1e} of a value)"
-    )
-    growth = ", ".join(f"{each['difference']:.1e} up to step {each['steps']}" for each in later)
-    return f"{start}; training amplifies it: {growth}." if growth else f"{start}."
-
-
-def _verdict(found: Found) -> str:
+        lines.append(f"Time: medians of {step['timed']} steps of each form in turns; the factor is that of the pairs.")
+    first = difference["largest"][0]["difference"]
+    lines.append(f"Losses of the first step: at most {first:.1e} apart; one rounding is {difference['rounding']:.1e}.")
     name = next(name for name in ("test_error", "validation_error_last", "error") if name in found["results"])
-    title, interval = RESULTS[name][0].removesuffix(", %"), found["results"][name]["difference"]["interval"]
-    if interval is None:
-        return "Fewer than three seeds don't show how much results vary in any case: more --seeds do."
-    low, high = interval
-    place = f"{title[0].upper()}{title[1:]}: the mean difference is between {low:+.2f} and {high:+.2f} points"
-    if low <= 0 <= high:
-        return f"{place} (95 % confidence): no difference is seen."
-    return f"{place} (95 % confidence): the forms differ."
+    interval = found["results"][name]["difference"]["interval"]
+    if interval is not None:
+        low, high = interval
+        verdict = "no difference is seen" if low <= 0 <= high else "the forms differ"
+        words = RESULTS[name][0].removesuffix(", %").capitalize()
+        lines.append(f"{words}: {low:+.2f} to {high:+.2f} points (95 % confidence), {verdict}.")
+    return lines
 
 
 def _plus_minus(spread: Found, digits: int, sign: str = "-") -> str:
