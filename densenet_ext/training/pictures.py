@@ -63,8 +63,8 @@ def name(axes: Axes, title: str, x: str, y: str) -> None:
 
 def curve(axes: Axes, history: History, key: str, **look: Any) -> None:
     """Draws ``key`` by epoch, with dots where they are few."""
-    marker = "o" if len(history) <= 40 else ""
-    axes.plot([row["epoch"] for row in history], [row[key] for row in history], marker=marker, markersize=3.5, **look)
+    look = {"marker": "o" if len(history) <= 40 else "", "markersize": 3.5, **look}
+    axes.plot([row["epoch"] for row in history], [row[key] for row in history], **look)
 
 
 def finish(axes: Axes, kind: str, title: str, values: Sequence[float]) -> None:

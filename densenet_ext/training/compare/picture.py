@@ -47,7 +47,7 @@ def draw_comparison(histories: Histories, step: Mapping[str, Any], path: Path, t
         for kind, key, words in (("loss", "loss", "Training loss"), ("error", *error)):
             for form, look in _LOOKS.items():
                 for history in histories[form]:
-                    curve(panels[kind], history, key, **{**look, "linewidth": 0.7, "linestyle": "-"})
+                    curve(panels[kind], history, key, **{**look, "linewidth": 0.7, "linestyle": "-", "marker": ""})
                 curve(panels[kind], _mean(histories[form], key), key, label=form, **look)
             finish(panels[kind], kind, words, [row[key] for row in everything])
         _draw_costs(panels["costs"], step)
