@@ -36,7 +36,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Trains a DenseNet fused and unfused, side by side, and tells what differs: results, time and memory.
+    """Trains a DenseNet fused and unfused, side by side, and shows the difference in results, time and memory.
 
     Both forms start from the same weights and go through the same batches, step by step in turns, with the recipe of
     densenet-ext train. Their difference, seed by seed, comes as a table, as a picture and as files.
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command: Any) -> Any:
-        words = command.__doc__.replace("%", "%%")
+        words = command.__doc__
         one = commands.add_parser(
             command.__name__, help=words.partition("\n")[0], description=words, allow_abbrev=False
         )

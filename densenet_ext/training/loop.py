@@ -242,7 +242,7 @@ class Run:
         metrics.write_csv(self.history, self.folder)
 
     def _fingerprint(self) -> dict[str, list[Any]]:
-        """Returns [images, a digest of their labels] for each part of the data, which tells other images."""
+        """Returns [images, a digest of their labels] for each part of the data: other images have another."""
         parts = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         return {
             name: [len(part), hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=8).hexdigest()]

@@ -65,7 +65,8 @@ def _option(default: Any, help: str, *, compared: bool = True, free: bool = Fals
     """
     if isinstance(default, bool):
         argument = {"action": argparse.BooleanOptionalAction, **argument}
-    if default is not None and default is not MISSING:
+        help += " Default: on." if default else ""
+    elif default is not None and default is not MISSING:
         help += f" Default: {default}."
     argument["help"] = help.replace("%", "%%")
     return field(default=default, metadata={"argument": argument, "compared": compared, "free": free})
@@ -134,7 +135,7 @@ class Options:
 
 
 ASKED = {each.name: each.metadata for each in fields(Options) if each.metadata}
-"""What the command line asks, by the field that it sets."""
+"""The options of the command line, by the field that they set."""
 
 
 def save(options: Options, folder: Path) -> None:

@@ -101,7 +101,7 @@ class Processes:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return self.fabric.world_size
 
     @property
@@ -111,7 +111,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True in the one process that writes and prints."""
         return self.fabric.is_global_zero
 
     def total(self, values: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def compare(given: Mapping[str, Any], seeds: int, out: Path | None, download: bo
 
 
 class Comparer:
-    """Compares both forms on ``data`` for as many ``seeds`` as there shall be."""
+    """Compares both forms on ``data`` with each of so many ``seeds``."""
 
     def __init__(self, chosen: Options, data: Data, processes: Processes, seeds: int, folder: Path) -> None:
         self.chosen, self.data, self.processes, self.seeds, self.folder = chosen, data, processes, seeds, folder

@@ -19,7 +19,7 @@ from densenet_ext.training.options import AMP
 FORMS = ("fused", "unfused")
 
 Found = Mapping[str, Any]
-"""What comparison.json holds."""
+"""The content of comparison.json."""
 
 RESULTS = {
     "loss": ("training loss, last epoch", 4),
@@ -28,13 +28,13 @@ RESULTS = {
     "validation_error_last": ("validation error, last epoch, %", 2),
     "test_error": ("test error, %", 2),
 }
-"""What is compared, with its name in the table and its digits behind the point."""
+"""The results that are compared: the name in the table, and the digits behind the point."""
 COSTS = {
     "seconds": ("time per step, ms", 1e3),
     "kept_bytes": ("kept for the backward pass, MiB", 2**-20),
     "peak_bytes": ("peak of a step, MiB", 2**-20),
 }
-"""What a step takes, with its name in the table and what it is multiplied with there."""
+"""The costs of a step: the name in the table, and the factor from the file's unit to the table's."""
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -109,9 +109,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _interval(difference: Found, seeds: int) -> list[float] | None:
-    """Where the mean over all seeds there are lies, with 95 % confidence; None when so few ``seeds`` can't tell.
+    """Returns the 95 % confidence interval of the mean difference, or None for fewer than three ``seeds``.
 
-    Two seeds that differ by one image each would seem to be without any spread.
+    From two seeds that differ by one image each it would be of no width.
     """
     if seeds < 3:
         return None
@@ -120,14 +120,14 @@ def _interval(difference: Found, seeds: int) -> list[float] | None:
 
 
 def _growth(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
-    """The largest difference of the two losses up to steps 1, 10, 100, ... and to the last one."""
+    """Returns the largest difference of the two losses up to steps 1, 10, 100, ... and to the last one."""
     steps = max(len(run.differences) for run in runs)
     marks = [*(10**power for power in range(9) if 10**power < steps), steps]
     return [{"steps": mark, "difference": max(max(run.differences[:mark]) for run in runs)} for mark in marks]
 
 
 def _step(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes]) -> dict[str, Any]:
-    """What a step takes: seconds are medians over all seeds, their ratio is the median of the pairs."""
+    """Returns the costs of a step: seconds are medians over all seeds, their ratio is the median of the pairs."""
     seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
     pairs = [theirs / ours for ours, theirs in zip(seconds["fused"], seconds["unfused"], strict=True)]
     medians = {form: statistics.median(values) if values else None for form, values in seconds.items()}
