@@ -12,7 +12,6 @@ SLOW = {
     "test_emulation_conv1x1.py::test_forward_of_whole_networks": "the same",
     "test_emulation_conv1x1.py::test_backward_of_whole_networks": "the same",
     "test_kernels.py::*[avx2]": "the widest SIMD level and the portable one show most",
-    "test_conv3x3.py::test_a_line_of_the_benchmark": "a run of that benchmark, 130 s",
     "tests/training/test_train_resume.py": "kills and resumes runs, 35 s in all",
     "tests/training/test_train_compare.py": "trains in both forms, 35 s in all",
     "tests/distributed/test_distributed.py": "starts processes, which compile: 30 s for each kind of parallelism",
