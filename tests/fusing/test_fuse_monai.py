@@ -1,4 +1,4 @@
-"""`fuse` on MONAI's DenseNet in one to three dimensions."""
+"""`fuse` on MONAI's DenseNet in one to three dimensions, beside what test_matrix.py tests of it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,6 @@ from tests.support.monai_networks import BLOCK, images, small
 
 DIMS = [1, 2, 3]
 LAYER = f"{BLOCK}.denselayer2"
-
-
-@pytest.mark.parametrize("dims", DIMS)
-def test_training(dims: int) -> None:
-    checks.check_training(small(dims), images(dims))
-
-
-@pytest.mark.parametrize("dims", DIMS)
-def test_evaluation(dims: int) -> None:
-    checks.check_evaluation(small(dims), images(dims))
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -58,17 +48,6 @@ def test_sync_batch_norm_is_the_same_class_in_all_dimensions(dims: int) -> None:
 @pytest.mark.parametrize("dims", DIMS)
 def test_copies(dims: int) -> None:
     checks.check_copies(small(dims), images(dims))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dims", DIMS)
-def test_compile(dims: int, training: bool) -> None:
-    checks.check_compile(small(dims), images(dims), training)
-
-
-@pytest.mark.parametrize("dims", DIMS)
-def test_autocast(dims: int) -> None:
-    checks.check_autocast(small(dims), images(dims))
 
 
 @pytest.mark.parametrize("dims", DIMS)
