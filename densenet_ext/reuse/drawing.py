@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from densenet_ext.reuse.connections import Connections
-from densenet_ext.training.pictures import SMALL, TEXT, name, picture
+from densenet_ext.training.figures import SMALL, TEXT, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def draw_connections(blocks: Sequence[Connections], path: Path, title: str) -> N
     Source: Huang et al. (CVPR 2017), figure 5. Colours are relative to each reader's strongest source: the norm behind
     a convolution takes the size of its weights away again, so that columns can't be compared by it.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.pictures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
     """
     columns = len(blocks) if len(blocks) <= 3 else 2 if len(blocks) == 4 else 4
     rows = math.ceil(len(blocks) / columns)
@@ -62,7 +62,7 @@ def _draw_block(axes: Axes, block: Connections) -> ScalarMappable:
     # The input on top; where nothing comes behind the block, nobody reads its last layer, which then has no row.
     axes.set(xlim=(0, readers), ylim=(readers, 0))
     layers = f"{block.layers} layer{'s' if block.layers > 1 else ''}"
-    name(axes, f"{block.name}: {layers}" if block.name else layers, "", "")
+    plain(axes, f"{block.name}: {layers}" if block.name else layers, "", "")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     numbers = _thinned(block.layers)

@@ -16,7 +16,7 @@ from torch import nn
 import densenet_ext
 from densenet_ext.reuse.connections import connections
 from densenet_ext.reuse.drawing import draw_connections
-from densenet_ext.training import networks, options, pictures
+from densenet_ext.training import curves, networks, options
 from densenet_ext.training.data import load as load_data
 from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.errors import UserError
@@ -141,7 +141,7 @@ def conclude(result: Result, folder: Path) -> None:
         counted = f"{test.wrong} of {test.images} wrong"
         print(f"test accuracy {100 - test.error:.2f} % ({counted}) after the last epoch: {folder / LAST}")
     write_text(folder / RESULT, json.dumps(values, indent=2) + "\n")
-    pictures.draw_curves([asdict(row) for row in result.history], folder / CURVES, "Loss and error of the run")
+    curves.draw_curves([asdict(row) for row in result.history], folder / CURVES, "Loss and error of the run")
     blocks = connections(load_checkpoint(folder / LAST)["model"])
     draw_connections(blocks, folder / REUSE, "Which layer uses which, after the last epoch")
     print(f"metrics: {folder / METRICS}; pictures: {folder / CURVES}, {folder / REUSE}")

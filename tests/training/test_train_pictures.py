@@ -22,8 +22,8 @@ import densenet_ext as dx
 from densenet_ext.reuse.connections import Connections, connections
 from densenet_ext.reuse.drawing import draw_connections
 from densenet_ext.training.compare.picture import draw_comparison
+from densenet_ext.training.curves import draw_curves
 from densenet_ext.training.errors import TrainingError, UserError
-from densenet_ext.training.pictures import draw_curves
 
 NAN = float("nan")
 
@@ -260,7 +260,7 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path: Path, monkeyp
 SETTINGS = """
 import sys, pathlib
 import matplotlib
-from densenet_ext.training.pictures import draw_curves
+from densenet_ext.training.curves import draw_curves
 from tests.training.test_train_pictures import history
 matplotlib.rcParams.update({"text.usetex": True, "figure.facecolor": "red", "font.size": 40, "svg.hashsalt": "mine"})
 before = dict(matplotlib.rcParams.copy())

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densenet_ext.text import readable
-from densenet_ext.training.pictures import BLUE, ORANGE, SMALL, History, curve, finish, name, picture
+from densenet_ext.training.curves import History, curve, finish
+from densenet_ext.training.figures import BLUE, ORANGE, SMALL, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def draw_comparison(histories: Histories, step: Mapping[str, Any], path: Path, t
 
     The loss is that of training; the error is that of validation, or without one that of training.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.pictures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
     """
     everything = [row for runs in histories.values() for history in runs for row in history]
     validated = everything[0]["validation_error"] is not None
@@ -67,7 +68,7 @@ def _draw_costs(axes: Axes, step: Mapping[str, Any]) -> None:
         sizes = [_COSTS[cost][1](step[cost][form]) for cost in costs]
         words = [f"{form}: {size}, {percent:.0f} %" for size, percent in zip(sizes, percents, strict=True)]
         axes.bar_label(bars, words, padding=5, fontsize=SMALL)
-    name(axes, "What a training step takes", "in % of unfused", "")
+    plain(axes, "What a training step takes", "in % of unfused", "")
     axes.set_yticks(range(len(costs)), [_COSTS[cost][0] for cost in costs])
     axes.invert_yaxis()
     axes.margins(x=0.25)

@@ -1,64 +1,18 @@
-"""Pictures that look alike whatever the user's matplotlib is set to: their frame, and the curves of a run."""
+"""The curves of a run: losses and errors by epoch, where the learning rate drops, and the best epoch."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.files import replace_file
+from densenet_ext.training.figures import BLUE, GREY, ORANGE, SMALL, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-KINDS = (".png", ".svg", ".pdf")
-# Okabe and Ito's: told apart by colour-blind readers, and in grey by their lightness. Lines differ in style as well.
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
-TEXT, SMALL = 10, 9  # points
-_LETTERS = 12.5  # per inch
 
 History = Sequence[Mapping[str, Any]]
 """Rows of metrics, an epoch each: epoch, lr, loss, error (percent), validation_loss and validation_error or None."""
-
-
-@contextlib.contextmanager
-def picture(path: Path, title: str, width: float, height: float, words: str) -> Iterator[Figure]:
-    """Yields a figure of ``width`` x ``height`` inches and the ``words`` below; written to ``path`` at the end.
-
-    matplotlib lays it out. Neither pyplot nor a backend is touched, and the user's settings are as before afterwards.
-
-    Raises UserError unless ``path`` ends like a picture, TrainingError when it can't be written; it then holds what it
-    held.
-    """
-    if path.suffix.lower() not in KINDS:
-        raise UserError(f"{path}: expected the name of a picture, which ends in {', '.join(KINDS)}")
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context("default"):
-        lines = textwrap.wrap(words, round(_LETTERS * width))
-        figure = Figure((width, height + 0.2 * len(lines)), dpi=150, facecolor="white", layout="constrained")
-        look: dict[str, Any] = {"x": 0.01, "ha": "left", "color": "#222222", "parse_math": False}
-        figure.suptitle(textwrap.fill(title, round(0.7 * _LETTERS * width)), fontsize=13, fontweight="bold", **look)
-        figure.supxlabel("\n".join(lines), fontsize=TEXT, **look)
-        yield figure
-        data = io.BytesIO()
-        figure.savefig(data, format=path.suffix.lower()[1:])
-    replace_file(data.getbuffer(), path)
-
-
-def name(axes: Axes, title: str, x: str, y: str) -> None:
-    """Names ``axes`` and takes away what is not needed to read them."""
-    axes.set_title(title, fontsize=TEXT + 1, loc="left", parse_math=False)
-    axes.set_xlabel(x, fontsize=TEXT)
-    axes.set_ylabel(y, fontsize=TEXT)
-    axes.tick_params(labelsize=SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def curve(axes: Axes, history: History, key: str, **look: Any) -> None:
@@ -71,7 +25,7 @@ def finish(axes: Axes, kind: str, title: str, values: Sequence[float]) -> None:
     """Sets names, scales and the legend of ``axes`` with the "loss" or the "error" by epoch, of these ``values``."""
     from matplotlib.ticker import MaxNLocator
 
-    name(axes, title, "epoch", "loss" if kind == "loss" else "error, %")
+    plain(axes, title, "epoch", "loss" if kind == "loss" else "error, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     if kind == "loss" and 0 < 10 * min(values) < max(values):
@@ -85,7 +39,8 @@ def finish(axes: Axes, kind: str, title: str, values: Sequence[float]) -> None:
 def draw_curves(history: History, path: Path, title: str) -> None:
     """Draws loss and error of training and validation by epoch, where the learning rate drops, and the best epoch.
 
-    ``history`` has at least one row. Raises UserError and TrainingError as :func:`picture`.
+    ``history`` has at least one row. Raises UserError and TrainingError as
+    :func:`densenet_ext.training.figures.picture`.
     """
     kinds = [("training", "", BLUE, "-")]
     if history[0]["validation_error"] is not None:
