@@ -5,7 +5,7 @@ Source: Huang, Liu, van der Maaten & Weinberger, "Densely Connected Convolutiona
 
 Blocks are found by their shapes, so that names don't matter: a block is what holds nothing but layers (a 1x1 and a 3x3
 convolution, or one convolution larger than 1x1), where each layer reads as many features as there are once all layers
-before it have added theirs. Layers that are called ``denselayer1``, ``denselayer2``, ... have to fit together so.
+before it have added theirs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ def connections(checkpoint: Mapping[Any, Any], new_first: bool = False) -> list[
     Raises UserError when there are no dense blocks, when the layers of one don't fit together, or when a weight is
     not a number.
     """
-    held: dict[str, Tensor] = {}
     for held in _state_dicts(checkpoint):
         weights = _weights(held)
         found = list(_blocks(_tree(weights), ()))
@@ -95,7 +94,9 @@ def connections(checkpoint: Mapping[Any, Any], new_first: bool = False) -> list[
             short = _shortened([block.path for block in found])
             pairs = zip(found, short, behind, strict=True)
             return [_connections(block, name, reader, new_first) for block, name, reader in pairs]
-    raise UserError(f"the checkpoint has no dense blocks: it holds {_holdings(checkpoint)}")
+    raise UserError(
+        f"the checkpoint has no dense blocks; it holds {', '.join(map(str, list(checkpoint)[:3])) or 'nothing'}"
+    )
 
 
 def shares(block: Connections, readers: Sequence[int]) -> tuple[Share, Share, Share] | None:
@@ -151,16 +152,6 @@ def _weights(state: Mapping[str, Tensor]) -> dict[Names, Tensor]:
     return found
 
 
-def _holdings(content: Mapping[Any, Any]) -> str:
-    for tensors in _state_dicts(content):
-        return f"{len(tensors)} tensors: {_some(tensors)}"
-    return f"no tensors, only {_some(content)}" if content else "nothing"
-
-
-def _some(names: Mapping[Any, Any]) -> str:
-    return ", ".join(map(repr, list(names)[:3])) + (", ..." if len(names) > 3 else "")
-
-
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,14 +169,12 @@ def _tree(weights: Mapping[Names, Tensor]) -> dict[str, Any]:
 
 def _blocks(node: dict[str, Any], path: Names) -> Iterator[_Block]:
     children = {name: child for name, child in node.items() if isinstance(child, dict)}
-    named = {name: child for name, child in children.items() if _LAYER.fullmatch(name)}
-    if named:
-        yield _Block(path, _named_layers(named, path), True)
-        return
-    if len(children) > 1:
+    known = all(_LAYER.fullmatch(name) for name in children)
+    if len(children) > 1 or (children and known):
         layers = [_layer(child, (*path, name)) for name, child in _in_order(children)]
-        if all(layers) and _misfit(found := [layer for layer in layers if layer is not None]) is None:
-            yield _Block(path, found, False)
+        found = [layer for layer in layers if layer is not None]
+        if len(found) == len(layers) and _fit(found):
+            yield _Block(path, found, known)
             return
     for name, child in children.items():
         yield from _blocks(child, (*path, name))
@@ -199,34 +188,10 @@ def _in_order(children: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(children.items(), key=lambda item: int(found[2]) if (found := numbers[item[0]]) else 0)
 
 
-def _named_layers(children: Mapping[str, Any], path: Names) -> list[_Layer]:
-    layers = []
-    for name, child in _in_order(children):
-        layer = _layer(child, (*path, name)) or _conv1_and_conv2(child, (*path, name))
-        if layer is None:
-            shapes = ", ".join(f"{'.'.join(at)} {list(w.shape)}" for at, w in _convolutions(child, ()).items())
-            raise UserError(
-                f"{'.'.join((*path, name))}: expected the weights of a 1x1 and a 3x3 convolution, or of one 3x3 "
-                f"convolution, got {shapes}"
-            )
-        layers.append(layer)
-    misfit = _misfit(layers)
-    if misfit is not None:
-        before, layer = layers[misfit - 1], layers[misfit]
-        expected = before.weight.shape[1] + before.new
-        raise UserError(
-            f"{layer.name}: expected to read {expected} features, the {before.weight.shape[1]} that the layer before "
-            f"it reads and the {before.new} that it adds, got {layer.weight.shape[1]}: this is no dense block"
-        )
-    return layers
-
-
-def _misfit(layers: Sequence[_Layer]) -> int | None:
-    """The first layer that does not read all features of those before it."""
-    for l in range(1, len(layers)):
-        if layers[l].weight.shape[1] != layers[l - 1].weight.shape[1] + layers[l - 1].new:
-            return l
-    return None
+def _fit(layers: Sequence[_Layer]) -> bool:
+    """Returns whether each layer reads all features of those before it."""
+    pairs = zip(layers, layers[1:], strict=False)
+    return all(after.weight.shape[1] == before.weight.shape[1] + before.new for before, after in pairs)
 
 
 def _layer(node: dict[str, Any], path: Names) -> _Layer | None:
@@ -241,16 +206,6 @@ def _layer(node: dict[str, Any], path: Names) -> _Layer | None:
         return None
     reads = (small or large)[0]
     return _Layer(reads, found[reads], new.shape[0])
-
-
-def _conv1_and_conv2(node: dict[str, Any], path: Names) -> _Layer | None:
-    """A layer that holds more convolutions than these, as one with squeeze and excitation."""
-    found = _convolutions(node, path)
-    by_name = {at[-1]: at for at in found}
-    if "conv1" not in by_name or "conv2" not in by_name:
-        return None
-    reads = by_name["conv1"]
-    return _Layer(reads, found[reads], found[by_name["conv2"]].shape[0])
 
 
 def _convolutions(node: dict[str, Any], path: Names) -> dict[Names, Tensor]:
@@ -272,30 +227,11 @@ def _readers_behind(blocks: Sequence[_Block], weights: Mapping[Names, Tensor]) -
     """Per block the linear layer or 1x1 convolution that reads all its features, if there is one."""
     inside = {layer.path[: len(block.path) + 1] for block in blocks for layer in block.layers}
     free = [at for at, w in weights.items() if _pointwise(w) and not any(at[: len(p)] == p for p in inside)]
-    found = [_named_transition(block, {at: weights[at] for at in free}) for block in blocks]
+    found: dict[int, Names] = {}
     for total in {block.total for block in blocks}:
-        waiting = [n for n, block in enumerate(blocks) if block.total == total and found[n] is None]
-        readers = [at for at in free if weights[at].shape[1] == total and at not in found]
-        for number, reader in _matched(waiting, readers, blocks, weights):
-            found[number] = reader
-    return [None if at is None else (at, weights[at]) for at in found]
-
-
-def _named_transition(block: _Block, free: Mapping[Names, Tensor]) -> Names | None:
-    """Where torchvision's names put the transition behind a block."""
-    number = re.fullmatch(r"denseblock(\d+)", block.path[-1]) if block.path else None
-    if number is None:
-        return None
-    own = [at for at in free if at[:-1] == (*block.path[:-1], f"transition{number[1]}")]
-    for at in own:
-        if free[at].shape[1] == block.total:
-            return at
-    if own:
-        raise UserError(
-            f"{'.'.join((*own[0], 'weight'))}: expected to read the {block.total} features of "
-            f"{'.'.join(block.path)}, got {free[own[0]].shape[1]}"
-        )
-    return None
+        waiting = [n for n, block in enumerate(blocks) if block.total == total]
+        found.update(_matched(waiting, [at for at in free if weights[at].shape[1] == total], blocks, weights))
+    return [(found[n], weights[found[n]]) if n in found else None for n in range(len(blocks))]
 
 
 def _matched(
@@ -344,10 +280,6 @@ def _connections(block: _Block, name: str, behind: tuple[Names, Tensor] | None, 
 
 def _mean_per_source(name: str, weight: Tensor, features: Sequence[int], new_first: bool) -> Tensor:
     """[sources] of ``weight`` [out, C, *kernel]: the mean of |w| over each source's input channels."""
-    if weight.is_meta:
-        raise UserError(f"{name}: expected numbers, got a tensor on the meta device, which has none")
-    if type(weight) not in (Tensor, torch.nn.Parameter):
-        raise UserError(f"{name}: expected a whole tensor, got a {type(weight).__name__}: save the full state dict")
     per_channel = weight.detach().to("cpu", torch.float32).abs().mean([0, *range(2, weight.dim())])  # [C]
     if not bool(per_channel.isfinite().all()):
         raise UserError(f"{name}: expected numbers, got NaN or infinity: take a checkpoint from before the loss grew")

@@ -17,12 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
 
 _HOW_TO_READ = (
-    "How to read it: each layer of a dense block reads the features of all layers before it. A square shows how "
-    "strongly one reader (its column) uses one source (its row). The strength is the mean absolute value of the "
-    "weights between them, in percent of that of the source which this reader uses most: dark is strong, light is "
-    "weak. White: a layer cannot read what is made later. The top row is the block's input, the lowest square of a "
-    "column is the layer just before it. If columns are dark all over, no source is preferred, as in an untrained "
-    "network."
+    "A square shows how strongly one reader (its column) uses one source (its row): the mean absolute weight between "
+    "them, in percent of that of the source which this reader uses most. White: a layer cannot read what comes later. "
+    "If columns are dark all over, no source is preferred, as in an untrained network."
 )
 _LABELS = 13  # on an axis at most
 _NUMBERED, _SEPARATE = 9, 30  # readers up to which squares have room for their numbers, and for lines between them

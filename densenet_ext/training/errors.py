@@ -7,36 +7,29 @@ class Ended(Exception):
     """Ends a command with a sentence instead of a traceback."""
 
     exit_code = 1
-    everywhere = False  # whether all processes of a run raise it; only the first one tells it then
+    everywhere = True  # whether all processes of a run raise it; only the first one prints it then
 
 
 class UserError(Ended, ValueError):
     """An option, a folder or a file is not what it should be; the message says what was expected."""
 
     exit_code = 2
-    everywhere = True
 
 
 class TrainingError(Ended, RuntimeError):
-    """Training can't go on: no space on the disk, a worker that died; the message says where and why."""
+    """One process can't go on, as when the disk is full; the message says where and why."""
+
+    everywhere = False
 
 
-class LossError(TrainingError):
-    """The loss is no number any more. Every process raises it, since the loss is that of the whole batch."""
-
-    everywhere = True
-
-
-class LostError(TrainingError):
-    """Another process of the run has ended. All that are left raise it."""
+class SharedError(TrainingError):
+    """No process can go on: the loss, which is that of the whole batch, is no number, or another process has ended."""
 
     everywhere = True
 
 
 class Interrupted(Ended):
     """The run was asked to stop, by the signal ``number``, and has saved its state."""
-
-    everywhere = True
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

@@ -17,16 +17,11 @@ from densenet_ext.training.errors import TrainingError, UserError
 LAST, BEST = "checkpoint.pt", "best.pt"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in one step. Raises TrainingError when it can't; ``path`` then holds what it held."""
-    try:
-        replace_file(memoryview(text.encode("utf-8")), path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+def replace_file(data: bytes | memoryview, path: Path) -> None:
+    """Writes ``data`` beside ``path``, waits until it is on the disk, and renames it.
 
-
-def replace_file(data: memoryview, path: Path) -> None:
-    """Writes ``data`` beside ``path``, waits until it is on the disk, and renames it. Raises OSError."""
+    Raises TrainingError when it can't, as on a full disk; ``path`` then holds what it held.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -34,9 +29,12 @@ def replace_file(data: memoryview, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # an interrupt, too, has to leave no file behind
+    except BaseException as error:  # an interrupt, too, has to leave no file behind
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            kept = "; what it held before is kept" if path.exists() else ""
+            raise TrainingError(f"cannot write {path}: {error.strerror or error}{kept}") from error
         raise
     # The rename itself lasts when the directory is on the disk, too; not every file system can be asked for that.
     with contextlib.suppress(OSError):
@@ -47,11 +45,16 @@ def replace_file(data: memoryview, path: Path) -> None:
             os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` in one step. Raises TrainingError as :func:`replace_file`."""
+    replace_file(text.encode("utf-8"), path)
+
+
 def locked(path: Path) -> IO[bytes]:
     """Returns ``path`` opened and locked: while it is open, no other process locks it.
 
-    A lock of the process alone: workers that load images do not inherit it, and a killed process leaves none behind.
-    Raises UserError when another process has it, or when ``path`` can't be written.
+    Workers that load images do not inherit the lock, and a killed process leaves none behind. Raises UserError when
+    another process has it, or when ``path`` can't be written.
     """
     try:
         file = open(path, "r+b")
@@ -68,38 +71,12 @@ def locked(path: Path) -> IO[bytes]:
 
 
 def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
-    """Writes ``state`` to each of ``paths`` in one step.
-
-    Raises TrainingError when a file can't be written, as on a full disk. It then holds what it held.
-    """
+    """Writes ``state`` to each of ``paths`` in one step. Raises TrainingError as :func:`replace_file`."""
     # Serialised first: torch.save into a file that fails half-way hides the operating system's error behind its own.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getbuffer()
     for path in paths:
-        try:
-            replace_file(data, path)
-        except OSError as error:
-            good = next((path.name for path in reversed(paths) if path.exists()), None)
-            kept = f"--resume goes on from {good}, which is whole" if good else "nothing was written"
-            reason = error.strerror or str(error)
-            size = f"{len(data) / 2**20:.1f} MiB"
-            raise TrainingError(f"cannot write the checkpoint {path} ({size}): {reason}; {kept}") from error
-
-
-def check_last(folder: Path) -> None:
-    """Raises UserError unless ``folder`` has a checkpoint to go on from, which is :data:`LAST`.
-
-    Where the disk was full, or the run killed, before the first epoch was in both files, it is made from :data:`BEST`.
-    """
-    last, best = folder / LAST, folder / BEST
-    if not last.exists() and best.exists():
-        save_checkpoint(load_checkpoint(best), last)
-    if not last.exists():
-        raise UserError(
-            f"--resume: expected {LAST} in {folder}, and it is not there: a run that ended before its first "
-            "checkpoint has to be started anew, with another --out"
-        )
+        replace_file(buffer.getbuffer(), path)
 
 
 def check_archive(path: Path) -> None:
@@ -115,16 +92,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises UserError when the file is missing, damaged (by the archive's own checksums), or holds something else.
     """
-    refused = f"cannot read the checkpoint {path}"
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{refused}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged archives and foreign pickles raise several kinds
         # torch.load's own words would be advice to load it without weights_only
-        reason = f"it is damaged: {error}" if isinstance(error, zipfile.BadZipFile) else "it holds something else"
-        raise UserError(f"{refused}: expected one of train, and {reason}") from error
+        reason = str(error) if isinstance(error, zipfile.BadZipFile) else "it holds something else"
+        raise UserError(f"the checkpoint {path} is damaged, or none of train: {reason}") from error
     if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{refused}: expected one of train, and it holds no model")
+        raise UserError(f"the checkpoint {path} is none of train: it holds no model")
     return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,9 +122,7 @@ class Learner:
         try:
             states.set_model_state_dict(self.network, state["model"], options=_FROM_FILE)
         except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"the checkpoint is of another network: {_mismatch(self.network, state['model'])}"
-            ) from error
+            raise UserError(f"the checkpoint is of another network: {error}") from error
         if state["optimizer"]:
             states.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_FROM_FILE)
         self.schedule.load_state_dict(state["schedule"])
@@ -148,12 +145,3 @@ def _figures(losses: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-def _mismatch(network: nn.Module, state: dict[str, Tensor]) -> str:
-    here = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    there = {name: list(tensor.shape) for name, tensor in state.items()}
-    for name in itertools.chain(here, there):
-        if here.get(name) != there.get(name):
-            return f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-    return "their names agree and their values do not fit"

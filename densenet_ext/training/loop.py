@@ -10,27 +10,29 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from densenet_ext.training import metrics
 from densenet_ext.training.data.datasets import Data, Examples
 from densenet_ext.training.data.loading import Batches
-from densenet_ext.training.errors import Interrupted, LossError, UserError
+from densenet_ext.training.errors import Interrupted, SharedError, UserError
 from densenet_ext.training.files import BEST, LAST, load_checkpoint, save_checkpoint
-from densenet_ext.training.interruption import Interruption
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.metrics import Epoch, Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
-from densenet_ext.training.progress import Progress, peak_memory
 
 # On a GPU the host reads the losses of so many steps at once: reading waits for the GPU.
 _READ_EVERY = 16
@@ -43,6 +45,27 @@ class Result:
     history: list[Epoch]
     best: Epoch | None  # with the smallest validation error; None without validation images
     test: Sums | None  # of the last weights; None without test images
+
+
+class Interruption:
+    """While entered, notes the first Ctrl-C or SIGTERM in :attr:`number`; the second one does what it always does."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal; 0: none came
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
+            self._before = {name: signal.signal(name, self._note) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
 
 
 class Run:
@@ -61,54 +84,63 @@ class Run:
             None if examples is None else batches(examples, self.options, self.processes)
             for examples in (data.validation, data.test)
         )
+        self._interruption = Interruption()
 
     def resume(self) -> None:
-        """Takes the state that the folder keeps. Raises UserError when there is none, or it is another network's."""
+        """Takes the state that the folder keeps, if it has one already.
+
+        Raises UserError when it is damaged, another network's, or of other images.
+        """
         path = self.folder / LAST
+        if not path.exists():
+            return
         state = load_checkpoint(path)
         try:
-            self._check_images(state["data"])
+            here, there = self._fingerprint(), state["data"]
+            if here != there:
+                raise UserError(f"the images or their labels are not those of the run's start: {there}, here {here}")
             self.learner.load_state(state)
             self.history = [Epoch(**row) for row in state["history"]]
             self._sums, self._step, self._seconds = Sums(**state["sums"]), state["step"], state["seconds"]
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"cannot read the checkpoint {path}: expected one of train, and it lacks {error}"
-            ) from error
+            raise UserError(f"the checkpoint {path} is none of train: it lacks {error}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-
-    def _check_images(self, there: dict[str, list[Any]]) -> None:
-        here = self._fingerprint()
-        if here != there:
-            then, now = (", ".join(f"{name} {part[0]}" for name, part in parts.items()) for parts in (there, here))
-            words = "the images or their labels are not those that the run was started with"
-            raise UserError(f"{words}: {then} there, {now} here")
 
     def train(self) -> Result:
         """Trains to the last epoch and measures on the test images.
 
-        Raises LossError when the loss is no number any more (the last good checkpoint stays), TrainingError when a file
-        can't be written or a worker dies, Interrupted after Ctrl-C or SIGTERM, with the state saved.
+        Raises SharedError when the loss is no number any more (the last good checkpoint stays), TrainingError when a
+        file can't be written, Interrupted after Ctrl-C or SIGTERM, with the state saved.
         """
         images = sum(self._train.count(step) for step in range(len(self._train)))
         done = len(self.history) * images + self._sums.images
-        progress = Progress(self.options.epochs, images, done, self.learner.device, self._shown)
+        bar = metrics.bar(self.options.epochs * images, done, self._shown)
+        board = None
         if self.processes.is_first:
             metrics.write_csv(self.history, self.folder)  # a run that was killed behind its checkpoint lacks a row
-        board = metrics.TensorBoard(self.folder, self.history)
-        with closing(progress), closing(board), Interruption() as interruption:
+            board = metrics.board(self.folder, self.history)
+        with closing(bar), self._interruption:
             while len(self.history) < self.options.epochs:
-                row = self._epoch(progress, interruption)
-                progress.epoch(row)
-                board.add(row)
-            test = self._evaluated(self._test, 0, interruption)
+                row = self._epoch(bar)
+                if self._shown:
+                    bar.write(f"{self._place()}: {row}")
+                    sys.stdout.flush()
+                if board is not None:
+                    metrics.log(board, row)
+            test = self._evaluated(self._test, 0)
+        if board is not None:
+            board.finalize("success")
         return Result(self.history, best_of(self.history), test)
 
-    def _epoch(self, progress: Progress, interruption: Interruption) -> Epoch:
+    def _place(self, more: int = 0) -> str:
+        return f"epoch {len(self.history) + more}/{self.options.epochs}"
+
+    def _epoch(self, bar: tqdm) -> Epoch:
         """Trains the rest of the current epoch, with the checkpoint at its end."""
         start = time.perf_counter() - self._seconds
         number = len(self.history) + 1
+        bar.set_description(self._place(1), refresh=False)
         pending: list[Tensor] = []
         for images, labels in self._train.epoch(number, self._step):
             pending.append(self.learner.step(images, labels, self._train.count(self._step)))
@@ -116,10 +148,13 @@ class Run:
             if len(pending) == self._every or self._step == len(self._train):
                 count = self._read(pending, number)
                 self._seconds = time.perf_counter() - start
-                progress.step(number, count, self._sums)
-                self._stop_if_asked(interruption)
-        validation = self._evaluated(self._validation, number, interruption)
-        self._check(validation, number)
+                self._show(bar, count)
+                self._stop_if_asked()
+        validation = self._evaluated(self._validation, number)
+        if validation is not None and not math.isfinite(validation.loss):
+            raise self._no_number(f"the validation loss is {validation.mean_loss} after epoch {number}")
+        if not self.learner.is_finite():
+            raise self._no_number(f"a weight is no number after epoch {number}")
         row = Epoch(
             number,
             self.learner.lr,
@@ -129,7 +164,7 @@ class Run:
             None if validation is None else validation.error,
             self._sums.images / self._seconds,
             time.perf_counter() - start,
-            peak_memory(self.learner.device) / 2**20,
+            metrics.peak_memory(self.learner.device) / 2**20,
         )
         self.history.append(row)
         self._sums, self._step, self._seconds = Sums(), 0, 0.0
@@ -137,7 +172,14 @@ class Run:
         self._save()
         return row
 
-    def _evaluated(self, part: Batches | None, number: int, interruption: Interruption) -> Sums | None:
+    def _show(self, bar: tqdm, images: int) -> None:
+        if not bar.disable:  # asking a GPU's allocator takes a while
+            memory = metrics.peak_memory(self.learner.device) / 2**20
+            figures = f"loss {self._sums.mean_loss:.3f}, error {self._sums.error:.1f}%, {memory:.0f}M"
+            bar.set_postfix_str(figures, refresh=False)
+            bar.update(images)
+
+    def _evaluated(self, part: Batches | None, number: int) -> Sums | None:
         """Returns the figures on ``part``, None without one; a run that is stopped here repeats them later."""
         if part is None:
             return None
@@ -145,7 +187,7 @@ class Run:
         def until_asked() -> Iterator[tuple[Tensor, Tensor]]:
             for index, batch in enumerate(part.epoch(number)):
                 if index % self._every == 0:
-                    self._stop_if_asked(interruption)
+                    self._stop_if_asked()
                 yield batch
 
         return self.learner.evaluate(until_asked())
@@ -157,38 +199,26 @@ class Run:
         pending.clear()
         before = self._sums.images
         for step, (loss, wrong) in enumerate(figures, start=first):
-            count = self._train.count(step)
             if not math.isfinite(loss):
-                raise self._no_number(
-                    f"the loss is {loss / count} in epoch {number}, step {step + 1} of {len(self._train)}"
-                )
-            self._sums.add(loss, int(wrong), count)
+                raise self._no_number(f"the loss is {loss} in epoch {number}, step {step + 1} of {len(self._train)}")
+            self._sums.add(loss, int(wrong), self._train.count(step))
         return self._sums.images - before
 
-    def _check(self, validation: Sums | None, number: int) -> None:
-        if validation is not None and not math.isfinite(validation.loss):
-            raise self._no_number(f"the validation loss is {validation.mean_loss} after epoch {number}")
-        if not self.learner.is_finite():
-            raise self._no_number(f"a weight is no number after epoch {number}")
+    def _no_number(self, what: str) -> SharedError:
+        saved = f"{self.folder / LAST} keeps epoch {len(self.history)}" if self.history else "no epoch was complete"
+        return SharedError(f"{what}; {saved}. {advice(self.options)}")
 
-    def _no_number(self, what: str) -> LossError:
-        saved = len(self.history)
-        kept = f"{self.folder / LAST} keeps epoch {saved}" if saved else "no epoch was complete, so nothing was saved"
-        return LossError(f"{what}; {kept}. {advice(self.options)}")
-
-    def _stop_if_asked(self, interruption: Interruption) -> None:
+    def _stop_if_asked(self) -> None:
         """Saves the state within the epoch, and leaves, when any process has got a signal."""
-        number = int(self.processes.total(torch.tensor(interruption.number)))
-        if number == 0:
+        if int(self.processes.total(torch.tensor(self._interruption.number))) == 0:
             return
-        number = interruption.number or signal.SIGTERM  # it came to another process
         self._save()
         place = f"epoch {len(self.history) + 1}, step {self._step} of {len(self._train)}"
         if len(self.history) == self.options.epochs:
             place = "the test after the last epoch"
-        raise Interrupted(
-            f"stopped in {place}; everything is saved in {self.folder}, and --resume goes on there", number
-        )
+        # Without a number the signal came to another process.
+        number = self._interruption.number or signal.SIGTERM
+        raise Interrupted(f"stopped in {place}; everything is saved in {self.folder}, --resume goes on there", number)
 
     def _save(self) -> None:
         state = self.learner.state()
@@ -212,7 +242,7 @@ class Run:
         metrics.write_csv(self.history, self.folder)
 
     def _fingerprint(self) -> dict[str, list[Any]]:
-        """Returns [images, a digest of their labels] for each part of the data, which tells other images."""
+        """Returns [images, a digest of their labels] for each part of the data: other images have another."""
         parts = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         return {
             name: [len(part), hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=8).hexdigest()]

@@ -1,16 +1,24 @@
-"""The metrics of a run: a row an epoch, as CSV and for TensorBoard."""
+"""The metrics of a run: a row an epoch, as CSV, for TensorBoard, and behind a bar on a terminal."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from densenet_ext.training.errors import TrainingError
+import torch
+
 from densenet_ext.training.files import write_text
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers import TensorBoardLogger
+    from tqdm import tqdm
 
 FILE = "metrics.csv"
 TENSORBOARD = "tensorboard"
@@ -35,6 +43,13 @@ class Epoch(Row):
     images_per_s: float  # in training, of all processes together
     seconds: float  # of the epoch, validation included
     memory_mib: float  # the most that the first process has had so far: of the GPU, or of the whole process
+
+    def __str__(self) -> str:
+        """Returns the row in words."""
+        text = f"lr {self.lr:g}, loss {self.loss:.4f}, error {self.error:.2f} %"
+        if self.validation_loss is not None:
+            text += f", validation loss {self.validation_loss:.4f}, error {self.validation_error:.2f} %"
+        return f"{text}, {self.images_per_s:.0f} images/s, {self.memory_mib:.0f} MiB"
 
 
 @dataclass
@@ -73,38 +88,6 @@ def write_csv(history: Iterable[Epoch], folder: Path) -> None:
     write_text(folder / FILE, text.getvalue())
 
 
-class TensorBoard:
-    """The rows as TensorBoard's scalars, by the first process; nothing where TensorBoard is not installed."""
-
-    def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
-        from lightning_fabric.loggers import TensorBoardLogger  # the benchmarks' tables need none
-
-        # Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's row
-        # comes anew: the run may have been killed between its checkpoint and this row.
-        try:
-            self._logger = TensorBoardLogger(folder, TENSORBOARD, version="", purge_step=max(1, len(history)))
-        except ModuleNotFoundError:
-            self._logger = None  # type: ignore[assignment]
-        for row in history[-1:]:
-            self.add(row)
-
-    def add(self, epoch: Epoch) -> None:
-        """Writes the row of ``epoch``. Raises TrainingError when it can't."""
-        if self._logger is None:
-            return
-        row = {_TAGS.get(name, name): value for name, value in asdict(epoch).items() if value is not None}
-        try:
-            self._logger.log_metrics(row, step=int(row.pop("epoch")))
-            self._logger.save()
-        except (OSError, ValueError) as error:  # the logger makes ValueError of whatever happens
-            raise TrainingError(f"cannot write {self._logger.log_dir}: {error.__cause__ or error}") from error
-
-    def close(self) -> None:
-        """Ends the file."""
-        if self._logger is not None:
-            self._logger.finalize("success")
-
-
 # One chart for training and validation together, as TensorBoard groups them.
 _TAGS = {
     "loss": "loss/training",
@@ -112,3 +95,53 @@ _TAGS = {
     "error": "error/training",
     "validation_error": "error/validation",
 }
+
+
+def board(folder: Path, history: Sequence[Epoch]) -> TensorBoardLogger:
+    """Returns the writer of TensorBoard's scalars in ``folder``, with the epochs of ``history``; the first process's.
+
+    Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's row comes
+    anew: the run may have been killed between its checkpoint and this row.
+    """
+    from lightning_fabric.loggers import TensorBoardLogger  # the benchmarks' tables need none
+
+    logger = TensorBoardLogger(folder, TENSORBOARD, version="", purge_step=max(1, len(history)))
+    for row in history[-1:]:
+        log(logger, row)
+    return logger
+
+
+def log(logger: TensorBoardLogger, epoch: Epoch) -> None:
+    """Writes the row of ``epoch``."""
+    row = {_TAGS.get(name, name): value for name, value in asdict(epoch).items() if value is not None}
+    logger.log_metrics(row, step=int(row.pop("epoch")))
+    logger.save()
+
+
+def bar(images: int, done: int = 0, shown: bool = True) -> tqdm:
+    """Returns tqdm's bar over so many ``images``, of which ``done`` are done; nothing away from a terminal."""
+    from tqdm import tqdm
+
+    # tqdm shows nothing where a terminal does not know its width, as in a container; this takes 80 columns then.
+    columns, lines = shutil.get_terminal_size((80, 24))
+    return tqdm(
+        total=images,
+        initial=done,
+        disable=not (shown and sys.stderr.isatty()),
+        unit=" img",
+        unit_scale=True,
+        smoothing=0.05,
+        ncols=columns,
+        nrows=lines,
+        bar_format="{desc}{percentage:3.0f}%|{bar}|{remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes so far: that PyTorch has allocated on a GPU, or else that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where nothing of this package has been run
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024

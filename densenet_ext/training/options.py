@@ -6,6 +6,7 @@ Nesterov momentum 0.9, weight decay 1e-4, learning rate 0.1 divided by 10 at 50 
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -17,7 +18,6 @@ import torch
 from densenet_ext import checks
 from densenet_ext._version import __version__
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.files import write_text
 
 FILE = "options.json"
 
@@ -41,36 +41,41 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision, with the dtype of convolutions and products."""
 
 
-class Setting(NamedTuple):
-    """An option of the command line; the field ``batch_size`` is ``--batch-size``."""
+def read(kind: type, check: Callable[..., Any], *limits: Any) -> Callable[[str], Any]:
+    """Returns a function that reads an option's text as ``kind`` and refuses, for argparse, what ``check`` refuses."""
 
-    help: str
-    metavar: str = ""
-    kind: type = str  # bool: --name/--no-name
-    check: Callable[..., Any] | None = None  # (name, value, *limits) -> the value; raises ValueError, TypeError
-    limits: tuple[Any, ...] = ()
-    compared: bool = True  # whether the command compare has it, too
-    free: bool = False  # whether a resume may change it: where the run goes on, not what it computes
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text  # for the check to refuse
+        try:
+            return check("", value, *limits)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
 
-
-def _asked(default: Any, setting: Setting) -> Any:
-    return field(default=default, metadata={"asked": setting})
-
-
-def _flag(help: str, default: bool, **more: Any) -> Any:
-    return _asked(default, Setting(help, kind=bool, **more))
+    return parse
 
 
-def _choice(help: str, choices: tuple[str, ...], default: Any = MISSING) -> Any:
-    return _asked(default, Setting(help, "|".join(choices), str, checks.choice, (choices,)))
+def _option(default: Any, help: str, *, compared: bool = True, free: bool = False, **argument: Any) -> Any:
+    """Returns a field that is an option of the command line; ``argument`` is for argparse's ``add_argument``.
+
+    ``compared``: the command compare has it, too. ``free``: a resume may change it, since it says where the run goes
+    on, not what it computes.
+    """
+    if isinstance(default, bool):
+        argument = {"action": argparse.BooleanOptionalAction, **argument}
+        help += " Default: on." if default else ""
+    elif default is not None and default is not MISSING:
+        help += f" Default: {default}."
+    argument["help"] = help.replace("%", "%%")
+    return field(default=default, metadata={"argument": argument, "compared": compared, "free": free})
 
 
-def _integer(help: str, least: int, *most: int, default: Any = MISSING, **more: Any) -> Any:
-    return _asked(default, Setting(help, "INTEGER", int, checks.integer, (least, *most), **more))
-
-
-def _number(help: str, check: Callable[..., Any], default: float) -> Any:
-    return _asked(default, Setting(help, "NUMBER", float, check))
+def _by_data(name: str, help: str, **argument: Any) -> Any:
+    """Returns the option whose default is the field ``name`` of Defaults."""
+    defaults = ", ".join(f"{getattr(each, name)} for {data}" for data, each in DATA.items())
+    return _option(MISSING, f"{help} Default: {defaults}.", **argument)
 
 
 def _model(name: str, value: Any) -> str:
@@ -86,97 +91,93 @@ def _fraction(name: str, value: Any) -> float:
     return number
 
 
-def _by_data(name: str) -> str:
-    """Returns what the field ``name`` of Defaults is for each data set: "30 for digits, 300 for cifar10"."""
-    return ", ".join(f"{getattr(defaults, name)} for {data}" for data, defaults in DATA.items())
+def _integer(least: int, *most: int) -> dict[str, Any]:
+    return {"type": read(int, checks.integer, least, *most), "metavar": "N"}
 
 
-_NETWORKS = f"densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME, torchvision:NAME. Default: {_by_data('model')}."
-_EPOCHS = f"Passes over the training images. Default: {_by_data('epochs')}."
-_BATCH_SIZE = f"Images per step, of all processes together. Default: {_by_data('batch_size')}."
-_ROOT = "Their folder. For imagefolder: train/CLASS/*, val/CLASS/*, or CLASS/* alone."
-_FUSED = "One buffer per dense block, or the usual formulation. Default: fused."
-_LR = "Learning rate, divided by 10 after 50 % and 75 % of the epochs. Default: 0.1."
-_DEVICE = "Default: a GPU where there is one, or else cpu."
-_SEED = "Of the weights, the order and the augmentation. Default: 0."
-_VALIDATION = "Part of the training images that is held out for validation. Default: 0.1."
-_CORRUPT = "What to do about images that can't be read: name and refuse, or skip."
+def _number(check: Callable[..., Any]) -> dict[str, Any]:
+    return {"type": read(float, check), "metavar": "X"}
+
+
+_NETWORKS = "densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything that a run is made of."""
 
-    data: str = _choice("The images. Default: digits, which are inside scikit-learn.", tuple(DATA))
-    root: str | None = _asked(None, Setting(_ROOT, "PATH", free=True))
-    model: str = _asked(MISSING, Setting(_NETWORKS, "NAME", str, _model))
-    save: str = _choice("What blocks keep for the backward pass.", checks.LEVELS, "bottlenecks")
-    fused: bool = _flag(_FUSED, True, compared=False)
-    epochs: int = _integer(_EPOCHS, 1)
-    batch_size: int = _integer(_BATCH_SIZE, 1)
-    lr: float = _number(_LR, checks.positive, 0.1)
+    data: str = _option("digits", "The images; digits are inside scikit-learn.", choices=tuple(DATA))
+    root: str | None = _option(None, "Their folder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.", free=True)
+    model: str = _by_data("model", _NETWORKS, type=read(str, _model), metavar="NAME")
+    save: str = _option("bottlenecks", "What blocks keep for the backward pass.", choices=checks.LEVELS)
+    fused: bool = _option(True, "One buffer per dense block, or the usual formulation.", compared=False)
+    epochs: int = _by_data("epochs", "Passes over the training images.", **_integer(1))
+    batch_size: int = _by_data("batch_size", "Images a step, of all processes.", **_integer(1))
+    lr: float = _option(0.1, "Learning rate, a tenth from 50 % and 75 % of the epochs on.", **_number(checks.positive))
     weight_decay: float = 1e-4
-    amp: str = _choice("Mixed precision (autocast). Default: off.", tuple(AMP), "off")
-    compile: bool = _flag("Runs the network through torch.compile.", False)
-    device: str | None = _asked(None, Setting(_DEVICE, "TEXT", free=True))
-    workers: int = _integer("Processes that load images. Default: 0.", 0, default=0, free=True)
-    seed: int = _integer(_SEED, 0, 2**63 - 1, default=0, compared=False)
-    deterministic: bool = _flag("PyTorch's own operators too; on the CPU they are in any case.", False)
-    validation: float = _number(_VALIDATION, _fraction, 0.1)
-    image_size: int | None = _integer("Height and width that images are brought to.", 8, default=None)
-    on_corrupt: str = _choice(_CORRUPT, ("refuse", "skip"), "refuse")
-    sync_bn: bool = _flag("Under torchrun: statistics of the whole batch.", False, compared=False)
-    fsdp: bool = _flag("Under torchrun: FSDP2 instead of DistributedDataParallel.", False, compared=False, free=True)
+    amp: str = _option("off", "Mixed precision (autocast).", choices=tuple(AMP))
+    compile: bool = _option(False, "Run the network through torch.compile.")
+    device: str | None = _option(None, "As cuda:1. Default: a GPU where there is one, or else cpu.", free=True)
+    workers: int = _option(0, "Processes that load images.", free=True, **_integer(0))
+    seed: int = _option(0, "Of the weights, the order, the augmentation.", compared=False, **_integer(0, 2**63 - 1))
+    deterministic: bool = _option(False, "PyTorch's own operators too; on the CPU they are in any case.")
+    validation: float = _option(0.1, "Part of the training images that is held out.", **_number(_fraction))
+    image_size: int | None = _option(None, "Height and width that images are brought to.", **_integer(8))
+    on_corrupt: str = _option("refuse", "What to do about images that can't be read.", choices=("refuse", "skip"))
+    sync_bn: bool = _option(False, "Under torchrun: statistics of the whole batch.", compared=False)
+    fsdp: bool = _option(False, "Under torchrun: FSDP2 in place of DDP.", compared=False, free=True)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
         """Returns the options that were ``given`` by name, the others at their defaults; None means not given."""
-        data = given.get("data") or "digits"
-        if data not in DATA:
-            raise UserError(f"--data: expected one of {', '.join(DATA)}, got {data!r}")
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**DATA[data]._asdict(), "data": data, **chosen})
+        return cls(**{**DATA[chosen.get("data", "digits")]._asdict(), **chosen})
 
 
-SETTINGS: dict[str, Setting] = {each.name: each.metadata["asked"] for each in fields(Options) if each.metadata}
-"""What the command line asks, by the field that it sets."""
+ASKED = {each.name: each.metadata for each in fields(Options) if each.metadata}
+"""The options of the command line, by the field that they set."""
 
 
 def save(options: Options, folder: Path) -> None:
-    """Writes ``options`` to options.json in ``folder``, with the versions that ran."""
+    """Makes ``folder`` and writes ``options`` to options.json in it, with the versions that run.
+
+    Raises UserError when it has one already, of another run, or can't be written into.
+    """
     versions = {"densenet_ext": __version__, "torch": str(torch.__version__)}
-    write_text(folder / FILE, json.dumps({"options": asdict(options), "versions": versions}, indent=2) + "\n")
+    check_new(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / FILE, "x", encoding="utf-8") as file:  # another run may come first: one of them makes it
+            file.write(json.dumps({"options": asdict(options), "versions": versions}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out: expected a folder to write into, got {folder}: {error.strerror or error}") from error
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError when ``folder`` has a run in it."""
+    if (folder / FILE).exists():
+        raise UserError(f"--out: {folder} holds a run already: --resume goes on with it, or give another --out")
 
 
 def load(folder: Path) -> Options:
     """Returns the options that ``folder`` keeps. Raises UserError when it holds no run, or a damaged options.json."""
     path = folder / FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["options"]
-        unknown = sorted(set(values) - {each.name for each in fields(Options)})
-        if unknown:
-            raise UserError(f"{path}: unknown options {', '.join(unknown)}: another version of densenet_ext wrote them")
-        return Options(**values)
-    except FileNotFoundError as error:
-        raise UserError(f"--resume: expected a folder with a run in it, got {folder} without {FILE}") from error
+        return Options(**json.loads(path.read_text(encoding="utf-8"))["options"])
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"--resume: expected the folder of a run, cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: expected the options of a run, got something else ({error})") from error
 
 
 def resumed(kept: Options, given: Mapping[str, Any]) -> Options:
     """Returns ``kept`` with what of ``given`` a resume may change. Raises UserError when it would change more."""
     changes = {name: value for name, value in given.items() if value is not None and value != getattr(kept, name)}
-    other = [name for name in changes if not SETTINGS[name].free]
-    if other:
-        words = "; ".join(f"{flag(name)} is {getattr(kept, name)!r} there, got {changes[name]!r}" for name in other)
-        raise UserError(
-            f"--resume: expected the options that the run was started with: {words}. Leave them out to go on as it "
-            "was started, or start another run with another --out"
-        )
+    words = [
+        f"{flag(n)} is {getattr(kept, n)!r} there, got {new!r}" for n, new in changes.items() if not ASKED[n]["free"]
+    ]
+    if words:
+        raise UserError(f"--resume: expected the options that the run was started with: {'; '.join(words)}")
     return replace(kept, **changes)
 
 

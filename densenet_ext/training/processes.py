@@ -8,16 +8,15 @@ CPU (DistributedDataParallel refuses it before the wrapping), and leaving in an 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import inspect
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,9 @@ from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Stra
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_ext.training.errors import Interrupted, LossError, LostError, UserError
+from densenet_ext.training.errors import Ended, SharedError, UserError
+
+T = TypeVar("T")
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
 
@@ -46,16 +47,21 @@ _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Fabric:
     """Returns Fabric for this process on ``device``: one of torchrun's, or alone.
 
-    Raises UserError for ``fsdp`` without torchrun.
+    Raises UserError for ``fsdp`` without torchrun, and for a device that it can't train on.
     """
-    place = torch.device(device)
+    known = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    if not started_by_torchrun() and torch.backends.mps.is_available():
+        known.append("mps")
+    kind, _, index = device.partition(":")
+    if kind not in known:
+        raise UserError(f"--device: expected one of {', '.join(known)}, got {device!r}")
     # Named as a plugin: from precision="16-mixed" Fabric makes bfloat16 on the CPU, and FSDP2 refuses it.
-    precision = MixedPrecision(_PRECISIONS[amp], place.type) if amp in _PRECISIONS else Precision()
+    precision = MixedPrecision(_PRECISIONS[amp], kind) if amp in _PRECISIONS else Precision()
     if not started_by_torchrun():
         if fsdp:
             raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
-        devices = [place.index or 0] if place.type == "cuda" else 1
-        return Fabric(accelerator=place.type, devices=devices, plugins=[precision, LightningEnvironment()])
+        devices = [int(index or 0)] if kind == "cuda" else 1
+        return Fabric(accelerator=kind, devices=devices, plugins=[precision, LightningEnvironment()])
     size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def shard(network: nn.Module, mesh: Any) -> nn.Module:
@@ -74,7 +80,7 @@ def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_
         else DDPStrategy(timeout=_TIMEOUT, **_NO_BROADCAST)
     )
     plugins: Any = [precision, TorchElasticEnvironment()]
-    return Fabric(accelerator=place.type, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
+    return Fabric(accelerator=kind, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
 
 
 def started_by_torchrun() -> bool:
@@ -95,7 +101,7 @@ class Processes:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return self.fabric.world_size
 
     @property
@@ -105,7 +111,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True in the one process that writes and prints."""
         return self.fabric.is_global_zero
 
     def total(self, values: Tensor) -> Tensor:
@@ -132,49 +138,42 @@ class Processes:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return wrapped
 
-    @torch.no_grad()
-    def check_sync_bn(self, network: nn.Module, images: Tensor) -> None:
-        """Refuses, as UserError, ``--sync-bn`` for a ``network`` with norms that are not in fused units, on the CPU.
 
-        PyTorch's SyncBatchNorm runs on GPUs only. ``images`` [N, C, H, W] are such as ``network`` takes; a copy of it
-        is tried. Every process has to call this.
-        """
-        if self.size == 1 or self.device.type != "cpu":
-            return
-        trial = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
-        try:
-            trial.train()(images)
-        except ValueError as error:
-            if "SyncBatchNorm" not in str(error):
-                raise
-            raise UserError(
-                "--sync-bn: expected a network whose norms are all fused, got one with others, and PyTorch's "
-                "SyncBatchNorm runs on GPUs only: leave out --sync-bn or --no-fused, or take a network of this library"
-            ) from error
+def agreed(processes: Processes, find: Callable[[], T]) -> T:
+    """Returns what ``find`` returns in this process. A UserError that any process raises is raised in all of them.
+
+    All wait for the last one: a process that went on alone would wait for the others for ever.
+    """
+    found, message = None, None
+    try:
+        found = find()
+    except UserError as error:
+        message = str(error)
+    for text in processes.gather(message):
+        if text is not None:
+            raise UserError(text)
+    return cast(T, found)
 
 
 @contextlib.contextmanager
 def joined(device: str | None, amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Iterator[Processes]:
     """Joins the processes that torchrun has started, or this one alone; ``device`` None is a GPU where there is one.
 
-    Raises UserError for a device that is none, and LostError in place of the error that a process gets when another one
+    Raises UserError as :func:`make_fabric`, and SharedError in place of the error that a process gets when another one
     has gone.
     """
-    fabric = make_fabric(_checked(device), amp, fsdp, sync_bn)
+    fabric = make_fabric(device or ("cuda" if torch.cuda.is_available() else "cpu"), amp, fsdp, sync_bn)
     fabric.launch()
     try:
         yield Processes(fabric)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the network
         # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
-        if fabric.device.type != "cuda" or isinstance(error, (Interrupted, LossError)):  # which all raise together
+        if fabric.device.type != "cuda" or (isinstance(error, Ended) and error.everywhere):
             _leave()
         # Gloo's errors are RuntimeErrors that begin with the place in its source.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
-            raise LostError(
-                "another process of the run has ended: its own message or torchrun's report says why; "
-                "the last checkpoint is kept"
-            ) from error
+            raise SharedError("another process of the run has ended; the last checkpoint is kept") from error
         raise
     _leave()
 
@@ -183,18 +182,3 @@ def _leave() -> None:
     if dist.is_initialized():
         gc.collect()  # what FSDP and DistributedDataParallel hold of the group has to be gone before its threads end
         dist.destroy_process_group()
-
-
-def _checked(name: str | None) -> str:
-    """Returns ``name``, or "cuda" where there is a GPU and else "cpu" for None; refuses what Fabric can't train on."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(name).type
-        torch.ones(1, device=name).item()  # "meta" makes tensors and computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch lists what it was built with behind that
-        raise UserError(f"--device: expected a device of this machine, got {name!r}: {reason}") from error
-    known = ("cpu", "cuda") if started_by_torchrun() else ("cpu", "cuda", "mps")
-    if kind not in known:
-        raise UserError(f"--device: expected one of {', '.join(known)}, got {name!r}")
-    return name

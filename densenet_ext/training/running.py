@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 import densenet_ext
-from densenet_ext.training import networks, options
+from densenet_ext.reuse.connections import connections
+from densenet_ext.reuse.drawing import draw_connections
+from densenet_ext.training import curves, networks, options
+from densenet_ext.training.data import load as load_data
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.data.datasets import load as load_data
-from densenet_ext.training.data.examples import agreed
-from densenet_ext.training.data.image_folder import image_parts
-from densenet_ext.training.errors import TrainingError, UserError
-from densenet_ext.training.files import BEST, LAST, check_last, load_checkpoint, locked, write_text
+from densenet_ext.training.errors import UserError
+from densenet_ext.training.files import BEST, LAST, load_checkpoint, locked, write_text
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import Result, Run
 from densenet_ext.training.metrics import FILE as METRICS
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, joined
+from densenet_ext.training.processes import Processes, agreed, joined
 
 RUNS = Path("runs")
 RESULT = "result.json"
@@ -37,17 +37,16 @@ def train(given: Mapping[str, Any], out: Path | None, resume: bool = False, down
 
     ``out`` None is a new folder below ``runs``. Prints what it does. Raises UserError, TrainingError, Interrupted.
     """
-    # Before the processes are joined: the first one makes the folder when all have looked.
     if resume:
         if out is None:
             raise UserError("--resume: name the folder of the run to go on with, as in --out runs/digits")
         folder, chosen = out, options.resumed(options.load(out), given)
     else:
         chosen = Options.of(given)
-        folder = out or new_folder(chosen)
-        check_folder(folder)
-        check_outside(folder, chosen)
+        folder = out or new_folder(chosen.data)
+        options.check_new(folder)
     with joined(chosen.device, chosen.amp, chosen.fsdp, chosen.sync_bn) as processes:
+        # Before the first process makes the folder, since the others may have found another name for a new one.
         return _train(chosen, processes.gather(folder)[0], resume, download, processes)
 
 
@@ -57,34 +56,18 @@ def _train(chosen: Options, folder: Path, resume: bool, download: bool, processe
         if not processes.is_first:
             return None
         if not resume:
-            check_folder(folder)  # another run may have come first meanwhile
-            make_folder(folder)
             options.save(chosen, folder)
-        lock = locked(folder / options.FILE)
-        if resume:
-            check_last(folder)
-        return lock
+        return locked(folder / options.FILE)
 
-    lock = agreed(processes, begin) if resume else None
-    set_determinism(chosen.deterministic)
-    data = load_data(chosen, processes, download)
-    torch.manual_seed(chosen.seed)  # of the weights, the same in every process
-    network = networks.build(
-        chosen.model, classes=len(data.classes), channels=data.channels, save=chosen.save, fused=chosen.fused
-    )
-    check_takes(network, chosen.model, data)
-    if chosen.sync_bn:
-        processes.check_sync_bn(network, images_like(data))
+    data, network = prepared(chosen, processes, download)
     words = announcement(network.to(processes.device), data, chosen, processes, folder)  # before the network is sharded
     run = Run(Learner(network, chosen, processes), data, folder)
+    lock = agreed(processes, begin)  # by now nothing of what was asked for is refused any more
     if resume:
         run.resume()
-    else:  # by now nothing of what was asked for is refused any more
-        lock = agreed(processes, begin)
+        words.append(f"going on after epoch {len(run.history)} of {chosen.epochs}")
     if processes.is_first:
-        print("\n".join(words))
-        if resume:
-            print(f"going on after epoch {len(run.history)} of {chosen.epochs}")
+        print("\n".join(words), flush=True)
     result = run.train()
     if processes.is_first:
         conclude(result, folder)
@@ -94,75 +77,37 @@ def _train(chosen: Options, folder: Path, resume: bool, download: bool, processe
     return result
 
 
-# ---- what is refused before ------------------------------------------------------------------------------------------
+def new_folder(name: str) -> Path:
+    """Returns a folder below ``runs`` that is not there yet, called ``name`` or ``name-2`` and so on."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(folder for folder in map(RUNS.joinpath, names) if not folder.exists())
 
 
-def new_folder(chosen: Options, prefix: str = "") -> Path:
-    """Returns a folder below ``runs`` that is not there yet, named after ``prefix`` and the data."""
-    names = itertools.chain([f"{prefix}{chosen.data}"], (f"{prefix}{chosen.data}-{i}" for i in itertools.count(2)))
-    return next(folder for folder in (RUNS / name for name in names) if not folder.exists())
+def prepared(chosen: Options, processes: Processes, download: bool) -> tuple[Data, nn.Module]:
+    """Returns the data and the network of a run, on the CPU, and makes PyTorch deterministic if that was ``chosen``.
 
-
-def check_folder(folder: Path) -> None:
-    """Refuses, as UserError, a folder that can't be made or written into, or that has a run in it."""
-    if (folder / options.FILE).exists():
-        raise UserError(
-            f"--out: {folder} holds a run already: --resume goes on with it, another --out starts a new one"
-        )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--out: expected a folder to write into, got {folder}: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out: expected a folder to write into, got {folder}: no permission to write into {existing}")
-
-
-def check_outside(folder: Path, chosen: Options) -> None:
-    """Refuses, as UserError, a folder among the images of ``chosen``: the run's pictures would be taken for some."""
-    if chosen.data != "imagefolder" or chosen.root is None:
-        return
-    for part in image_parts(Path(chosen.root)):
-        if folder.resolve().is_relative_to(part.resolve()):
-            raise UserError(
-                f"--out: expected a folder outside of the images in {part}, got {folder}: its pictures would be taken "
-                "for images of a class"
-            )
-
-
-def make_folder(folder: Path) -> None:
-    """Makes ``folder``, with those above it. Raises UserError when it can't."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
-
-
-@torch.no_grad()
-def check_takes(network: nn.Module, name: str, data: Data) -> None:
-    """Refuses, as UserError, images that ``network`` does not take: too small ones, as a rule."""
-    size = data.image_size
-    try:
-        network.eval()(images_like(data))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--model: {name} does not take images of {data.channels} x {size} x {size}: {reason}"
-        ) from error
-
-
-def images_like(data: Data) -> torch.Tensor:
-    """Returns two black images [2, C, H, W] as ``data`` has them."""
-    return torch.zeros(2, data.channels, data.image_size, data.image_size)
-
-
-# ---- what a run starts from and leaves -------------------------------------------------------------------------------
-
-
-def set_determinism(deterministic: bool) -> None:
-    """Sets PyTorch's own operators to deterministic ones, or lets cuDNN measure which are the fastest."""
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
+    Raises UserError for data that are not there, an unknown network, and images that the network does not take.
+    """
+    torch.backends.cudnn.benchmark = not chosen.deterministic
+    if chosen.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    data = load_data(chosen, processes, download)
+    network = built(chosen, data, chosen.seed)
+    shape = (data.channels, data.image_size, data.image_size)
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"--model: {chosen.model} does not take images {list(shape)}: {error}") from error
+    return data, network
+
+
+def built(chosen: Options, data: Data, seed: int) -> nn.Module:
+    """Returns the network of ``chosen`` for ``data``, with the weights of ``seed``."""
+    torch.manual_seed(seed)  # the same weights in every process
+    classes = len(data.classes)
+    return networks.build(chosen.model, classes=classes, channels=data.channels, save=chosen.save, fused=chosen.fused)
 
 
 def announcement(network: nn.Module, data: Data, chosen: Options, processes: Processes, folder: Path) -> list[str]:
@@ -196,24 +141,7 @@ def conclude(result: Result, folder: Path) -> None:
         counted = f"{test.wrong} of {test.images} wrong"
         print(f"test accuracy {100 - test.error:.2f} % ({counted}) after the last epoch: {folder / LAST}")
     write_text(folder / RESULT, json.dumps(values, indent=2) + "\n")
-    print(f"metrics: {folder / METRICS}")
-    for draw, name in ((_draw_curves, CURVES), (_draw_reuse, REUSE)):
-        try:
-            draw(result, folder / name)
-            print(f"picture: {folder / name}")
-        except (UserError, TrainingError) as told:  # the run is complete and saved without it
-            print(f"no {name}: {told}")
-
-
-def _draw_curves(result: Result, path: Path) -> None:
-    from densenet_ext.training.curves import draw_curves
-
-    draw_curves([asdict(row) for row in result.history], path, "Loss and error of the run")
-
-
-def _draw_reuse(result: Result, path: Path) -> None:
-    from densenet_ext.reuse.connections import connections
-    from densenet_ext.reuse.drawing import draw_connections
-
-    weights = load_checkpoint(path.with_name(LAST))["model"]
-    draw_connections(connections(weights), path, "Which layer uses which, after the last epoch")
+    curves.draw_curves([asdict(row) for row in result.history], folder / CURVES, "Loss and error of the run")
+    blocks = connections(load_checkpoint(folder / LAST)["model"])
+    draw_connections(blocks, folder / REUSE, "Which layer uses which, after the last epoch")
+    print(f"metrics: {folder / METRICS}; pictures: {folder / CURVES}, {folder / REUSE}")

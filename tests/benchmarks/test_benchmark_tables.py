@@ -169,7 +169,7 @@ def test_the_table_of_a_comparison_is_small() -> None:
     assert len(lines) == 8 and {line.count("|") for line in lines} == {5}
     assert "| test error, % | 2.30 ± 0.40 | 2.40 ± 0.50 | -0.10 ± 0.50 |" in lines
     assert "| kept for the backward pass, MiB | 1.00 | 4.00 | 4.00 times less |" in lines
-    assert "2.4e-07 in step 1" in text and "between -0.72 and +0.52 points" in text
+    assert "first step: at most 2.4e-07 apart" in text and "Test error: -0.72 to +0.52 points" in text
 
 
 def test_the_table_of_a_comparison_comes_from_its_file_where_there_is_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ machine code shows that rows are stored in pieces of 16 and 8 bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -108,13 +109,35 @@ class Build(NamedTuple):
     wheel: Path
 
 
+def key_of_build(toolkit: Path) -> str:
+    """All that the compiled part is made from: its sources, what decides how they are compiled, and with what."""
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml"]
+    files += sorted(path for name in ("csrc", "build_backend") for path in (ROOT / name).rglob("*.*") if path.is_file())
+    texts = [path.read_bytes() for path in files if path.suffix != ".pyc"]
+    nvcc = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True).stdout
+    with_what = [sys.version, torch.__version__, ARCHITECTURES, os.environ.get("CXX"), nvcc]
+    return hashlib.sha256(repr([texts, with_what]).encode()).hexdigest()[:16]
+
+
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    if extension.find_toolkit() is None or shutil.which("c++filt") is None:
+def build() -> Build:
+    """The wheel, which stays in build/cuda-wheel until something of it changes: compiling takes minutes."""
+    toolkit = extension.find_toolkit()
+    if toolkit is None or shutil.which("c++filt") is None:
         pytest.skip("no CUDA toolkit")
-    folder = tmp_path_factory.mktemp("cuda")
+    folder = ROOT / "build" / "cuda-wheel" / key_of_build(toolkit)
+    log = folder / "log.txt"
+    if not log.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        log.write_text(made_wheel(folder), encoding="utf-8")
+    (wheel,) = folder.glob("densenet_ext-*.whl")
+    return Build(log.read_text(encoding="utf-8"), wheel)
+
+
+def made_wheel(folder: Path) -> str:
+    """Builds the wheel into ``folder`` as a user would; returns what pip and the compilers print."""
     source = folder / "source"
-    source.mkdir()
+    source.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("csrc", "build_backend", "densenet_ext"):
@@ -129,8 +152,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert run.returncode == 0, run.stdout[-10000:]
-    (wheel,) = folder.glob("densenet_ext-*.whl")
-    return Build(run.stdout, wheel)
+    shutil.rmtree(source)
+    return run.stdout
 
 
 @pytest.mark.slow
@@ -191,6 +214,9 @@ def test_rows_are_stored_in_whole_pieces(build: Build, tmp_path: Path) -> None:
 def test_the_result_loads_or_says_why_not(build: Build, tmp_path: Path) -> None:
     """With a torch that has CUDA every operator is there for GPUs; without, the package goes on in plain PyTorch."""
     zipfile.ZipFile(build.wheel).extractall(tmp_path)
+    # The wheel may be older than today's Python.
+    python = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "densenet_ext", tmp_path / "densenet_ext", ignore=python, dirs_exist_ok=True)
     code = """
         import json, torch, densenet_ext as dx
         from densenet_ext import kernels

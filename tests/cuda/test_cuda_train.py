@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-pytest.importorskip("typer")
 
 from tests.support.training_runs import TINY, checkpoint, differences, finish, start
 

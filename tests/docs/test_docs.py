@@ -117,14 +117,13 @@ def test_what_is_served_needs_nothing_of_ours(folders: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("block", COMMANDS, ids=str)
 def test_command_line(block: Block) -> None:
-    runner = pytest.importorskip("typer.testing").CliRunner()
-    from densenet_ext.cli import app
+    from tests.support.command_line import run as run_command
 
     name, *arguments = shlex.split(block.code)
     assert name == "densenet-ext"
-    result = runner.invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert_shown(block, result.output)
+    ended = run_command(*arguments)
+    assert ended.code == 0, ended.output
+    assert_shown(block, ended.output)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")

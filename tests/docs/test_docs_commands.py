@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("tqdm")
-pytest.importorskip("typer")
 
 from tests.support import pages, peers
 from tests.support.training_data import cifar, image_folder

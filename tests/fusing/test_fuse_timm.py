@@ -63,11 +63,6 @@ def test_autocast(plain: Any) -> None:
     checks.check_autocast(plain, images())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compile(training: bool) -> None:
-    checks.check_compile(small(), images(), training)
-
-
 def test_captures() -> None:
     checks.check_captures(small(), images())
 

@@ -51,11 +51,6 @@ def test_copies() -> None:
     checks.check_copies(small(), images())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compile(training: bool) -> None:
-    checks.check_compile(small(), images(), training)
-
-
 def test_autocast() -> None:
     checks.check_autocast(small(), images())
 

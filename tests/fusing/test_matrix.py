@@ -133,12 +133,13 @@ def test_deepcopy(plain: Any, x: Tensor) -> None:
 
 
 def test_compile(plain: Any, x: Tensor) -> None:
+    """In evaluation; :func:`test_batch_sizes` compiles training."""
     torch._dynamo.reset()
-    checks.check_compile(plain, x, training=True)
+    checks.check_compile(plain, x)
 
 
 def test_batch_sizes(plain: Any, x: Tensor) -> None:
-    """The second batch size makes the compiled graph one for all."""
+    """In training; the second batch size makes the compiled graph one for all."""
     torch._dynamo.reset()
     fused = checks.fused_copy(plain)
     counter = CompileCounterWithBackend("aot_eager")

@@ -246,6 +246,11 @@ def kept_for_backward(existing: Iterable[Tensor] = ()) -> Iterator[Kept]:
         yield kept
 
 
+def gradcheck(function: Callable[..., Tensor], inputs: Sequence[Tensor], backend: str) -> bool:
+    """Compares first derivatives with differences: every entry; in the slow emulator along one random direction."""
+    return torch.autograd.gradcheck(function, inputs, fast_mode=backend == "emulated")
+
+
 # Bytes by which the allocator may round up what a few tensors need; on a GPU each takes multiples of 512.
 SLACK = 1024 if DEVICE.type == "cpu" else 4096
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from densenet_ext.training import errors
-from densenet_ext.training.data import datasets, vision
+from densenet_ext.training.data import datasets, load, vision
 from densenet_ext.training.options import Options
 
 
@@ -71,7 +71,7 @@ def data_of(name: str, root: Path | None = None, process: Process | None = None,
     """The data set ``name``, with the usual options but for those that are given."""
     given = {"data": name, "root": None if root is None else str(root), "workers": 2, **options}
     download = given.pop("download", False)
-    return datasets.load(Options.of(given), process or Process(), download)
+    return load(Options.of(given), process or Process(), download)
 
 
 def message_of(name: str, root: Path | None = None, **options: Any) -> str:

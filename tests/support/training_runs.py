@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,27 +13,19 @@ from unittest import mock
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 if __name__ != "__main__":  # a process of the command line says itself what it lacks
     pytest.importorskip("lightning_fabric")
 
-from densenet_ext.cli import app, main
+from densenet_ext.cli import main
 from densenet_ext.training.data import vision
 from densenet_ext.training.errors import UserError
+from tests.support import command_line
+from tests.support.command_line import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--model", "densenet_bc:10,4", "--batch-size", 256)
 """The smallest network of the command line, in few steps."""
-
-
-class Ended:
-    """A command that has ended: exit code and what it printed, without colours and line breaks."""
-
-    def __init__(self, code: int, output: str) -> None:
-        self.code = code
-        self.output = output
-        self.text = re.sub(r"\x1b\[[0-9;]*m|[│\s]+", " ", output)
 
 
 @contextlib.contextmanager
@@ -52,9 +43,7 @@ def made_archives() -> Iterator[None]:
 def run(command: str, *arguments: Any) -> Ended:
     """The command in this process."""
     with made_archives():
-        result = CliRunner().invoke(app, [command, *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return Ended(result.exit_code, result.output)
+        return command_line.run(command, *arguments)
 
 
 def environment() -> dict[str, str]:

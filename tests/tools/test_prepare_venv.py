@@ -19,7 +19,7 @@ def test_each_torch_has_its_torchvision(torch, torchvision):
 
 def test_who_develops_can_train():
     train, dev = (prepare_venv.wanted(extra) for extra in ("train", "dev"))
-    assert {"typer", "tqdm", "matplotlib", "tensorboard", "ninja"} < train.keys() < dev.keys()
+    assert {"tqdm", "matplotlib", "tensorboard", "ninja"} < train.keys() < dev.keys()
     assert {name: pin for name, pin in dev.items() if pin}.keys() >= {"ruff", "mypy", "pytest"}
 
 

@@ -17,7 +17,6 @@ pytest.importorskip("tqdm")
 
 from densenet_ext.training.data import vision
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.options import DATA
 from tests.support.training_data import (
     cifar,
     data_of,
@@ -105,11 +104,6 @@ def test_without_validation_all_images_are_trained_on():
     assert data.validation is None and len(data.train) == 1437
 
 
-def test_digits_need_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert message_of("digits") == "the digits are inside scikit-learn: pip install scikit-learn"
-
-
 # Randomness
 
 
@@ -189,7 +183,7 @@ def test_cifar_needs_its_files(tmp_path):
     (folder / "data_batch_3").unlink()
     (folder / "batches.meta").unlink()
     message = message_of("cifar10", tmp_path)
-    assert f"in {folder}, and data_batch_3, batches.meta are missing or damaged" in message and "--download" in message
+    assert f"cifar10 in {folder}: missing, or with other checksums: --download fetches it" in message
     assert str(tmp_path / "none") in message_of("cifar100", tmp_path / "none")
     assert "--root" in message_of("cifar10")
 
@@ -199,7 +193,7 @@ def test_files_that_are_not_the_original_ones_are_named_and_not_read(tmp_path, m
     cifar(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("read"))
-    assert "data_batch_1" in message_of("cifar10", tmp_path)
+    assert "other checksums" in message_of("cifar10", tmp_path)
 
 
 def test_a_download_happens_in_the_first_process_and_the_others_wait(tmp_path, monkeypatch):
@@ -230,26 +224,14 @@ def test_a_download_that_fails_ends_every_process(tmp_path, monkeypatch):
 
 
 def test_nothing_is_downloaded_unless_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(vision.import_torchvision().datasets.CIFAR10, "__init__", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(vision.import_torchvision().datasets.CIFAR10, "download", lambda self: pytest.fail("asked"))
     assert "--download" in message_of("cifar10", tmp_path)
-
-
-# Options
-
-
-def test_unknown_data():
-    assert all(name in message_of("mnist") for name in DATA)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_fractions_out_of_range(fraction):
-    assert message_of("digits", validation=fraction).startswith("--validation: expected a fraction of at least 0")
 
 
 @pytest.mark.parametrize("name, fraction", [("cifar10", 0.001), ("cifar10", 0.999), ("imagefolder", 0.001)])
 def test_fractions_that_leave_nothing_on_one_side(tmp_path, name, fraction):
     cifar(tmp_path) if name == "cifar10" else image_folder(tmp_path)
-    assert "leaves images on either side" in message_of(name, tmp_path, validation=fraction)
+    assert "--validation: " in message_of(name, tmp_path, validation=fraction)
 
 
 # torchvision

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from densenet_ext.training.data import vision
-from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.training.errors import UserError
 from tests.support.training_data import (
     corrupt_files,
     data_of,
@@ -56,7 +56,6 @@ def test_folders_for_training_validation_and_test(tmp_path, name):
         data = data_of("imagefolder", tmp_path, validation=fraction)
         assert [len(data.train), len(data.validation), len(data.test)] == [12, 6, 9]
     assert data.image_size == 224 and data.classes == ("ant", "bee", "cat")
-    assert str(tmp_path / name) in data.notes[0]
     assert all(f"/{name}/" in path for path in data.validation.images.paths)
 
 
@@ -69,18 +68,6 @@ def test_a_folder_for_training_without_one_for_validation(tmp_path):
 def test_a_class_may_be_called_train(tmp_path):
     data = data_of("imagefolder", image_folder(tmp_path, ("bus", "car", "train")))
     assert data.classes == ("bus", "car", "train")
-
-
-def test_files_that_do_not_end_as_images_are_left_out_and_noted(tmp_path):
-    image_folder(tmp_path)
-    assert data_of("imagefolder", tmp_path).notes == ()
-    for name in ("ant/moving.gif", "bee/deep/Thumbs.db", "bee/.hidden"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    data = data_of("imagefolder", tmp_path)
-    (note,) = data.notes
-    assert note == f"left out in {tmp_path} are 2 files that do not end as an image: ant/moving.gif, bee/deep/Thumbs.db"
-    assert len(data.train) + len(data.validation) == 18
 
 
 def test_links_that_lead_back_and_hidden_files_are_no_images(tmp_path):
@@ -105,13 +92,6 @@ def test_a_pipe_with_the_name_of_an_image_is_named_and_not_waited_for(tmp_path):
     assert len(data_of("imagefolder", tmp_path, validation=0, on_corrupt="skip").train) == 18
 
 
-def test_a_test_without_classes_is_left_out_and_noted(tmp_path):
-    image_folder(tmp_path / "train")
-    image_folder(tmp_path / "test", (".", "."))
-    data = data_of("imagefolder", tmp_path)
-    assert data.test is None and str(tmp_path / "test") in data.notes[0]
-
-
 def test_folders_with_a_dot_are_no_classes(tmp_path):
     image_folder(tmp_path)
     (tmp_path / ".ipynb_checkpoints").mkdir()
@@ -122,8 +102,7 @@ def test_other_classes_in_validation(tmp_path):
     image_folder(tmp_path / "train", ("ant", "bee", "cat"))
     image_folder(tmp_path / "val", ("ant", "bee", "cow"))
     message = message_of("imagefolder", tmp_path)
-    assert "cat, cow differ:" in message
-    assert f"'cat' is in {tmp_path / 'train'} and not in {tmp_path / 'val'}" in message
+    assert f"in {tmp_path / 'train'} and {tmp_path / 'val'}, but for ['cat', 'cow']" in message
 
 
 def test_images_for_evaluation_are_resized_and_cropped(tmp_path):
@@ -147,22 +126,11 @@ def test_images_for_training_are_cropped_and_mirrored(tmp_path):
     assert type(images[0]) is torch.Tensor
 
 
-def test_images_of_16_bits_have_the_look_of_8(tmp_path):
-    image_folder(tmp_path)
-    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
-    for name in ("x.png", "x.tif"):
-        Image.fromarray(values).save(tmp_path / "bee" / name)
-    files = data_of("imagefolder", tmp_path).train.images
-    for name in ("x.png", "x.tif"):
-        files.paths[0] = str(tmp_path / "bee" / name)
-        assert (np.asarray(files[0]) == (values // 256)[..., None]).all() and files[0].mode == "RGB"
-
-
-@pytest.mark.parametrize("dtype", ["int32", "float32"])
-def test_images_of_32_bits_are_refused(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_images_of_more_than_8_bits_are_named_since_pillow_would_clip_them(tmp_path, dtype):
     image_folder(tmp_path)
     Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "bee" / "x.tif")
-    assert f"{tmp_path / 'bee' / 'x.tif'} (its pixels have 32 bits" in message_of("imagefolder", tmp_path)
+    assert f"{tmp_path / 'bee' / 'x.tif'} (pixels of more than 8 bits" in message_of("imagefolder", tmp_path)
 
 
 def test_corrupt_images_are_refused_by_name(tmp_path):
@@ -211,17 +179,15 @@ def test_processes_that_see_other_images(tmp_path):
 def test_a_folder_that_one_process_does_not_see_ends_all(tmp_path):
     image_folder(tmp_path / "a")
     found = in_processes(2, lambda process: data_of("imagefolder", tmp_path / "ab"[process.rank], process))
-    assert all(
-        isinstance(error, UserError) and f"{tmp_path / 'b'}, which is not there" in str(error) for error in found
-    )
+    assert all(isinstance(error, UserError) and f"cannot read {tmp_path / 'b'}" in str(error) for error in found)
 
 
 def test_an_empty_class(tmp_path):
     (image_folder(tmp_path) / "dog").mkdir()
     message = message_of("imagefolder", tmp_path)
-    assert "class 'dog'" in message and str(tmp_path) in message and ".jpg" in message
+    assert "none that can be read in ['dog']" in message and str(tmp_path) in message and ".jpg" in message
     (tmp_path / "dog" / "readme.txt").touch()
-    assert "class 'dog'" in message_of("imagefolder", tmp_path)
+    assert "['dog']" in message_of("imagefolder", tmp_path)
 
 
 def test_a_class_whose_images_are_all_corrupt(tmp_path):
@@ -229,24 +195,14 @@ def test_a_class_whose_images_are_all_corrupt(tmp_path):
     for path in (tmp_path / "bee").iterdir():
         truncate(path)
     message = message_of("imagefolder", tmp_path, on_corrupt="skip")
-    assert "class 'bee'" in message and "none of its images can be read" in message
+    assert "none that can be read in ['bee']" in message
 
 
 def test_folders_that_are_not_what_they_should_be(tmp_path):
-    assert f"{tmp_path / 'none'}, which is not there" in message_of("imagefolder", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: No such file" in message_of("imagefolder", tmp_path / "none")
     (tmp_path / "file").touch()
-    assert f"{tmp_path / 'file'}, which is a file" in message_of("imagefolder", tmp_path / "file")
-    assert message_of("imagefolder", tmp_path).endswith(f"at least two classes in {tmp_path}, found no folder")
+    assert f"{tmp_path / 'file'}: Not a directory" in message_of("imagefolder", tmp_path / "file")
+    assert message_of("imagefolder", tmp_path).endswith(f"at least two classes in {tmp_path}, found []")
     image_folder(tmp_path / "images")
-    assert message_of("imagefolder", tmp_path).endswith(f"in {tmp_path}, found only 'images'")
+    assert message_of("imagefolder", tmp_path).endswith(f"in {tmp_path}, found ['images']")
     assert "--root" in message_of("imagefolder")
-
-
-def test_a_file_that_is_gone_later(tmp_path):
-    data = data_of("imagefolder", image_folder(tmp_path))
-    path = tmp_path / "ant" / "0.jpg"
-    index = data.train.images.paths.index(str(path))
-    path.unlink()
-    with pytest.raises(TrainingError, match="No such file") as error:
-        data.train[index]
-    assert str(path) in str(error.value) and "last checkpoint" in str(error.value)

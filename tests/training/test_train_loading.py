@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
-from densenet_ext.training.data.examples import Examples
+from densenet_ext.training.data.datasets import Examples
 from densenet_ext.training.data.loading import Batches, share
-from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.training.errors import UserError
 from tests.support.training_data import data_of, image_folder, needs_torchvision
 
 needs_torchvision()
@@ -224,32 +224,6 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-# What goes wrong
-
-
-def raising(error):
-    def tell(index):
-        if index == 2:
-            raise error
-        return index
-
-    return tell
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_our_errors_come_out_of_workers_as_they_are(workers):
-    with pytest.raises(TrainingError) as error:
-        told(raising(TrainingError("cannot read the image x.jpg")), workers)
-    assert str(error.value) == "cannot read the image x.jpg"
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_other_errors_of_workers_are_one_sentence(workers):
-    with pytest.raises(TrainingError) as error:
-        told(raising(ValueError("no such thing")), workers)
-    assert str(error.value) == "images can't be loaded: ValueError: no such thing; the last checkpoint is kept"
 
 
 # Start methods

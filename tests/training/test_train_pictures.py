@@ -21,8 +21,7 @@ from PIL import Image
 import densenet_ext as dx
 from densenet_ext.reuse.connections import Connections, connections
 from densenet_ext.reuse.drawing import draw_connections
-from densenet_ext.training import figures
-from densenet_ext.training.compare.picture import ComparedRuns, draw_comparison
+from densenet_ext.training.compare.picture import draw_comparison
 from densenet_ext.training.curves import draw_curves
 from densenet_ext.training.errors import TrainingError, UserError
 
@@ -57,18 +56,19 @@ def history(epochs: int = 8, scale: float = 1.0, validated: bool = True, **chang
     return rows
 
 
-def compared(seeds: int = 3, **changed: Any) -> tuple[ComparedRuns, ComparedRuns]:
-    fused = ComparedRuns([history(scale=1 + 0.1 * seed) for seed in range(seeds)], 0.05, 2**20, 3 * 2**20)
-    unfused = ComparedRuns(fused.histories, 0.1, 4 * 2**20, 5 * 2**20)
-    return ComparedRuns(**{**fused.__dict__, **changed}), unfused
+def costs(fused: float | None, unfused: float) -> dict[str, float | None]:
+    return {"fused": fused, "unfused": unfused, "ratio": unfused / fused if fused else None}
+
+
+STEP = {"seconds": costs(0.05, 0.1), "kept_bytes": costs(2**20, 2**22), "peak_bytes": costs(3 * 2**20, 5 * 2**20)}
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are written."""
     found: list[Figure] = []
-    write = figures._write
-    monkeypatch.setattr(figures, "_write", lambda figure, path: (found.append(figure), write(figure, path))[1])
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (found.append(figure), write(figure, *a, **k))[1])
     return found
 
 
@@ -152,12 +152,7 @@ def test_a_panel_shows_each_reader_against_its_strongest_source(tmp_path: Path, 
     numbers = [text.get_text() for text in axes.texts]
     assert numbers == ["100", "25", "50", "0", "100", "100", "0", "25", "0", "0", "last column: classifier"]
     told = words(drawn[0])
-    for part in (
-        "source: layer that made the features",
-        "reader: layer that uses them",
-        "How to read it",
-        "b: 3 layers",
-    ):
+    for part in ("source: layer that made the features", "reader: layer that uses them", "b: 3 layers"):
         assert part in told
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the input on top
 
@@ -167,15 +162,6 @@ def test_where_nothing_comes_behind_the_last_layer_has_no_row(tmp_path: Path, dr
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["input", "1", "2"]
     assert "last column" not in words(drawn[0])
-
-
-def test_dark_is_strong_in_grey_too() -> None:
-    from matplotlib import colormaps
-
-    shades = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b, _ in colormaps["viridis_r"](range(256))]
-    assert all(later < earlier for earlier, later in itertools.pairwise(shades)) and shades[0] < 0.9  # not white
-    blue, orange = (int(c[1:3], 16) * 0.299 + int(c[3:5], 16) * 0.587 for c in (figures.BLUE, figures.ORANGE))
-    assert orange - blue > 60
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -192,7 +178,6 @@ def test_curves_of_any_length_are_readable(tmp_path: Path, drawn: list[Figure], 
         assert legend is not None
         names = [text.get_text() for text in legend.get_texts()]
         assert names == (["training", "validation"] if validated else ["training"])
-    assert ("Validation: at the end" in words(drawn[0])) is validated
 
 
 def test_curves_mark_drops_and_the_best_epoch(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -207,60 +192,42 @@ def test_curves_mark_drops_and_the_best_epoch(tmp_path: Path, drawn: list[Figure
     (star,) = (line for line in drawn[0].axes[1].lines if line.get_marker() == "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([5], [1.25])  # type: ignore[arg-type]
     assert "Star: the lowest validation error, 1.25 % in epoch 5." in words(drawn[0])
-    assert "learning rate (lr) drops" in words(drawn[0])
 
 
 def test_losses_over_decades_are_on_a_logarithmic_scale(tmp_path: Path, drawn: list[Figure]) -> None:
     draw_curves(history(8), tmp_path / "a.png", "x")  # from 2.2 to 0.25
     draw_curves(history(80), tmp_path / "b.png", "x")
     assert [figure.axes[0].get_yscale() for figure in drawn] == ["linear", "log"]
-    assert "logarithmic" in drawn[1].axes[0].get_ylabel() and drawn[1].axes[1].get_yscale() == "linear"
-
-
-def test_no_epochs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no epoch to draw yet"):
-        draw_curves([], tmp_path / "curves.png", "x")
-    empty = ComparedRuns([[]], None, None, None)
-    with pytest.raises(UserError, match="there is no epoch to draw yet"):
-        draw_comparison(empty, empty, tmp_path / "compare.png", "x")
+    assert drawn[1].axes[1].get_yscale() == "linear"
 
 
 # ---- fused against unfused -------------------------------------------------------------------------------------------
 
 
 def test_comparison(tmp_path: Path, drawn: list[Figure]) -> None:
-    draw_comparison(*compared(), tmp_path / "compare.png", "Fused against unfused: densenet_bc:22,12 on digits")
+    runs = [history(scale=1 + 0.1 * seed) for seed in range(3)]
+    draw_comparison({"fused": runs, "unfused": runs}, STEP, tmp_path / "compare.png", "Fused against unfused")
     assert_readable(drawn[0])
-    loss, error, costs = drawn[0].axes
+    loss, error, bars = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in (loss, error)] == ["Training loss", "Validation error"]
     assert len(loss.lines) == 2 * (3 + 1)
     mean = loss.lines[3].get_ydata()  # of scales 1, 1.1 and 1.2
     assert list(mean) == pytest.approx([1.1 * 2 / epoch for epoch in range(1, 9)])  # type: ignore[arg-type]
-    assert [bar.get_width() for bar in costs.patches] == pytest.approx([100, 50, 100, 25, 100, 60])  # type: ignore[attr-defined]
-    assert [text.get_text() for text in costs.texts] == [
-        *("unfused: 100.0 ms", "fused: 50.0 ms, 50 %"),
-        *("unfused: 4.0 MiB", "fused: 1.0 MiB, 25 %"),
-        *("unfused: 5.0 MiB", "fused: 3.0 MiB, 60 %"),
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100, 100, 100, 50, 25, 60])  # type: ignore[attr-defined]
+    assert [text.get_text() for text in bars.texts] == [
+        *("unfused: 100.0 ms, 100 %", "unfused: 4.0 MiB, 100 %", "unfused: 5.0 MiB, 100 %"),
+        *("fused: 50.0 ms, 50 %", "fused: 1.0 MiB, 25 %", "fused: 3.0 MiB, 60 %"),
     ]
-    assert "Strong lines are the mean of 3 seeds" in words(drawn[0])
-
-
-def test_comparison_of_one_seed_without_measurements(tmp_path: Path, drawn: list[Figure]) -> None:
-    fused, unfused = compared(1, seconds_per_step=0.13, bytes_kept=None, peak_bytes=None)
-    draw_comparison(fused, unfused, tmp_path / "compare.png", "x")
-    assert_readable(drawn[0])
-    texts = [text.get_text() for text in drawn[0].axes[2].texts]
-    assert texts[1:] == ["fused: 130.0 ms, 130 %", "not measured", "not measured"]
-    assert "seed" not in words(drawn[0]) and len(drawn[0].axes[0].lines) == 2
 
 
 @pytest.mark.parametrize("epochs", [1, 60])
-def test_comparison_without_validation(tmp_path: Path, drawn: list[Figure], epochs: int) -> None:
-    runs = [history(epochs, validated=False), history(epochs, 1.2, validated=False)]
-    draw_comparison(ComparedRuns(runs, 2.0, 1, 1), ComparedRuns(runs, 2.5, 1, 1), tmp_path / "compare.png", "x")
+def test_comparison_without_validation_or_a_count_of_bytes(tmp_path: Path, drawn: list[Figure], epochs: int) -> None:
+    runs = {form: [history(epochs, validated=False)] for form in ("fused", "unfused")}
+    step = {**STEP, "seconds": costs(0.13, 0.1), "peak_bytes": {"fused": None, "unfused": None, "ratio": None}}
+    draw_comparison(runs, step, tmp_path / "compare.png", "x")
     assert_readable(drawn[0])
     assert drawn[0].axes[1].get_title(loc="left") == "Training error"
-    assert "unfused: 2.50 s" in words(drawn[0])
+    assert "fused: 130.0 ms, 130 %" in words(drawn[0]) and "peak" not in words(drawn[0])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -269,57 +236,25 @@ def test_comparison_without_validation(tmp_path: Path, drawn: list[Figure], epoc
 @pytest.mark.parametrize(
     "name, start", [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
 )
-@pytest.mark.filterwarnings("error")
-def test_kinds_of_files_and_equal_content_gives_an_equal_file(tmp_path: Path, name: str, start: bytes) -> None:
-    found = []
-    for _ in range(2):
-        draw_connections([block(40)], tmp_path / name, "Feature reuse in $x_{$ 漢字.pt")  # a file may be called so
-        found.append((tmp_path / name).read_bytes())
-        os.unlink(tmp_path / name)
-    assert found[0].startswith(start) and found[0] == found[1]
+def test_kinds_of_files(tmp_path: Path, name: str, start: bytes) -> None:
+    draw_connections([block(40)], tmp_path / name, "Feature reuse in $x_{$.pt")  # a file may be called so
+    assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(UserError, match="a.jpg: expected the name of a picture, which ends in .png, .svg, .pdf"):
+        draw_connections([block()], tmp_path / "a.jpg", "x")
+    assert os.listdir(tmp_path) == [name]
 
 
-@pytest.mark.parametrize(
-    "name, told",
-    [
-        ("a.jpg", r"a.jpg: expected a picture's name that ends in .png, .svg, .pdf, got .jpg"),
-        ("a", r"got none"),
-        ("nowhere/a.png", r"there is no folder .*nowhere to write the picture into"),
-        ("folder.png", r"folder.png is a folder, expected the name of a picture"),
-    ],
-    ids=["kind", "no kind", "no folder", "folder"],
-)
-def test_names_that_are_refused(tmp_path: Path, name: str, told: str) -> None:
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UserError, match=told):
-        draw_connections([block()], tmp_path / name, "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
-
-
-@pytest.mark.parametrize(
-    "number, kind", [(errno.ENOSPC, TrainingError), (errno.EIO, TrainingError), (errno.EACCES, UserError)]
-)
-def test_a_file_that_cannot_be_written_stays_what_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
-) -> None:
+def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
     def refuse(*args: Any) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(kind, match=f"cannot write the picture {re.escape(str(path))}: {os.strerror(number)}"):
+    with pytest.raises(TrainingError, match=f"cannot write {re.escape(str(path))}: No space left on device"):
         draw_curves(history(), path, "x")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_bytes() == b"old"
-
-
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pictures need matplotlib: pip install 'densenet_ext\[train\]'"):
-        draw_curves(history(), tmp_path / "a.png", "x")
 
 
 SETTINGS = """

@@ -13,11 +13,7 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-pytest.importorskip("typer")
 
-from densenet_ext.training import networks
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.processes import Processes
 from tests.support.training_data import cifar
 from tests.support.training_runs import MEASURED, ROOT, checkpoint, differences, finish, run, start, start_python
 
@@ -119,32 +115,6 @@ def test_what_holds_in_each_process(failed):
 def test_an_error_in_one_process_ends_all_with_a_sentence(failed):
     assert failed.code != 0 and failed.text.count("Error in process 1: no more images") == 1, failed.output
     assert "[rank" not in failed.output and "terminate called" not in failed.output  # no traceback but torchrun's
-
-
-@pytest.fixture
-def group(tmp_path):
-    """A group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-class Two(Processes):
-    """One of two processes, as far as it is asked."""
-
-    size = 2
-
-
-def test_norms_that_only_gpus_synchronise_are_refused(group):
-    processes, images = Two(), torch.zeros(2, 3, 32, 32)
-    network = networks.build("densenet_bc:10,4", classes=10, channels=3, save="features")
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    processes.check_sync_bn(network, images)
-    plain = networks.build("densenet_bc:10,4", classes=10, channels=3, save="features", fused=False)
-    with pytest.raises(UserError, match="^--sync-bn: expected a network whose norms are all fused"):
-        processes.check_sync_bn(plain, images)
-    Processes().check_sync_bn(plain, images)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_errors_are_told_once(options, tmp_path):

@@ -14,7 +14,6 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-pytest.importorskip("typer")
 
 import densenet_ext as dx
 from densenet_ext.training import files, loop, running
@@ -183,7 +182,7 @@ def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where
     place, name = {
         "training": (Learner, "end_epoch"),
         "checkpoint": (loop.metrics, "write_csv"),
-        "metrics": (loop.metrics.TensorBoard, "add"),
+        "metrics": (loop.metrics, "log"),
     }[where]
     usual, calls = getattr(place, name), []
 
@@ -248,37 +247,27 @@ def test_a_checkpoint_of_another_network_is_refused(finished, tmp_path):
     (tmp_path / "b" / "checkpoint.pt").replace(finished / "checkpoint.pt")
     ended = run("train", "--resume", "--out", finished)
     assert ended.code == 2 and "checkpoint.pt: the checkpoint is of another network" in ended.text
-    assert "features.conv0.weight is [16, 1, 3, 3] there and [8, 1, 3, 3] here" in ended.text
+    assert "features.conv0.weight: expected [8, 1, 3, 3], got [16, 1, 3, 3]" in ended.text
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
     ended = run("train", "--resume", "--out", tmp_path / "nowhere")
-    assert ended.code == 2 and "--resume: expected a folder with a run in it" in ended.text
+    assert ended.code == 2 and "--resume: expected the folder of a run" in ended.text
     assert not (tmp_path / "nowhere").exists()
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_is_refused(tmp_path):
-    assert run("train", *TINY, "--epochs", 1, "--lr", 1e10, "--out", tmp_path).code == 1
-    ended = run("train", "--resume", "--out", tmp_path)
-    assert ended.code == 2 and f"expected checkpoint.pt in {tmp_path}, and it is not there" in ended.text
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "checkpoint.pt in"),
-        (b"PK\x03\x04 half a file", "expected one of train"),
+        (b"PK\x03\x04 half a file", "is damaged, or none of train"),
         ({"epoch": 3}, "holds no model"),
         ({"model": {}}, "it lacks 'data'"),
-        ({"network": torch.nn.Linear(2, 2)}, "expected one of train, and it holds something else"),
+        ({"network": torch.nn.Linear(2, 2)}, "none of train: it holds something else"),
     ],
 )
 def test_damaged_checkpoints_are_refused(finished, content, message):
     path = finished / "checkpoint.pt"
-    if content is None:
-        path.unlink()
-        (finished / "best.pt").unlink()
-    elif isinstance(content, bytes):
+    if isinstance(content, bytes):
         path.write_bytes(content)
     elif "model" in content:
         torch.save({"model": checkpoint(finished)["model"]}, path)
@@ -301,7 +290,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(tmp_path):
             found = files.load_checkpoint(path)
         except UserError as error:
             refused += 1
-            assert "expected one of train" in str(error)
+            assert "is damaged, or none of train" in str(error)
         else:
             assert torch.equal(found["model"]["weight"], state["model"]["weight"]) and found["steps"] == 3
     assert refused > 8000 / 97
@@ -315,11 +304,7 @@ def test_of_two_processes_that_go_on_with_one_run_only_the_first_writes(options,
     assert ended.code == 2 and f"another process is training in {tmp_path}" in ended.text, ended.output
     first.kill()
     finish(first)
-    second = start("train", "--resume", "--out", tmp_path)  # whoever is killed leaves no lock
-    while "going on after epoch" not in second.stdout.readline():
-        assert second.poll() is None
-    second.kill()
-    finish(second)
+    files.locked(tmp_path / "options.json").close()  # whoever is killed leaves no lock
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"options": {"data": "digits"}}', '{"options": {"colour": 1}}'])

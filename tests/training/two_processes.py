@@ -5,11 +5,10 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-import typer
 from torch import Tensor, nn
 
 import densenet_ext
-from densenet_ext.cli.arguments import errors_told
+from densenet_ext.cli import errors_told
 from densenet_ext.training.errors import TrainingError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
@@ -81,4 +80,4 @@ def dropout_differs(processes: Processes) -> bool:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

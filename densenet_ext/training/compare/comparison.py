@@ -19,7 +19,7 @@ from densenet_ext.training.options import AMP
 FORMS = ("fused", "unfused")
 
 Found = Mapping[str, Any]
-"""What comparison.json holds."""
+"""The content of comparison.json."""
 
 RESULTS = {
     "loss": ("training loss, last epoch", 4),
@@ -28,13 +28,13 @@ RESULTS = {
     "validation_error_last": ("validation error, last epoch, %", 2),
     "test_error": ("test error, %", 2),
 }
-"""What is compared, with its name in the table and its digits behind the point."""
+"""The results that are compared: the name in the table, and the digits behind the point."""
 COSTS = {
     "seconds": ("time per step, ms", 1e3),
     "kept_bytes": ("kept for the backward pass, MiB", 2**-20),
     "peak_bytes": ("peak of a step, MiB", 2**-20),
 }
-"""What a step takes, with its name in the table and what it is multiplied with there."""
+"""The costs of a step: the name in the table, and the factor from the file's unit to the table's."""
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -71,18 +71,22 @@ def summary(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes], amp: str) -
     Losses are mean cross-entropies, errors and their differences are percent of the images, differences are
     fused - unfused within a seed, ratios are unfused / fused.
     """
-    seeds = [_of_seed(run) for run in runs]
+    seeds: list[dict[str, Any]] = [
+        {"seed": run.seed, **{form: _of_form(run.forms[form]) for form in FORMS}} for run in runs
+    ]
+    results = {}
+    for name in RESULTS:
+        ours, theirs = ([seed[form][name] for seed in seeds] for form in FORMS)
+        if None not in ours:
+            difference = _spread([a - b for a, b in zip(ours, theirs, strict=True)])
+            difference["interval"] = _interval(difference, len(seeds))
+            results[name] = {"fused": _spread(ours), "unfused": _spread(theirs), "difference": difference}
     return {
-        "results": _results(seeds),
+        "results": results,
         "loss_difference": {"rounding": torch.finfo(AMP[amp]).eps, "largest": _growth(runs)},
         "step": _step(runs, taken),
         "seeds": seeds,
     }
-
-
-def _of_seed(run: SeedRun) -> dict[str, Any]:
-    forms = {form: _of_form(run.forms[form]) for form in FORMS}
-    return {"seed": run.seed, **forms, "loss_difference": _growth([run]), "step": _times([run])}
 
 
 def _of_form(run: FormRun) -> dict[str, float | None]:
@@ -97,21 +101,6 @@ def _of_form(run: FormRun) -> dict[str, float | None]:
     }
 
 
-def _results(seeds: Sequence[Found]) -> dict[str, Any]:
-    results = {}
-    for name in RESULTS:
-        ours, theirs = ([seed[form][name] for seed in seeds] for form in FORMS)
-        if None in ours:
-            continue
-        difference = _spread([a - b for a, b in zip(ours, theirs, strict=True)])
-        results[name] = {
-            "fused": _spread(ours),
-            "unfused": _spread(theirs),
-            "difference": {**difference, "interval": _interval(difference, len(seeds))},
-        }
-    return results
-
-
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {
         "mean": statistics.fmean(values),
@@ -120,9 +109,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _interval(difference: Found, seeds: int) -> list[float] | None:
-    """Where the mean over all seeds there are lies, with 95 % confidence; None when so few ``seeds`` can't tell.
+    """Returns the 95 % confidence interval of the mean difference, or None for fewer than three ``seeds``.
 
-    Two seeds that differ by one image each would seem to be without any spread.
+    From two seeds that differ by one image each it would be of no width.
     """
     if seeds < 3:
         return None
@@ -131,27 +120,19 @@ def _interval(difference: Found, seeds: int) -> list[float] | None:
 
 
 def _growth(runs: Sequence[SeedRun]) -> list[dict[str, Any]]:
-    """The largest difference of the two losses up to steps 1, 10, 100, ... and to the last one."""
+    """Returns the largest difference of the two losses up to steps 1, 10, 100, ... and to the last one."""
     steps = max(len(run.differences) for run in runs)
     marks = [*(10**power for power in range(9) if 10**power < steps), steps]
     return [{"steps": mark, "difference": max(max(run.differences[:mark]) for run in runs)} for mark in marks]
 
 
-def _times(runs: Sequence[SeedRun]) -> dict[str, Any]:
-    seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
-    pairs = [b / a for a, b in zip(seconds["fused"], seconds["unfused"], strict=True)]
-    if not pairs:
-        return {"timed": 0, "seconds": {"fused": None, "unfused": None, "ratio": None}, "ratio_of_medians": None}
-    medians = {form: statistics.median(values) for form, values in seconds.items()}
-    return {
-        "timed": len(pairs),  # steps of either form
-        "seconds": {**medians, "ratio": statistics.median(pairs)},
-        "ratio_of_medians": medians["unfused"] / medians["fused"],
-    }
-
-
 def _step(runs: Sequence[SeedRun], taken: Mapping[str, StepBytes]) -> dict[str, Any]:
-    step = _times(runs)
+    """Returns the costs of a step: seconds are medians over all seeds, their ratio is the median of the pairs."""
+    seconds = {form: [value for run in runs for value in run.forms[form].seconds] for form in FORMS}
+    pairs = [theirs / ours for ours, theirs in zip(seconds["fused"], seconds["unfused"], strict=True)]
+    medians = {form: statistics.median(values) if values else None for form, values in seconds.items()}
+    step: dict[str, Any] = {"timed": len(pairs)}  # steps of either form
+    step["seconds"] = {**medians, "ratio": statistics.median(pairs) if pairs else None}
     for name in ("kept", "peak"):
         ours, theirs = (getattr(taken[form], name) for form in FORMS)
         step[f"{name}_bytes"] = {"fused": ours, "unfused": theirs, "ratio": theirs / ours if ours else None}
@@ -191,39 +172,21 @@ def cells(found: Found, names: Sequence[str] = (*RESULTS, *COSTS)) -> list[list[
 
 
 def sentences(found: Found) -> list[str]:
-    """Returns what the table's numbers are, how the losses part, and whether the results differ."""
-    seeds, step = len(found["seeds"]), found["step"]
-    lines = []
-    if seeds > 1:
-        lines.append(f"Mean ± standard deviation over {seeds} seeds; differences are fused - unfused within a seed.")
+    """Returns what the table's numbers are, how far the first losses are apart, and whether the results differ."""
+    seeds, step, difference = len(found["seeds"]), found["step"], found["loss_difference"]
+    lines = [f"Mean ± standard deviation over {seeds} seeds."] if seeds > 1 else []
     if step["timed"]:
-        lines.append(
-            f"Time per step: medians of {step['timed']} steps of each form, taken in turns; unfused / fused is "
-            f"{step['seconds']['ratio']:.2f} as the median of the pairs, {step['ratio_of_medians']:.2f} of the medians."
-        )
-    return [*lines, _parting(found["loss_difference"]), _verdict(found)]
-
-
-def _parting(difference: Found) -> str:
-    first, *later = difference["largest"]
-    start = (
-        f"The two losses of a batch differ by at most {first['difference']:.1e} in step 1 "
-        f"(one rounding is {difference['rounding']:.1e} of a value)"
-    )
-    growth = ", ".join(f"{each['difference']:.1e} up to step {each['steps']}" for each in later)
-    return f"{start}; training amplifies it: {growth}." if growth else f"{start}."
-
-
-def _verdict(found: Found) -> str:
+        lines.append(f"Time: medians of {step['timed']} steps of each form in turns; the factor is that of the pairs.")
+    first = difference["largest"][0]["difference"]
+    lines.append(f"Losses of the first step: at most {first:.1e} apart; one rounding is {difference['rounding']:.1e}.")
     name = next(name for name in ("test_error", "validation_error_last", "error") if name in found["results"])
-    title, interval = RESULTS[name][0].removesuffix(", %"), found["results"][name]["difference"]["interval"]
-    if interval is None:
-        return "Fewer than three seeds don't show how much results vary in any case: more --seeds do."
-    low, high = interval
-    place = f"{title[0].upper()}{title[1:]}: the mean difference is between {low:+.2f} and {high:+.2f} points"
-    if low <= 0 <= high:
-        return f"{place} (95 % confidence): no difference is seen."
-    return f"{place} (95 % confidence): the forms differ."
+    interval = found["results"][name]["difference"]["interval"]
+    if interval is not None:
+        low, high = interval
+        verdict = "no difference is seen" if low <= 0 <= high else "the forms differ"
+        words = RESULTS[name][0].removesuffix(", %").capitalize()
+        lines.append(f"{words}: {low:+.2f} to {high:+.2f} points (95 % confidence), {verdict}.")
+    return lines
 
 
 def _plus_minus(spread: Found, digits: int, sign: str = "-") -> str:

@@ -3,67 +3,55 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densenet_ext.text import readable
 from densenet_ext.training.curves import History, curve, finish
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.figures import BLUE, GREY, ORANGE, SMALL, legend, picture, plain
+from densenet_ext.training.figures import BLUE, ORANGE, SMALL, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FEW = 10  # epochs up to which two lines that lie on each other have dots
+Histories = Mapping[str, Sequence[History]]
+"""By form, fused and unfused: the runs, a seed each."""
 
-
-@dataclass(frozen=True)
-class ComparedRuns:
-    """Runs of one form of a network, fused or unfused, and what a training step of that form takes."""
-
-    histories: Sequence[History]  # per seed, in the same order in both forms
-    seconds_per_step: float | None  # None: was not measured
-    bytes_kept: int | None  # by the forward pass, for the backward pass
-    peak_bytes: int | None  # the most that a step needs
-
-
-_COMPARISON = (
-    "The fused form is drawn over the unfused one: where the lines lie on each other, both forms learn alike. Bars: "
-    "what one training step takes, the unfused form being 100 %; shorter is better."
+_WORDS = (
+    "The fused form is drawn over the unfused one: where the lines lie on each other, both forms learn alike. Strong "
+    "lines are the mean over the seeds, thin ones a seed each. Bars: what one training step takes, in percent of the "
+    "unfused form; shorter is better."
 )
-_SEEDS = "Strong lines are the mean of {} seeds, thin lines are one seed each. "
+_COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "seconds": ("time", lambda seconds: f"{1000 * seconds:.1f} ms"),
+    "kept_bytes": ("kept for backward", readable),
+    "peak_bytes": ("peak memory", readable),
+}
+_LOOKS: dict[str, dict[str, Any]] = {
+    "unfused": {"color": ORANGE, "linewidth": 4},
+    "fused": {"color": BLUE, "linewidth": 2, "linestyle": "--"},
+}
 
 
-def draw_comparison(fused: ComparedRuns, unfused: ComparedRuns, path: Path, title: str) -> None:
-    """Draws the runs of both forms over each other, and time and memory of a step as bars.
+def draw_comparison(histories: Histories, step: Mapping[str, Any], path: Path, title: str) -> None:
+    """Draws the runs of both forms over each other, and as bars what a ``step`` takes, as comparison.json holds it.
 
     The loss is that of training; the error is that of validation, or without one that of training.
 
-    Raises UserError when there is no epoch, and UserError and TrainingError as
-    :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
     """
-    forms = (("unfused", unfused, ORANGE, "-", 2.0), ("fused", fused, BLUE, "--", 1.0))
-    everything = [row for _, runs, *_ in forms for history in runs.histories for row in history]
-    if not everything:
-        raise UserError(f"{path}: there is no epoch to draw yet")
+    everything = [row for runs in histories.values() for history in runs for row in history]
     validated = everything[0]["validation_error"] is not None
     error = ("validation_error", "Validation error") if validated else ("error", "Training error")
-    seeds = max(len(runs.histories) for _, runs, *_ in forms)
-    dots = "o" if len(fused.histories[0]) <= _FEW else ""
-    words = (_SEEDS.format(seeds) if seeds > 1 else "") + _COMPARISON
-    with picture(path, title, 11, 6.9, words) as figure:
-        rows = figure.subplot_mosaic([["loss", "error"], ["costs", "costs"]], height_ratios=[3, 2])
-        for axes, key, name in ((rows["loss"], "loss", "Training loss"), (rows["error"], *error)):
-            for label, runs, color, style, size in forms:
-                look: dict[str, Any] = {"color": color, "linewidth": 2 * size, "marker": dots, "markersize": 4 * size}
-                for history in runs.histories if seeds > 1 else ():
-                    curve(axes, history, key, **{**look, "linewidth": 0.7, "markersize": 0})
-                curve(axes, _mean(runs.histories, key), key, label=label, linestyle=style, **look)
-            finish(axes, "loss" if key == "loss" else "error", name, [row[key] for row in everything])
-            legend(axes)
-        _draw_costs(rows["costs"], fused, unfused)
+    with picture(path, title, 11, 6.9, _WORDS) as figure:
+        panels = figure.subplot_mosaic([["loss", "error"], ["costs", "costs"]], height_ratios=[3, 2])
+        for kind, key, words in (("loss", "loss", "Training loss"), ("error", *error)):
+            for form, look in _LOOKS.items():
+                for history in histories[form]:
+                    curve(panels[kind], history, key, **{**look, "linewidth": 0.7, "linestyle": "-", "marker": ""})
+                curve(panels[kind], _mean(histories[form], key), key, label=form, **look)
+            finish(panels[kind], kind, words, [row[key] for row in everything])
+        _draw_costs(panels["costs"], step)
 
 
 def _mean(histories: Sequence[History], key: str) -> History:
@@ -72,32 +60,15 @@ def _mean(histories: Sequence[History], key: str) -> History:
     return [{"epoch": rows[0]["epoch"], key: statistics.fmean(row[key] for row in rows)} for rows in epochs]
 
 
-def _draw_costs(axes: Axes, fused: ComparedRuns, unfused: ComparedRuns) -> None:
-    costs: tuple[tuple[str, Any, Any, Callable[[Any], str]], ...] = (
-        ("time", fused.seconds_per_step, unfused.seconds_per_step, _seconds),
-        ("kept for backward", fused.bytes_kept, unfused.bytes_kept, readable),
-        ("peak memory", fused.peak_bytes, unfused.peak_bytes, readable),
-    )
-    longest = 100.0
-    for place, (_, ours, theirs, written) in enumerate(costs):
-        if not ours or not theirs:
-            axes.text(1, place, "not measured", fontsize=SMALL, va="center", color=GREY)
-            continue
-        percent = 100 * ours / theirs
-        longest = max(longest, percent)
-        for shift, width, color, words in (
-            (-0.19, 100.0, ORANGE, f"unfused: {written(theirs)}"),
-            (0.19, percent, BLUE, f"fused: {written(ours)}, {percent:.0f} %"),
-        ):
-            axes.barh(place + shift, width, height=0.34, color=color)
-            axes.annotate(
-                words, (width, place + shift), (5, 0), textcoords="offset points", fontsize=SMALL, va="center"
-            )
+def _draw_costs(axes: Axes, step: Mapping[str, Any]) -> None:
+    costs = [cost for cost in _COSTS if step[cost]["ratio"] is not None]
+    for form, shift, color in (("unfused", -0.19, ORANGE), ("fused", 0.19, BLUE)):
+        percents = [100 * step[cost][form] / step[cost]["unfused"] for cost in costs]
+        bars = axes.barh([at + shift for at in range(len(costs))], percents, height=0.34, color=color)
+        sizes = [_COSTS[cost][1](step[cost][form]) for cost in costs]
+        words = [f"{form}: {size}, {percent:.0f} %" for size, percent in zip(sizes, percents, strict=True)]
+        axes.bar_label(bars, words, padding=5, fontsize=SMALL)
     plain(axes, "What a training step takes", "in % of unfused", "")
-    axes.set_yticks(range(len(costs)), [name for name, *_ in costs])
-    axes.set_ylim(len(costs) - 0.45, -0.55)
-    axes.set_xlim(0, 1.25 * longest)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+    axes.set_yticks(range(len(costs)), [_COSTS[cost][0] for cost in costs])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)

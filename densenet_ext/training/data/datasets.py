@@ -1,53 +1,96 @@
-"""The data sets of the command line, each split, augmented and normalised as it is usual for it."""
+"""Images with labels, one at a time, and the data sets digits and CIFAR."""
 
 from __future__ import annotations
 
-import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from densenet_ext.training.data import image_folder, vision
-from densenet_ext.training.data.examples import SPLIT_SEED, Data, Examples, agreed, split
+from densenet_ext.training.data import vision
 from densenet_ext.training.errors import UserError
-from densenet_ext.training.options import Options
+from densenet_ext.training.processes import agreed
 
 if TYPE_CHECKING:
     from densenet_ext.training.processes import Processes
 
-__all__ = ["Data", "Examples", "load"]
+v2 = vision.transforms()  # before a spawned worker unpickles transforms
 
-v2 = vision.transforms()
+SPLIT_SEED = 2017  # not the run's seed: every run is measured on the same images
+DIGITS_SIZE, CIFAR_SIZE = 16, 32  # height and width
+_DIGITS_TEST = 360  # a fifth of the 1797 images
 
-_DIGITS, _DIGITS_TEST = 16, 360  # height and width; a fifth of the 1797 images
-_CIFAR = 32
+
+class Examples(Dataset[tuple[Tensor, int]]):
+    """Images [C, H, W] float32 as the network gets them, each with its label.
+
+    The key is an index, for the image as in evaluation, or (index, seed), for the image augmented: a function of that
+    key alone, the same in every process and whatever came before. torch's random numbers outside are what they were.
+    """
+
+    def __init__(
+        self,
+        images: Any,  # a tensor [N, C, H, W], or files: by index, an image as the transforms take it
+        labels: Tensor,  # [N] int64
+        shape: tuple[int, int, int],  # C, H, W
+        evaluation: Callable[[Any], Tensor],
+        augmentation: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.images, self.labels, self.shape = images, labels, shape
+        self.evaluation, self.augmentation = evaluation, augmentation or evaluation
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        if not isinstance(key, tuple):
+            return self.evaluation(self.images[key]), int(self.labels[key])
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+            return self.augmentation(self.images[index]), int(self.labels[index])
 
 
-def load(chosen: Options, processes: Processes, download: bool = False) -> Data:
-    """Returns the data set that was ``chosen``, the same in all ``processes``. Raises UserError."""
-    name, validation, root = chosen.data, chosen.validation, None if chosen.root is None else Path(chosen.root)
-    if not 0 <= validation < 1:
-        raise UserError(f"--validation: expected a fraction of at least 0 and below 1, got {validation:g}")
-    if name == "digits":
-        return digits(chosen.image_size or _DIGITS, validation)
-    if name == "imagefolder":
-        return image_folder.load(root, chosen.image_size, validation, chosen.on_corrupt, chosen.workers, processes)
-    return cifar(name, root, chosen.image_size or _CIFAR, validation, download, processes)
+@dataclass(frozen=True)
+class Data:
+    """A data set as a network gets it."""
+
+    name: str
+    classes: tuple[str, ...]  # names; the index is the label
+    channels: int
+    image_size: int  # height and width
+    train: Examples  # augmented
+    validation: Examples | None
+    test: Examples | None
+    notes: tuple[str, ...] = ()  # lines for the user: which files were left out
+
+
+def split(count: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """Returns which of ``count`` images are trained on and which are held out: the same ones in every run.
+
+    Indices, each part in ascending order, [count - n] and [n] int64. Raises UserError when ``fraction`` leaves nothing
+    on one side, unless it is 0.
+    """
+    held_out = round(fraction * count)
+    if fraction and not 0 < held_out < count:
+        raise UserError(f"--validation: {fraction:g} of {count} images leaves none to validate with, or to train on")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def digits(size: int, validation: float) -> Data:
     """Returns the 1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits").
 
     They are scaled to ``size``, 16 by default, and shifted by at most one pixel. A fifth is for the test, and of the
-    rest the fraction ``validation`` is held out. Raises UserError when scikit-learn is missing.
+    rest the fraction ``validation`` is held out.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise UserError("the digits are inside scikit-learn: pip install scikit-learn") from error
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     # Two transitions would leave 2x2 of 8x8 pixels; and a shift by one pixel is half of an original one.
     images = F.interpolate(torch.from_numpy(found.images).float().unsqueeze(1), size=(size, size), mode="bilinear")
@@ -57,7 +100,7 @@ def digits(size: int, validation: float) -> Data:
     kept, held_out = (rest[part] for part in split(len(rest), validation))
     pixels = images[kept].double()
     images = ((images - pixels.mean()) / pixels.std()).float()
-    shifted = v2.RandomCrop(size, padding=max(1, size // _DIGITS), padding_mode="edge")
+    shifted = v2.RandomCrop(size, padding=max(1, size // DIGITS_SIZE), padding_mode="edge")
 
     def examples(indices: Tensor, augmentation: Any = None) -> Examples:
         return Examples(images[indices], labels[indices], (1, size, size), v2.Identity(), augmentation)
@@ -67,25 +110,31 @@ def digits(size: int, validation: float) -> Data:
     return Data("digits", names, 1, size, examples(kept, shifted), validated, examples(test))
 
 
-def cifar(name: str, root: Path | None, size: int, validation: float, download: bool, processes: Processes) -> Data:
+def cifar(name: str, root: Path, size: int, validation: float, download: bool, processes: Processes) -> Data:
     """Returns CIFAR-10 or CIFAR-100 as the DenseNet paper has it (Huang et al. 2017, section 4.1): C10+ and C100+.
 
     Training images are mirrored at random and shifted by at most 4 pixels. The fraction ``validation`` of them is held
     out. All are normalised by the training images' channel means and deviations. Raises UserError unless the files of
     torchvision's archive are there, with their checksums.
     """
-    if root is None:
-        raise UserError(f"--root: expected the folder that holds {name}, or that --download shall put it into")
     kind = getattr(vision.import_torchvision().datasets, name.upper())
+
+    def archives(fetch: bool) -> tuple[Any, Any]:
+        try:
+            return kind(str(root), train=True, download=fetch), kind(str(root), train=False)
+        except (OSError, RuntimeError) as error:  # torchvision looks at every file's checksum before it reads one
+            words = "cannot fetch it" if fetch else "missing, or with other checksums: --download fetches it"
+            raise UserError(f"--root: {name} in {root / kind.base_folder}: {words} ({error})") from error
+
     if download:
-        agreed(processes, lambda: _download(kind, root) if processes.is_first else None)
-    train, test = agreed(processes, lambda: [_archive(kind, root, of_training) for of_training in (True, False)])
+        agreed(processes, lambda: archives(True) if processes.is_first else None)
+    train, test = agreed(processes, lambda: archives(False))
     images, labels = (torch.from_numpy(train.data).permute(0, 3, 1, 2), torch.tensor(train.targets))
     kept, held_out = split(len(labels), validation)
     normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*channel_statistics(images[kept]))]
     # Normalised first, so that what is shifted in has the mean colour.
-    shifted = [v2.RandomCrop(_CIFAR, padding=4), v2.RandomHorizontalFlip()]
-    resized = [] if size == _CIFAR else [v2.Resize(size, antialias=True)]
+    shifted = [v2.RandomCrop(CIFAR_SIZE, padding=4), v2.RandomHorizontalFlip()]
+    resized = [] if size == CIFAR_SIZE else [v2.Resize(size, antialias=True)]
     seen, augmented = v2.Compose([*normalised, *resized]), v2.Compose([*normalised, *shifted, *resized])
 
     def examples(images: Tensor, labels: Tensor, augmentation: Any = None) -> Examples:
@@ -108,27 +157,3 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     means = shares @ values
     variances = (shares * (values - means[:, None]) ** 2).sum(1)
     return means.tolist(), variances.sqrt().clamp(min=1 / 255).tolist()
-
-
-def _download(kind: Any, root: Path) -> None:
-    """Fetches and unpacks the archive, unless its files are there with the right checksums."""
-    try:
-        kind(str(root), train=False, download=True)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--download: cannot fetch {kind.url} into {root}: {reason}") from error
-
-
-def _archive(kind: Any, root: Path, train: bool) -> Any:
-    """Returns torchvision's data set; of other files than the original ones torchvision reads none, as pickles are."""
-    files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
-    intact = vision.import_torchvision().datasets.cifar.check_integrity
-    folder = root / kind.base_folder
-    wrong = [name for name, checksum in files if not intact(str(folder / name), checksum)]
-    if wrong:
-        raise UserError(
-            f"--root: expected the original files of {kind.__name__} in {folder}, and {', '.join(wrong)} "
-            f"{'is' if len(wrong) == 1 else 'are'} missing or damaged (another checksum): give another --root, or "
-            "--download to fetch them (170 MB)"
-        )
-    return kind(str(root), train=train)

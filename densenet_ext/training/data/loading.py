@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from densenet_ext.training.data.examples import Examples
-from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.training.data.datasets import Examples
+from densenet_ext.training.errors import UserError
 from densenet_ext.training.seeds import derived
 
 _Key = int | tuple[int, int]
@@ -73,19 +73,11 @@ class Batches:
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this process's batches of epoch ``number`` from step ``start`` on: images [n, C, H, W], labels [n].
 
-        One epoch at a time: asking for the next ends the one before. Raises TrainingError when an image can't be
-        loaded, RuntimeError of the DataLoader when a worker dies.
+        One epoch at a time: asking for the next ends the one before. Raises the DataLoader's RuntimeError when a worker
+        dies.
         """
         self._order.number, self._order.start = number, start
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except Exception as error:
-                raise _explained(error) from error
-            if batch is None:
-                return
-            yield batch
+        yield from self._loader
 
 
 class _Order(Sampler[list[_Key]]):
@@ -124,18 +116,6 @@ def share(count: int, rank: int, size: int) -> range:
 
 def _collated(shape: tuple[int, int, int], examples: list[tuple[Tensor, int]]) -> Any:
     return default_collate(examples) if examples else (torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
-
-
-def _explained(error: Exception) -> Exception:
-    """Returns what one sentence says: an error from a worker comes with its traceback, its own words at the end."""
-    in_worker = str(error).startswith("Caught ")
-    words = str(error).strip().splitlines() or [""]
-    if isinstance(error, TrainingError):
-        return TrainingError(words[-1].partition(": ")[2]) if in_worker else error
-    if isinstance(error, RuntimeError) and "DataLoader worker" in words[0] and not in_worker:
-        return error  # one has died; the same error may come at any time, when the signal arrives first
-    reason = words[-1] if in_worker else f"{type(error).__name__}: {words[0]}"
-    return TrainingError(f"images can't be loaded: {reason}; the last checkpoint is kept")
 
 
 def _ignore_signals(_: int) -> None:

@@ -65,6 +65,5 @@ def _install() -> str:
 
     From 0.29.1 on a release of torchvision is for every later torch.
     """
-    major, minor = torch.__version__.split(".")[:2]
-    release = f"==0.{min(int(minor), 14) + 15}.*" if major == "2" else ""
-    return f"pip install numpy pillow, and pip install --no-deps 'torchvision{release}' (so that no second torch comes)"
+    release = min(int(torch.__version__.split(".")[1]), 14) + 15
+    return f"pip install numpy pillow, and pip install --no-deps 'torchvision==0.{release}.*'"

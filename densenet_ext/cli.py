@@ -1,0 +1,157 @@
+"""The command line: ``densenet-ext`` and ``python -m densenet_ext``.
+
+What the user got wrong ends with exit code 2, what went wrong with 1, Ctrl-C and SIGTERM with 130 and 143.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from densenet_ext import checks
+from densenet_ext.training.errors import Ended
+from densenet_ext.training.options import ASKED, flag, read
+
+_SIZES = dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201", "densenet264"), 224)
+_SIZES["densenet_bc"] = 32
+"""The networks of the command plan, each with the height and width of the images that it is made for."""
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains a DenseNet on images: the paper's recipe unless options say otherwise.
+
+    The recipe is SGD with Nesterov momentum 0.9, weight decay 1e-4 and a learning rate that is divided by 10 at 50 %
+    and 75 % of the epochs. Ctrl-C and SIGTERM save and leave; --resume goes on to the same numbers. Several processes:
+    torchrun --nproc-per-node N -m densenet_ext train ...
+    """
+    from densenet_ext.training import running
+
+    running.train(_given(arguments), arguments.out, arguments.resume, arguments.download)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Trains a DenseNet fused and unfused, side by side, and shows the difference in results, time and memory.
+
+    Both forms start from the same weights and go through the same batches, step by step in turns, with the recipe of
+    densenet-ext train. Their difference, seed by seed, comes as a table, as a picture and as files.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at the first profile: PyTorch's profiler else announces it
+    from densenet_ext.training.compare import command
+
+    command.compare(_given(arguments), arguments.seeds, arguments.out, arguments.download)
+
+
+def reuse(arguments: argparse.Namespace) -> None:
+    """Draws how strongly each layer of a DenseNet uses each earlier one, from the weights in a checkpoint.
+
+    This is figure 5 of the paper (Huang et al. 2017), for the checkpoint of any library.
+    """
+    from densenet_ext.reuse import command
+
+    print(command.reuse(arguments.checkpoint, arguments.out, arguments.new_first))
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints what a training step needs in memory at each level of saving, without running it."""
+    import torch
+
+    import densenet_ext
+
+    with torch.device("meta"):
+        network = getattr(densenet_ext, arguments.model)()
+    size = arguments.image or _SIZES[arguments.model]
+    shape, dtype = (arguments.batch, network.in_channels, size, size), getattr(torch, _DTYPES[arguments.dtype])
+    try:
+        found = densenet_ext.plan(
+            network, shape, dtype, arguments.save, arguments.memory, optimizer_state=arguments.optimizer_state
+        )
+    except ValueError as error:
+        arguments.refuse(str(error))
+    print(f"{arguments.model}: {found}")
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name in ASKED}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("densenet-ext", description="DenseNets over one buffer per dense block.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(command: Any) -> Any:
+        words = command.__doc__
+        one = commands.add_parser(
+            command.__name__, help=words.partition("\n")[0], description=words, allow_abbrev=False
+        )
+        one.set_defaults(command=command, refuse=one.error)
+        return one.add_argument
+
+    for command in (train, compare):
+        argument = add(command)
+        for name, asked in ASKED.items():
+            if asked["compared"] or command is train:
+                argument(flag(name), default=None, **asked["argument"])
+        argument("--download", action="store_true", help="Let CIFAR be downloaded into --root.")
+        argument("--out", type=Path, help="Folder of the run. Default: a new one below runs.")
+        if command is train:
+            argument("--resume", action="store_true", help="Go on with the run in --out, with its options.")
+        else:
+            seeds = read(int, checks.integer, 1)
+            argument("--seeds", type=seeds, default=5, metavar="N", help="Train with seeds 0 to N - 1. Default: 5.")
+    argument = add(reuse)
+    argument("checkpoint", type=Path, help="Of any DenseNet: of torch.save or .safetensors, with a state dict inside.")
+    argument("--out", type=Path, help="The picture: .png, .svg or .pdf. Default: beside the checkpoint.")
+    argument("--new-first", action="store_true", help="Layers put new features in front; known libraries append.")
+    argument = add(plan)
+    count = {"type": read(int, checks.integer, 1), "metavar": "N"}
+    argument("--model", choices=tuple(_SIZES), default="densenet121", help="The network.")
+    argument("--image", help="Height and width of the images. Default: those that the network is made for.", **count)
+    argument("--batch", default=32, help="Images per step. Default: 32.", **count)
+    argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="Of the training; 16 bits are autocast's.")
+    argument("--save", choices=checks.LEVELS, help="What blocks keep for the backward pass.")
+    argument("--memory", type=read(str, checks.memory), help='As "80GiB": the largest batch that fits.')
+    state = "Tensors that the optimizer keeps per parameter: SGD with momentum 1, Adam 2."
+    argument("--optimizer-state", type=read(int, checks.integer, 0), default=0, metavar="N", help=state)
+    return parser
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """Ends the process with a sentence instead of a traceback, for what happens to a run from outside."""
+    rank = int(os.environ.get("RANK", "0"))
+
+    def end(words: object, code: int, error: BaseException) -> NoReturn:
+        word = "" if code > 128 else "Error: " if rank == 0 else f"Error in process {rank}: "
+        print(f"{word}{words}", file=sys.stderr)
+        raise SystemExit(code) from error
+
+    try:
+        yield
+    except Ended as error:
+        if rank != 0 and error.everywhere:
+            raise SystemExit(error.exit_code) from error
+        end(error, error.exit_code, error)
+    except ModuleNotFoundError as error:
+        end(f"this needs {error.name}: pip install 'densenet_ext[train]'", 1, error)
+    except OSError as error:
+        end(error, 1, error)
+    except KeyboardInterrupt as error:
+        end("stopped at once: what the last checkpoint holds is kept", 130, error)
+    except RuntimeError as error:
+        # The DataLoader raises it when the signal arrives that a worker has died, wherever the process is then.
+        if "DataLoader worker" not in str(error):
+            raise
+        end(f"{error} (try fewer --workers; the last checkpoint is kept)", 1, error)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the command that ``words`` ask for, by default those of the command line. Raises SystemExit if it fails."""
+    arguments = _parser().parse_args(words)
+    with errors_told():
+        arguments.command(arguments)
