@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads)
           [&](int i) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              const A value = element<T, V>(x[i], v), u = affine(value, v);
-              sums.add(v, relu_mask(u, grad[v]), value - affine.mean[v]);
+              const A xc = element<T, V>(x[i], v) - affine.mean[v], u = affine.of_centered(xc, v);
+              sums.add(v, relu_mask(u, grad[v]), xc);
               pooled[v] += relu(u);
             }
           });

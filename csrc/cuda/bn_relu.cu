@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) feature_grad_kernel(const __grid_con
         A g[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          g[v] = element<T, V>(grad[r], v) + std::fma(element<T, V>(x[r], v) - mean[v], slope[v], offset[v]);
+          const A share = offset[v] + times_or_zero(slope[v], element<T, V>(x[r], v) - mean[v]);
+          g[v] = element<T, V>(grad[r], v) + share;
           if (drop) g[v] *= dropout_factor<A>(dropout, key, c + v);
         }
         store_bits<V>(p.out.row(m + r * patch.step) + c, to_bits<T, V>(g));
@@ -100,8 +101,8 @@ __global__ void __launch_bounds__(kThreads)
         if (r < rows) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A value = element<T, V>(x[r], v);
-            sums.add(v, relu_mask(affine(value, v), element<T, V>(grad[r], v)), value - affine.mean[v]);
+            const A xc = element<T, V>(x[r], v) - affine.mean[v];
+            sums.add(v, relu_mask(affine.of_centered(xc, v), element<T, V>(grad[r], v)), xc);
           }
         }
     });

@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kThreads)
       gather<T, V>(grad, job.pooling, p.grad_out, p.index, m, c);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const A value = element<T, V>(x, v);
-        sums.add(v, relu_mask(affine(value, v), grad[v]), value - affine.mean[v]);
+        const A xc = element<T, V>(x, v) - affine.mean[v];
+        sums.add(v, relu_mask(affine.of_centered(xc, v), grad[v]), xc);
       }
     });
   }

@@ -41,19 +41,21 @@ struct MomentSums {
   A a[V] = {}, b[V] = {};  // mean, squared deviations
   A count = 0;             // rows
 
-  // Chan's formula, with what all columns have in common taken once: other / all, and that times the own rows.
+  // merge() of common.h, with what all columns have in common taken once: the parts of all rows, and other's times the
+  // own rows. The mean as a weighted one, which is infinite where a row is: that costs no register and no branch.
   struct Share {
-    A share, weight;
+    A own, other, weight;
   };
   __device__ __forceinline__ Share add_count(A other) {
-    const A share = other > A(0) ? other / (count + other) : A(0), weight = count * share;
+    const A part = other > A(0) ? other / (count + other) : A(0);
+    const Share share = {A(1) - part, part, count * part};
     count += other;
-    return {share, weight};
+    return share;
   }
   __device__ __forceinline__ void merge(int v, Share of, A mean, A m2) {
     const A delta = mean - a[v];
-    a[v] = std::fma(delta, of.share, a[v]);
-    b[v] += std::fma(delta * delta, of.weight, m2);
+    a[v] = std::fma(a[v], of.own, mean * of.other);
+    b[v] += std::fma(delta, delta * of.weight, m2);  // no infinity times zero
   }
 };
 
