@@ -102,6 +102,7 @@ struct BnReluBackwardReduce {
   int64_t M, C;
   Rows<const T> grad, x;
   Norm<Acc<T>> norm;
+  Rows<T> out;                     // relu(bn(x)), recomputed on the way; or null
   Acc<T>*grad_weight, *grad_bias;  // [C]
 };
 

@@ -99,11 +99,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
         if (r < rows) {
+          A y[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A xc = element<T, V>(x[r], v) - affine.mean[v];
-            sums.add(v, relu_mask(affine.of_centered(xc, v), element<T, V>(grad[r], v)), xc);
+            const A xc = element<T, V>(x[r], v) - affine.mean[v], u = affine.of_centered(xc, v);
+            sums.add(v, relu_mask(u, element<T, V>(grad[r], v)), xc);
+            y[v] = relu(u);
           }
+          if (p.out) store_bits<V>(p.out.row(m + r * patch.step) + c, to_bits<T, V>(y));
         }
     });
   }
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Width<T> width(const BnReluBackwardReduce<T>& p) {
-  return Width<T>(p.C).with(p.x).with(p.grad);
+  return Width<T>(p.C).with(p.x).with(p.grad).with(p.out);
 }
 
 }  // namespace

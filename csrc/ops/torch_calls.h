@@ -46,29 +46,20 @@ class TorchCalls : public Place {
     return as_rows<T>(g, images, std::move(out), conv.N);
   }
 
-  // The gradients of x [M, C] where asked, as rows, and of the weight where it has a place. The values of x are read
-  // for the latter only.
+  // The gradient of x [M, C], whose values are not read.
   template <class T>
-  MaybeOwned<T> convolution_backward(const Images& images, Rows<const T> grad, Rows<const T> x,
-                                     const SameConvolution<T>& conv, bool want_x,
-                                     const Taps<Acc<T>>& grad_weight) const {
+  MaybeOwned<T> convolution_input_gradient(const Images& images, Rows<const T> grad, Rows<const T> x,
+                                           const SameConvolution<T>& conv) const {
     const Geometry g(images, conv.window);
-    const std::array<bool, 3> mask = {want_x, bool(grad_weight), false};
-    const std::optional<std::vector<int64_t>> no_bias;
-    std::array<StableIValue, 11> stack =
-        boxed(image(g, grad, conv.N), image(g, x, conv.C), stored<T>(weight(g, conv.weight, conv)), no_bias, g.ones(),
-              g.padding(), g.ones(), false, g.zeros(), int64_t(1),
-              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-    Tensor dx = unboxed<Tensor>(stack[0]);
-    const Tensor dw = unboxed<Tensor>(stack[1]);
-    (void)unboxed<Tensor>(stack[2]);
-    if (grad_weight) {
-      Tensor target = weight(g, grad_weight, conv);
-      torch::stable::copy_(target, dw);
-    }
-    if (!want_x) return MaybeOwned<T>(Rows<T>{nullptr, 0});
-    return as_rows<T>(g, images, std::move(dx), conv.C);
+    return as_rows<T>(g, images, convolution_gradient(g, grad, x, conv, 0), conv.C);
+  }
+  // The gradient of the weight.
+  template <class T>
+  void convolution_weight_gradient(const Images& images, Rows<const T> grad, Rows<const T> x,
+                                   const SameConvolution<T>& conv, const Taps<Acc<T>>& grad_weight) const {
+    const Geometry g(images, conv.window);
+    Tensor target = weight(g, grad_weight, conv);
+    torch::stable::copy_(target, convolution_gradient(g, grad, x, conv, 1));
   }
 
   // Rows [N, C], row n times scale[n].
@@ -156,6 +147,21 @@ class TorchCalls : public Place {
       return s;
     }
   };
+
+  // Of a convolution's input (which = 0) or weight (1).
+  template <class T>
+  Tensor convolution_gradient(const Geometry& g, Rows<const T> grad, Rows<const T> x, const SameConvolution<T>& conv,
+                              size_t which) const {
+    const std::array<bool, 3> mask = {which == 0, which == 1, false};
+    const std::optional<std::vector<int64_t>> no_bias;
+    std::array<StableIValue, 11> stack =
+        boxed(image(g, grad, conv.N), image(g, x, conv.C), stored<T>(weight(g, conv.weight, conv)), no_bias, g.ones(),
+              g.padding(), g.ones(), false, g.zeros(), int64_t(1),
+              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+    std::array<Tensor, 3> gradients = {unboxed<Tensor>(stack[0]), unboxed<Tensor>(stack[1]), unboxed<Tensor>(stack[2])};
+    return std::move(gradients[which]);
+  }
 
   template <class T>
   Tensor from_memory(const T* data, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) const {

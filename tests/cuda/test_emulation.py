@@ -224,6 +224,13 @@ def test_bn_relu_backward(gpu: emulation.Library, dtype: torch.dtype, M: int, C:
     sums = {"grad_weight": vector(C, dtype), "grad_bias": vector(C, dtype)}
     got = check(gpu, "bn_relu_backward_reduce", M, (0, 1, 5), grad=grad, x=x, **norm, **sums)
     sums = {name: got[name] for name in sums}
+    # with the forward pass's result, bit by bit
+    again = {name: vector(C, dtype) for name in sums}
+    common = {"grad": grad, "x": x, **norm}
+    got = check(gpu, "bn_relu_backward_reduce", M, (0, 5), **common, **again, out=empty(M, C, dtype, behind, offset))
+    out = empty(M, C, dtype, behind, offset)
+    gpu("bn_relu", x=x, **norm, out=out)
+    assert torch.equal(got["out"], out)
     target = empty(M, C, dtype, offset, behind)
     check(gpu, "bn_relu_backward", M, (0, 5), grad=grad, x=x, **norm, **sums, grad_x=target)
     check(gpu, "bn_relu_backward", 1, grad=grad, x=x, **norm, grad_weight=None, grad_bias=None, grad_x=target)

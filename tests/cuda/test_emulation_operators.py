@@ -1,4 +1,5 @@
-"""What stands between torch and the GPU's kernels (csrc/ops/cuda.h), over emulated kernels: errors and waiting."""
+"""What stands between torch and the GPU's kernels (csrc/ops/cuda.h), over emulated kernels: errors, waiting, and how
+much a block asks of the host."""
 
 from __future__ import annotations
 
@@ -10,14 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from densenet_ext.algorithm.block import dense_block
+from tests.support.helpers import make_input, make_layers
+
 ILLEGAL_ADDRESS, MEMORY_ALLOCATION = 700, 2  # cudaError_t
 
 
 @pytest.fixture
-def pretend(emulated_operators: SimpleNamespace) -> Iterator[Callable[..., None]]:
-    """What the GPU answers from now on: ``pretend(error, capturing, no_memory)``."""
+def library(emulated_operators: SimpleNamespace) -> ctypes.CDLL:
+    """The library that the operators lie in."""
     (path,) = (path for path in torch.ops.loaded_libraries if "emulated" in path)
-    library = ctypes.CDLL(path)
+    return ctypes.CDLL(path)
+
+
+@pytest.fixture
+def pretend(library: ctypes.CDLL) -> Iterator[Callable[..., None]]:
+    """What the GPU answers from now on: ``pretend(error, capturing, no_memory)``."""
 
     def answer(error: int = 0, capturing: bool = False, no_memory: bool = False) -> None:
         library.dx_pretend(error, ctypes.c_bool(capturing), ctypes.c_bool(no_memory))
@@ -61,3 +70,21 @@ def test_a_fault_is_named_where_it_is_made(emulated_operators: SimpleNamespace, 
     pretend(ILLEGAL_ADDRESS)
     monkeypatch.setenv("DENSENET_EXT_SYNC", "0")
     stats(emulated_operators)
+
+
+def launches_of_backward(library: ctypes.CDLL, count: int, conv2: bool) -> int:
+    """How many kernels the gradients of a block of ``count`` layers take; with those of the 3x3 convolutions or not."""
+    layers = make_layers(count=count, dtype=torch.float32)
+    inputs = [t for layer in layers for t in (*layer.norm1[:2], layer.conv1, *layer.norm2[:2])]
+    inputs += [layer.conv2 for layer in layers] if conv2 else []
+    out, _ = dense_block(make_input(2, 5, 4, 4, dtype=torch.float32), layers)
+    before = library.dx_launches()
+    torch.autograd.grad(out.sum(), inputs)
+    return library.dx_launches() - before
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_the_gradient_of_a_3x3_weight_takes_no_kernel_of_its_own(backend: str, library: ctypes.CDLL) -> None:
+    """relu(bn2(z)), which it needs, comes out of the kernel that takes norm2's sums."""
+    for count in (1, 3):
+        assert launches_of_backward(library, count, conv2=True) == launches_of_backward(library, count, conv2=False)

@@ -41,7 +41,7 @@ STRUCTS = {
     "AppendFeatures": "M:i C:i src:r out:r mean:v var:v drop_rate:d seed:v layer:i drop_rows:i",
     "BnRelu": "M:i C:i x:r norm:n out:r",
     "FeatureGrad": "M:i C:i grad:r x:r mean:v grad_mean:v grad_var:v drop_rate:d seed:v layer:i drop_rows:i out:r",
-    "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v",
+    "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n out:r grad_weight:v grad_bias:v",
     "BnReluBackward": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
     "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b bf16:b",
     "BnReluConv1x1Backward": "M:i C:i N:i x:r norm:n weight:v grad_out:r z:r z_norm:n z_grad_weight:v z_grad_bias:v "
@@ -58,7 +58,7 @@ OPERATORS = {
     "append_features": ("AppendFeatures", "out mean var"),
     "bn_relu": ("BnRelu", "out"),
     "feature_grad": ("FeatureGrad", "out"),
-    "bn_relu_backward_reduce": ("BnReluBackwardReduce", "grad_weight grad_bias"),
+    "bn_relu_backward_reduce": ("BnReluBackwardReduce", "grad_weight grad_bias out"),
     "bn_relu_backward": ("BnReluBackward", "grad_x"),
     "bn_relu_conv1x1": ("BnReluConv1x1", "out out_mean out_var"),
     "bn_relu_conv1x1_backward": (
