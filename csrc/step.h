@@ -34,6 +34,7 @@ struct SameConvolution {
   int64_t window[3];     // ones in front
   Taps<const A> weight;  // [N, C, taps]
   const A* bias;         // [N] or null
+  Taps<const T> stored;  // the weight in T and channels_last, for PyTorch's own convolution; or null
 };
 
 // The gradients of a convolution's parameters; null where not asked.

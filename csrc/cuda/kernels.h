@@ -38,6 +38,10 @@ cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream str
 template <class T>
 cudaError_t bn_relu_backward(const BnReluBackward<T>& p, Stream stream);
 
+// copy_taps.cu; any number of copies
+template <class From, class To>
+cudaError_t copy_taps(const TapsCopy<From, To>* copies, size_t count, Stream stream);
+
 // avg_pool.cu
 template <class T>
 cudaError_t bn_relu_avg_pool(const BnReluPool<T>& p, Stream stream);

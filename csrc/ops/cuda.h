@@ -51,6 +51,11 @@ class Cuda : public TorchCalls {
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
 
+  template <class From, class To>
+  void copy_taps(const std::vector<TapsCopy<From, To>>& copies) const {
+    check_run("copy_taps", cuda::copy_taps(copies.data(), copies.size(), stream_));
+  }
+
   static constexpr bool kHasConv3x3 = false;
 
  private:

@@ -329,6 +329,22 @@ def test_max_pool_takes_nan(gpu: emulation.Library) -> None:
     assert got["out"].isnan().any()
 
 
+# ---- weights of convolutions -----------------------------------------------------------------------------------------
+@dtypes
+def test_weights_into_another_layout_and_back(gpu: emulation.Library, dtype: torch.dtype) -> None:
+    """Contiguous to channels_last in the features' dtype, rounded as PyTorch rounds; more than a launch takes."""
+    weights = [torch.randn(3, 1 + i % 7, 9, dtype=acc_dtype(dtype)) for i in range(83)]
+    weights[1], weights[2] = torch.randn(40, 48, 9, dtype=weights[0].dtype), weights[2].mT.contiguous().mT
+    stored = [torch.full((N, taps, C), 55, dtype=dtype).mT for N, C, taps in (w.shape for w in weights)]
+    gpu.copy_taps(weights, stored)
+    for weight, got in zip(weights, stored, strict=True):
+        assert torch.equal(got, weight.to(dtype))
+    back = [torch.full_like(weight, 55) for weight in weights]
+    gpu.copy_taps(stored, back)
+    for got, expected in zip(back, stored, strict=True):
+        assert torch.equal(got, expected.to(got.dtype))
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 def test_slabs_of_several_steps(gpu: emulation.Library) -> None:
     """More rows than all blocks take in one step each, at single elements across several blocks."""

@@ -4,6 +4,7 @@ much a block asks of the host."""
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -88,3 +89,26 @@ def test_the_gradient_of_a_3x3_weight_takes_no_kernel_of_its_own(backend: str, l
     """relu(bn2(z)), which it needs, comes out of the kernel that takes norm2's sums."""
     for count in (1, 3):
         assert launches_of_backward(library, count, conv2=True) == launches_of_backward(library, count, conv2=False)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_3x3_weights_are_copied_once_for_all_layers(backend: str, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Into the features' dtype and channels_last, and their gradients back: not by a copy for each layer."""
+
+    def calls() -> Counter[str]:
+        names = ("convolution", "convolution_backward", "copy_", "to", "contiguous")
+        return Counter({name: library.dx_torch_calls(f"aten::{name}".encode()) for name in names})
+
+    def asked_for(count: int) -> tuple[Counter[str], Counter[str]]:
+        layers = make_layers(count=count, dtype=torch.float32)
+        x = make_input(2, 5, 4, 4, dtype=dtype)
+        before = calls()
+        out, _ = dense_block(x, layers)
+        between = calls()
+        torch.autograd.grad(out.sum(), [x, *(t for layer in layers for t in (layer.conv1, layer.conv2))])
+        return between - before, calls() - between
+
+    (forward, backward), (more_forward, more_backward) = asked_for(1), asked_for(3)
+    assert more_forward - forward == Counter(convolution=2)
+    assert more_backward - backward == Counter(convolution_backward=4)

@@ -27,6 +27,14 @@ class Pooling(ctypes.Structure):
     ]
 
 
+class Taps(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("output", c_int64), ("input", c_int64), ("tap", c_int64)]
+
+
+class TapsCopy(ctypes.Structure):
+    _fields_ = [("N", c_int64), ("C", c_int64), ("taps", c_int64), ("from_", Taps), ("to", Taps)]
+
+
 _TYPES = {"r": Rows, "n": Norm, "p": Pooling, "i": c_int64, "v": c_void_p, "d": c_double, "b": c_bool}
 
 
@@ -88,6 +96,11 @@ def vector(t: torch.Tensor | None) -> int | None:
 
 def norm(mean, var, weight, bias, eps) -> Norm:
     return Norm(vector(mean), vector(var), vector(weight), vector(bias), eps)
+
+
+def taps(t: torch.Tensor) -> Taps:
+    """A weight [N, C, taps]."""
+    return Taps(t.data_ptr(), *t.stride())
 
 
 def pooling(size, window, stride=None, padding=(0, 0, 0)) -> Pooling:
