@@ -91,8 +91,20 @@ def test_tensor_cores_multiply(gpu: emulation.Library, name: str) -> None:
     error = (d - expected).abs().max().item()
     if name == "tf32":  # ten bits of fraction are left: it must not be exact
         assert 1e-5 < error < 16 * 2**-10
-    else:
-        assert error < 1e-5
+    else:  # each product's last bit is cut off
+        assert 0 < error < 16 * 2**-23 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "tf32"])
+def test_tensor_cores_cut_off(gpu: emulation.Library, name: str) -> None:
+    """What lies below the 24 bits of the largest product or sum is lost, where a rounded sum would have it."""
+    dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+    a, b, d = torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 16)
+    a[:, 0], a[:, 1:4], a[:, 15] = 1, 2**-12, 1  # products of 1, three of 2^-24 and, later, one of 2^-23
+    b[0], b[1:4], b[15] = 1, 2**-12, 2**-23
+    b[:, 1] *= -1
+    gpu.warp(name, a, b, d)
+    assert (d[:, 0] == 1 + 2**-23).all() and (d[:, 1] == -1 - 2**-23).all()
 
 
 def test_exchanges_between_lanes(gpu: emulation.Library) -> None:

@@ -120,3 +120,25 @@ def test_infinite_features_without_a_slope(gpu: Library, dtype: torch.dtype) -> 
     place = {"size": (1, 1, 6, 6), "window": (1, 2, 2)}
     pooled = grad[:9].clone()
     check(gpu, "bn_relu_avg_pool_backward", grad_out=pooled, x=x, **place, **norm, **sums, grad_x=torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["bfloat16", "tf32"])
+def test_sums_that_tensor_cores_cut_off(gpu: Library, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    """dW over all rows of one block, where no term differs in sign: what is cut off adds up, and stays far below what
+    the operands' rounding costs (2^-9 and 2^-11 a number)."""
+    M, C, N = 1024, 12, 16
+    dtype = torch.float32 if tf32 else torch.bfloat16
+    # numbers that are operands as they are: what differs from exact sums is what was cut off
+    x, grad = (torch.rand(M, n).add(0.5).to(torch.float16 if tf32 else dtype).to(dtype) for n in (C, N))
+    norm = {"mean": torch.zeros(C), "var": torch.ones(C), "weight": None, "bias": None, "eps": 0.0}
+    values = {"x": x, **norm, "conv_weight": torch.randn(N, C), "grad_out": grad, "grad_in": None, "accumulate": False}
+    through = dict.fromkeys(("z", "z_mean", "z_var", "z_weight", "z_bias", "z_grad_weight", "z_grad_bias"))
+    sums = {name: torch.empty(C) for name in ("grad_weight", "grad_bias")}
+    dW, none = torch.empty(N, C), {"grad_mean": None, "grad_var": None}
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "1")
+    call = {**values, **through, "z_eps": 0.0, "grad_x": torch.empty_like(x), "grad_conv_weight": dW, **sums, **none}
+    gpu("bn_relu_conv1x1_backward", **call, tf32=tf32)
+    exact = grad.double().T @ x.double()
+    lost = ((exact - dW) / exact).max().item()
+    additions = M / (4 if tf32 else 8)
+    assert 1e-6 < lost < additions * (M / additions + 1) * 2**-24
