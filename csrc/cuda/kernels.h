@@ -1,9 +1,9 @@
 // The launchers of the CUDA kernels, one for each operator (params.h says what they take, schemas.cpp what they are).
 // T: float, double, bfloat16, float16. They queue work on the stream and return the launch's error. A launcher that
-// needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content; sums of
-// several blocks lie there until a second kernel merges them in a fixed order. Results must not overlap arguments,
-// except that bn_relu's out may be x itself, bn_relu_backward's grad_x and feature_grad's out grad itself.
-// Sums over no rows are zero; the statistics of no rows are left undefined.
+// needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content (null where
+// that is none); sums of several blocks lie there until a second kernel merges them in a fixed order. Results must not
+// overlap arguments, except that bn_relu's out may be x itself, bn_relu_backward's grad_x and feature_grad's out grad
+// itself. Sums over no rows are zero; the statistics of no rows are left undefined.
 #pragma once
 
 #include <cstddef>

@@ -46,84 +46,6 @@ def vector(C: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((C,), 55.0, dtype=acc_dtype(dtype))
 
 
-# ---- the emulator itself ---------------------------------------------------------------------------------------------
-FAULTS = {
-    "none": None,
-    "none in warp": None,
-    "none in copy": None,
-    "no barrier": "race|nobody wrote",
-    "beyond the end": "outside|beyond",
-    "write to input": "read-only",
-    "shared for global": "an address of shared memory",
-    "misaligned": "misaligned",
-    "two writers": "race: two writes",
-    "two blocks": "another block",
-    "unwritten": "nobody wrote",
-    "half a barrier": "deadlock",
-    "diverged warp": "different operations",
-    "copy not waited for": "not waited for",
-}
-
-
-@pytest.mark.parametrize("order", [0, 1, 5])
-@pytest.mark.parametrize("name", FAULTS)
-def test_emulator_sees_faults(gpu: emulation.Library, name: str, order: int) -> None:
-    source, out = torch.arange(64.0), torch.zeros(64)
-    gpu.set_order(order)
-    try:
-        if FAULTS[name] is None:
-            gpu.fault(name, source, out)
-        else:
-            with pytest.raises(emulation.EmulationError, match=FAULTS[name]):
-                gpu.fault(name, source, out)
-    finally:
-        gpu.set_order(0)
-    if name == "none":
-        assert torch.equal(out, source.flip(0))
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "tf32"])
-def test_tensor_cores_multiply(gpu: emulation.Library, name: str) -> None:
-    dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.zeros(16, 16)
-    gpu.warp(name, a, b, d)
-    expected = a.double() @ b.double()
-    error = (d - expected).abs().max().item()
-    if name == "tf32":  # ten bits of fraction are left: it must not be exact
-        assert 1e-5 < error < 16 * 2**-10
-    else:  # each product's last bit is cut off
-        assert 0 < error < 16 * 2**-23 * expected.abs().max()
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "tf32"])
-def test_tensor_cores_cut_off(gpu: emulation.Library, name: str) -> None:
-    """What lies below the 24 bits of the largest product or sum is lost, where a rounded sum would have it."""
-    dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-    a, b, d = torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 16)
-    a[:, 0], a[:, 1:4], a[:, 15] = 1, 2**-12, 1  # products of 1, three of 2^-24 and, later, one of 2^-23
-    b[0], b[1:4], b[15] = 1, 2**-12, 2**-23
-    b[:, 1] *= -1
-    gpu.warp(name, a, b, d)
-    assert (d[:, 0] == 1 + 2**-23).all() and (d[:, 1] == -1 - 2**-23).all()
-
-
-def test_exchanges_between_lanes(gpu: emulation.Library) -> None:
-    a, d = torch.randn(32), torch.zeros(2, 32)
-    gpu.warp("exchanges", a, a, d)
-    assert_close(d[0], a.double().sum().float().expand(32), 32, "shuffle_xor")
-    assert torch.equal(d[1], torch.cat([a[3:], a[29:]]))
-
-
-def test_every_rounding(gpu: emulation.Library) -> None:
-    """The emulator's own fp16 and bf16 round as PyTorch's, through a BatchNorm that changes nothing."""
-    values = torch.cat([torch.randn(2000), torch.randn(2000) * 1e-5, torch.randn(96) * 1e5]).abs()[:, None]
-    one, zero = torch.ones(1), torch.zeros(1)
-    for dtype in (torch.bfloat16, torch.float16):
-        x, out = values.to(dtype), empty(4096, 1, dtype)
-        gpu("bn_relu", x=x, mean=zero, var=one, weight=one, bias=zero, eps=0.0, out=out)
-        assert torch.equal(x, out)
-
-
 # ---- statistics ------------------------------------------------------------------------------------------------------
 @dtypes
 @shapes
@@ -170,6 +92,19 @@ def test_append_features(
         layer=3,
         drop_rows=1 if statistics else 5,
     )
+
+
+@dtypes
+def test_sums_of_one_slab_take_one_launch(gpu: emulation.Library, dtype: torch.dtype) -> None:
+    """Fewer rows than a block takes at a time: its sums are all there is to merge, and no workspace is asked for."""
+    for M, launches in ((17, 1), (900, 2)):
+        x, grad = random_rows(M, 64, dtype), random_rows(M, 64, dtype)
+        sums = {"grad_weight": vector(64, dtype), "grad_bias": vector(64, dtype)}
+        before = gpu.c.dx_launches()
+        check(gpu, "channel_stats", M, x=x, mean=vector(64, dtype), var=vector(64, dtype))
+        assert gpu.c.dx_launches() - before == launches
+        check(gpu, "bn_relu_backward_reduce", M, grad=grad, x=x, **random_norm(x), **sums)
+        assert gpu.c.dx_launches() - before == 2 * launches
 
 
 # ---- BatchNorm and ReLU ----------------------------------------------------------------------------------------------
