@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from tests.cuda.emulation import mutation_rows, mutations
 from tests.cuda.emulation.compare import assert_close
 from tests.cuda.emulation.library import EmulationError, Library, compile_library
 
@@ -93,3 +94,9 @@ def test_every_rounding(gpu: Library) -> None:
         x, out = values.to(dtype), torch.empty(4096, 1, dtype=dtype)
         gpu("bn_relu", x=x, mean=zero, var=one, weight=one, bias=zero, eps=0.0, out=out)
         assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("mutation", mutation_rows.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_fits_the_source(mutation: mutations.Mutation) -> None:
+    """Whether it is caught is shown by `python -m tests.cuda.emulation.mutations`, which compiles for each."""
+    assert mutations.place(mutation).read_text().count(mutation.old) == 1
