@@ -67,7 +67,7 @@ void transition_backward(const B& at, const PooledNorm<T>& unit, const SameConvo
   const Images images = unit.pooled();
   const Rows<const T> y = read_only(pooled);
   auto dpooled = at.borrowed(Rows<T>{const_cast<T*>(grad.data), grad.pitch});  // only read
-  if (conv.weight && (grads.sums || grads.grad_x)) dpooled = at.convolution_backward(images, grad, y, conv, true, {});
+  if (conv.weight && (grads.sums || grads.grad_x)) dpooled = at.convolution_input_gradient(images, grad, y, conv);
   if (grads.sums) {
     const BnReluPoolBackwardReduce<T> p = {unit.C,
                                            unit.pooling,
@@ -82,7 +82,7 @@ void transition_backward(const B& at, const PooledNorm<T>& unit, const SameConvo
   } else if (conv_grads.weight) {
     average(at, unit, pooled);
   }
-  if (conv_grads.weight) at.convolution_backward(images, grad, y, conv, false, conv_grads.weight);
+  if (conv_grads.weight) at.convolution_weight_gradient(images, grad, y, conv, conv_grads.weight);
   if (conv_grads.bias) at.sum_rows(grad, unit.pooling.out_rows(), conv.N, conv_grads.bias);
   if (!grads.grad_x) return;
   const BnReluPoolBackward<T> p = {unit.C,

@@ -58,6 +58,14 @@ struct Taps {
   DX_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
+// A weight, or its gradient, copied into another layout and type.
+template <class From, class To>
+struct TapsCopy {
+  int64_t N, C, taps;
+  Taps<const From> from;
+  Taps<To> to;
+};
+
 template <class T>
 struct ChannelStats {
   int64_t M, C;
@@ -102,6 +110,7 @@ struct BnReluBackwardReduce {
   int64_t M, C;
   Rows<const T> grad, x;
   Norm<Acc<T>> norm;
+  Rows<T> out;                     // relu(bn(x)), recomputed on the way; or null
   Acc<T>*grad_weight, *grad_bias;  // [C]
 };
 

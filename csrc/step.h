@@ -34,6 +34,7 @@ struct SameConvolution {
   int64_t window[3];     // ones in front
   Taps<const A> weight;  // [N, C, taps]
   const A* bias;         // [N] or null
+  Taps<const T> stored;  // the weight in T and channels_last, for PyTorch's own convolution; or null
 };
 
 // The gradients of a convolution's parameters; null where not asked.
@@ -300,23 +301,32 @@ BnReluConv3x3Backward<T> conv3x3_backward(const Buffer<T>& buffer, const Incomin
   return p;
 }
 
-// The gradients of the convolution by PyTorch's own; da [M, C] where asked for. scratch.a holds relu(norm(x)) then.
+// The gradients of the convolution by PyTorch's own, da [M, C] where asked for, and the norm's two sums behind it where
+// `sums` has room. These need da, and the convolution's gradient relu(norm(x)), which scratch.a holds then: both come
+// from one reading of x.
 template <class B, class T>
 auto convolution_backward(const B& at, const Buffer<T>& buffer, const Incoming<T>& come, Rows<const T> x,
                           const Norm<Acc<T>>& norm, const SameConvolution<T>& conv,
-                          const SameConvolutionGrads<T>& grads, bool want_da, const StepScratch<T>& scratch) {
+                          const SameConvolutionGrads<T>& grads, bool want_da, NormGrads<Acc<T>> sums,
+                          const StepScratch<T>& scratch) {
   const int64_t M = buffer.M();
   const Rows<const T> g = completed(at, buffer, come, conv.N, scratch.g);
   const Rows<T> a = dense_rows(scratch.a, conv.C);
-  if (grads.weight) {
+  if (grads.bias) at.sum_rows(g, M, conv.N, grads.bias);
+  auto da = want_da ? at.convolution_input_gradient(buffer.images, g, read_only(a), conv) : at.borrowed(Rows<T>{});
+  if (want_da && sums.weight) {
+    const BnReluBackwardReduce<T> p = {
+        M, conv.C, read_only(da.rows()), x, norm, grads.weight ? a : Rows<T>{}, sums.weight, sums.bias};
+    at.bn_relu_backward_reduce(p, M * conv.C);
+  } else if (grads.weight) {
     const BnRelu<T> p = {M, conv.C, x, norm, a};
     at.bn_relu(p, M * conv.C);
   }
-  if (grads.bias) at.sum_rows(g, M, conv.N, grads.bias);
-  return at.convolution_backward(buffer.images, g, read_only(a), conv, want_da, grads.weight);
+  if (grads.weight) at.convolution_weight_gradient(buffer.images, g, read_only(a), conv, grads.weight);
+  return da;
 }
 
-// The gradients of the convolution, da [M, C] where asked for, and the norm's two sums behind it where `sums` has room.
+// The same by the backend's kernel where it has one.
 template <class B, class T>
 auto second_half_backward(const B& at, const Buffer<T>& buffer, const Incoming<T>& come, Rows<const T> x,
                           const Norm<Acc<T>>& norm, const SameConvolution<T>& conv,
@@ -334,13 +344,7 @@ auto second_half_backward(const B& at, const Buffer<T>& buffer, const Incoming<T
       return at.borrowed(p.grad_x);
     }
   }
-  auto da = convolution_backward(at, buffer, come, x, norm, conv, grads, want_da, scratch);
-  if (want_da && sums.weight) {
-    const Rows<T> rows = da.rows();
-    const BnReluBackwardReduce<T> p = {M, conv.C, read_only(rows), x, norm, sums.weight, sums.bias};
-    at.bn_relu_backward_reduce(p, M * conv.C);
-  }
-  return da;
+  return convolution_backward(at, buffer, come, x, norm, conv, grads, want_da, sums, scratch);
 }
 
 // What a layer gives to the columns that it read: target = s dy + (grad_in, or itself), and through their statistics.
@@ -373,14 +377,9 @@ void basic_layer_backward(const B& at, const Buffer<T>& buffer, const Incoming<T
       return at.bn_relu_conv3x3_backward(p, M * (conv.C + conv.N));
     }
   }
-  auto da = convolution_backward(at, buffer, come, x, norm, conv, grads, want_da, scratch);
-  if (!want_da) return;
-  const Rows<T> rows = da.rows();
-  if (sums.weight) {
-    const BnReluBackwardReduce<T> p = {M, conv.C, read_only(rows), x, norm, sums.weight, sums.bias};
-    at.bn_relu_backward_reduce(p, M * conv.C);
-  }
+  auto da = convolution_backward(at, buffer, come, x, norm, conv, grads, want_da, sums, scratch);
   if (!below) return;
+  const Rows<T> rows = da.rows();
   const BnReluBackward<T> p = {M, conv.C, read_only(rows), x, norm, nullptr, nullptr, rows};  // s dy
   at.bn_relu_backward(p, M * conv.C);
   at.add(rows, to.grad_in ? to.grad_in : read_only(to.target), M, conv.C, to.target);

@@ -1,11 +1,15 @@
-"""What ``make gpu`` runs on a machine with an NVIDIA GPU, offline: build, tests, compute-sanitizer, benchmarks.
+"""What ``make gpu`` runs on a machine with an NVIDIA GPU, offline, in two halves: is it right, and is it fast.
 
-    python3 tools/gpu.py --out FOLDER [--stages "build tests sanitizer kernels networks"] [--seconds 570]
+    python3 tools/gpu.py right --out FOLDER     build, tests, compute-sanitizer
+    python3 tools/gpu.py fast --out FOLDER      build, operators on their own, whole networks, against predictions
 
-Builds from source against the torch of this Python. The stages share the seconds: each gets its part of what is left,
-so that time which one does not need goes to those behind it, and one that fails or takes too long stops none of them.
-At most eight files are left in FOLDER: summary.md, build.log, tests.log, tests.xml, sanitizer.log, kernels.json,
-networks.json, benchmarks.log. Exit code 0: all was well; 1: not all; 2: there is no GPU, or the arguments are wrong.
+Each builds from source against the torch of this Python what is not built yet, and takes six minutes at most
+(``--seconds``); ``--stages "tests"`` runs some of a half. The stages share the seconds: each gets its part of what is
+left, so that time which one does not need goes to those behind it, and one that fails or takes too long stops none of
+them. ``--seconds 1200`` leaves time for torch.compile's max-autotune, which takes minutes before it runs. Both halves
+together leave eight files in FOLDER: right.md and fast.md, which sum up, build.log, tests.log, sanitizer.log,
+kernels.json, networks.json, benchmarks.log. Exit code 0: all was well; 1: not all; 2: there is no GPU, or the arguments
+are wrong.
 """
 
 from __future__ import annotations
@@ -63,10 +67,17 @@ class Machine(NamedTuple):
 class Run:
     """Where everything is, and the time that is left."""
 
-    def __init__(self, out: Path, venv: Path, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.out, self.venv, self.clock = out, venv, clock
+    def __init__(
+        self, out: Path, venv: Path, seconds: float, clock: Callable[[], float] = time.monotonic, half: str = "right"
+    ) -> None:
+        self.out, self.venv, self.clock, self.half = out, venv, clock, half
         self.end = clock() + seconds - RESERVE
         self.environ = dict(os.environ)
+
+    @property
+    def summary(self) -> Path:
+        """The file that sums this half up."""
+        return self.out / f"{self.half}.md"
 
     @property
     def python(self) -> str:
@@ -159,7 +170,9 @@ def tests(run: Run, machine: Machine, seconds: float) -> Result:
         command += ["--timeout", "180"]
     command += [str(path.relative_to(ROOT)) for path in files]
     code, taken = run.call(command, run.out / "tests.log", seconds)
-    return Result(code == 0, taken, f"{_ended(code)}{gpu_summary.of_tests(report)}")
+    counts = gpu_summary.of_tests(report)
+    report.unlink(missing_ok=True)  # the log has what it has
+    return Result(code == 0, taken, f"{_ended(code)}{counts}")
 
 
 def sanitizer(run: Run, machine: Machine, seconds: float) -> Result:
@@ -229,6 +242,7 @@ STAGES: dict[str, Stage] = {
     "kernels": Stage(kernels, 1),
     "networks": Stage(networks, 4),
 }
+HALVES = {"right": ("build", "tests", "sanitizer"), "fast": ("build", "kernels", "networks")}
 
 
 def share_of(name: str, chosen: Sequence[str], left: float) -> float:
@@ -281,21 +295,22 @@ def run_stages(
             results[name] = Result(False, run.clock() - start, f"{type(error).__name__}: {error}")
         result = results[name]
         print(f"{name}: {'passed' if result.passed else 'FAILED'}, {result.seconds:.0f} s {result.remark}", flush=True)
-        gpu_summary.write(run.out, machine.line, results, chosen)
+        gpu_summary.write(run.summary, machine.line, results, chosen)
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description="Build, tests and benchmarks on an NVIDIA GPU.")
+    parser.add_argument("half", choices=HALVES)
     parser.add_argument("--out", type=Path, required=True, help="folder for at most eight files")
-    parser.add_argument("--stages", default=" ".join(STAGES), help="which, in this order: %(default)s")
-    parser.add_argument("--seconds", type=float, default=570.0, help="for all of them")
+    parser.add_argument("--stages", help="some of the half's")
+    parser.add_argument("--seconds", type=float, default=350.0, help="for all of them")
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "gpu", help="environment that is made or used")
     options = parser.parse_args(arguments)
-    wanted = options.stages.split()
-    unknown = [name for name in wanted if name not in STAGES]
-    if unknown or not wanted:
-        parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {options.stages!r}")
+    stages = HALVES[options.half]
+    wanted = stages if options.stages is None else options.stages.split()
+    if not wanted or not set(wanted) <= set(stages):
+        parser.error(f"--stages: expected some of {', '.join(stages)}, got {options.stages!r}")
     machine = find_machine()
     if isinstance(machine, str):
         print(f"make gpu: {machine}.", file=sys.stderr)
@@ -303,9 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(machine.line, flush=True)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in STAGES if name in wanted]
-    results = run_stages(Run(out, options.venv.resolve(), options.seconds), machine, chosen)
-    print((out / "summary.md").read_text(encoding="utf-8"))
+    run = Run(out, options.venv.resolve(), options.seconds, half=options.half)
+    results = run_stages(run, machine, [name for name in stages if name in wanted])
+    print(run.summary.read_text(encoding="utf-8"))
     return 0 if all(result.passed for result in results.values()) else 1
 
 

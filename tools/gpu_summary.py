@@ -67,8 +67,8 @@ def of_benchmark(file: Path) -> str:
     return f"{count} measured" + (f", {left_out} left out for want of time" if left_out else "")
 
 
-def write(out: Path, machine: str, results: Mapping[str, Ended], chosen: Sequence[str]) -> None:
-    """Writes ``out``/summary.md: the stages so far, those to come, the tables of the benchmarks, and predictions."""
+def write(summary: Path, machine: str, results: Mapping[str, Ended], chosen: Sequence[str]) -> None:
+    """Writes a half's summary: the stages so far, those to come, the tables of its benchmarks, and predictions."""
     lines = [f"# {machine}", "", "| stage | result | s | |", "|---|---|--:|---|"]
     for name in chosen:
         result = results.get(name)
@@ -78,14 +78,14 @@ def write(out: Path, machine: str, results: Mapping[str, Ended], chosen: Sequenc
             ended, remark = "passed" if result.passed else "**failed**", result.remark.replace("|", "\\|")
             lines.append(f"| {name} | {ended} | {result.seconds:.0f} | {remark} |")
     for file, render in gpu_table.RENDERERS.items():
-        path = out / file
-        if not path.exists():
+        path = summary.parent / file
+        if path.stem not in chosen or not path.exists():
             continue
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             lines += ["", render(found)]
-            predictions = gpu_predictions.table(found) if file == "kernels.json" else None
+            predictions = gpu_predictions.TABLES[path.stem](found)
             lines += ["", predictions] if predictions else []
         except (ValueError, KeyError, TypeError) as error:
             lines += ["", f"{file} can't be shown: {type(error).__name__}: {error}"]
-    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    summary.write_text("\n".join(lines) + "\n", encoding="utf-8")

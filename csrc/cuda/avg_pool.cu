@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads)
           [&](int i) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              const A value = element<T, V>(x[i], v), u = affine(value, v);
-              sums.add(v, relu_mask(u, grad[v]), value - affine.mean[v]);
+              const A xc = element<T, V>(x[i], v) - affine.mean[v], u = affine.of_centered(xc, v);
+              sums.add(v, relu_mask(u, grad[v]), xc);
               pooled[v] += relu(u);
             }
           });
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
       store_bits<V>(p.pooled.row(m) + c, to_bits<T, V>(pooled));
     });
   }
-  store_block_sums<Sums<A, V>, A, V>(sums, patch, bytes, p.C, {job.partials, job.tiling.slabs, p.C});
+  store_sums(sums, patch, bytes, finish_of(job));
 }
 
 template <class T, int V>
@@ -150,8 +150,7 @@ cudaError_t bn_relu_avg_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& 
     const cudaError_t error =
         launch(backward_reduce<T, V>, job.tiling.grid(), kThreads, sums_shared_bytes<A, V>(), stream, job);
     if (error != cudaSuccess) return error;
-    return launch_finish_sums<A>(
-        {p.C, job.tiling.slabs, {workspace, job.tiling.slabs, p.C}, p.norm, p.grad_weight, p.grad_bias}, stream);
+    return launch_finish_sums(finish_of(job), stream);
   });
 }
 

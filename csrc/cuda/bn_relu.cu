@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) feature_grad_kernel(const __grid_con
         A g[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          g[v] = element<T, V>(grad[r], v) + std::fma(element<T, V>(x[r], v) - mean[v], slope[v], offset[v]);
+          const A share = offset[v] + times_or_zero(slope[v], element<T, V>(x[r], v) - mean[v]);
+          g[v] = element<T, V>(grad[r], v) + share;
           if (drop) g[v] *= dropout_factor<A>(dropout, key, c + v);
         }
         store_bits<V>(p.out.row(m + r * patch.step) + c, to_bits<T, V>(g));
@@ -98,15 +99,18 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
         if (r < rows) {
+          A y[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A value = element<T, V>(x[r], v);
-            sums.add(v, relu_mask(affine(value, v), element<T, V>(grad[r], v)), value - affine.mean[v]);
+            const A xc = element<T, V>(x[r], v) - affine.mean[v], u = affine.of_centered(xc, v);
+            sums.add(v, relu_mask(u, element<T, V>(grad[r], v)), xc);
+            y[v] = relu(u);
           }
+          if (p.out) store_bits<V>(p.out.row(m + r * patch.step) + c, to_bits<T, V>(y));
         }
     });
   }
-  store_block_sums<Sums<A, V>, A, V>(sums, patch, bytes, p.C, {job.partials, job.tiling.slabs, p.C});
+  store_sums(sums, patch, bytes, finish_of(job));
 }
 
 template <class T, int V>
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Width<T> width(const BnReluBackwardReduce<T>& p) {
-  return Width<T>(p.C).with(p.x).with(p.grad);
+  return Width<T>(p.C).with(p.x).with(p.grad).with(p.out);
 }
 
 }  // namespace
@@ -177,8 +181,7 @@ cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream str
     const cudaError_t error = launch(bn_relu_backward_reduce_kernel<T, V>, job.tiling.grid(), kThreads,
                                      sums_shared_bytes<A, V>(), stream, job);
     if (error != cudaSuccess) return error;
-    return launch_finish_sums<A>(
-        {p.C, job.tiling.slabs, {workspace, job.tiling.slabs, p.C}, p.norm, p.grad_weight, p.grad_bias}, stream);
+    return launch_finish_sums(finish_of(job), stream);
   });
 }
 

@@ -109,11 +109,19 @@ __device__ __forceinline__ void load_channels(A (&values)[V], const A* from, int
   for (int v = 0; v < V; ++v) values[v] = from ? load_one(from + c + v) : without;
 }
 
-// A BatchNorm of V columns as y = x * scale + shift. Every kernel computes it by the same fused multiply-add, so that
-// the ReLU's mask of a backward pass is the one of its forward pass, bit by bit.
+// slope * x, but nothing where the slope is zero: where no statistics lie behind a column, a NaN or an infinity of x
+// must not get in by 0 * x.
+template <class A>
+__device__ __forceinline__ A times_or_zero(A slope, A x) {
+  return slope == A(0) ? A(0) : slope * x;
+}
+
+// A BatchNorm of V columns as y = (x - mean) * scale + bias: the difference is exact where x lies close to a mean that
+// is large beside the deviation. Every kernel computes it by the same subtraction and the same fused multiply-add, so
+// that the ReLU's mask of a backward pass is the one of its forward pass, bit by bit.
 template <class A, int V>
 struct Affine {
-  A mean[V], rstd[V], scale[V], shift[V];
+  A mean[V], rstd[V], scale[V], bias[V];
 
   Affine() = default;
   __device__ __forceinline__ Affine(const Norm<A>& norm, int64_t c) {
@@ -124,31 +132,29 @@ struct Affine {
     load_channels(mean, norm.mean, c);
     load_channels(rstd, norm.var, c);
     load_channels(scale, norm.weight, c, A(1));
-    load_channels(shift, norm.bias, c);
+    load_channels(bias, norm.bias, c);
   }
   __device__ __forceinline__ void compute(double eps) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       rstd[v] = bn_rstd(rstd[v], eps);
       scale[v] *= rstd[v];
-      shift[v] = std::fma(-mean[v], scale[v], shift[v]);
     }
   }
-  __device__ __forceinline__ A operator()(A x, int v) const { return std::fma(x, scale[v], shift[v]); }
+  __device__ __forceinline__ A of_centered(A xc, int v) const { return std::fma(xc, scale[v], bias[v]); }
+  __device__ __forceinline__ A operator()(A x, int v) const { return of_centered(x - mean[v], v); }
 };
 
 // The input gradient of a norm with ReLU, once its two sums are known:
 //   dx = s (dy - sum(dy)/M - (x - m) r^2 sum(dy (x - m))/M) = s (dy - center - (x - m) slope)
-// and s dy when the norm is frozen (an infinite x has a finite gradient then).
+// and s dy when the norm is frozen: center and slope are zero.
 template <class A, int V>
 struct NormBackward {
   Affine<A, V> affine;
   A center[V], slope[V];
-  bool frozen;
 
   __device__ __forceinline__ NormBackward(const Norm<A>& norm, const A* grad_weight, const A* grad_bias, int64_t M,
-                                          int64_t c)
-      : frozen(grad_bias == nullptr) {
+                                          int64_t c) {
     affine.load(norm, c);
     load_channels(center, grad_bias, c);
     load_channels(slope, grad_weight, c);
@@ -162,8 +168,8 @@ struct NormBackward {
   }
   // dy is the gradient before the ReLU's mask.
   __device__ __forceinline__ A operator()(A x, A dy, int v) const {
-    const A masked = relu_mask(affine(x, v), dy);
-    return affine.scale[v] * (frozen ? masked : masked - center[v] - (x - affine.mean[v]) * slope[v]);
+    const A xc = x - affine.mean[v];
+    return affine.scale[v] * (relu_mask(affine.of_centered(xc, v), dy) - (center[v] + times_or_zero(slope[v], xc)));
   }
 };
 

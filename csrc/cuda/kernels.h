@@ -1,9 +1,9 @@
 // The launchers of the CUDA kernels, one for each operator (params.h says what they take, schemas.cpp what they are).
 // T: float, double, bfloat16, float16. They queue work on the stream and return the launch's error. A launcher that
-// needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content; sums of
-// several blocks lie there until a second kernel merges them in a fixed order. Results must not overlap arguments,
-// except that bn_relu's out may be x itself, bn_relu_backward's grad_x and feature_grad's out grad itself.
-// Sums over no rows are zero; the statistics of no rows are left undefined.
+// needs scratch memory takes a workspace of `<name>_workspace(p)` bytes, aligned to 256, of any content (null where
+// that is none); sums of several blocks lie there until a second kernel merges them in a fixed order. Results must not
+// overlap arguments, except that bn_relu's out may be x itself, bn_relu_backward's grad_x and feature_grad's out grad
+// itself. Sums over no rows are zero; the statistics of no rows are left undefined.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +37,10 @@ template <class T>
 cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream stream, void* workspace);
 template <class T>
 cudaError_t bn_relu_backward(const BnReluBackward<T>& p, Stream stream);
+
+// copy_taps.cu; any number of copies
+template <class From, class To>
+cudaError_t copy_taps(const TapsCopy<From, To>* copies, size_t count, Stream stream);
 
 // avg_pool.cu
 template <class T>

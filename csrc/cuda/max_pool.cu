@@ -116,12 +116,12 @@ __global__ void __launch_bounds__(kThreads)
       gather<T, V>(grad, job.pooling, p.grad_out, p.index, m, c);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const A value = element<T, V>(x, v);
-        sums.add(v, relu_mask(affine(value, v), grad[v]), value - affine.mean[v]);
+        const A xc = element<T, V>(x, v) - affine.mean[v];
+        sums.add(v, relu_mask(affine.of_centered(xc, v), grad[v]), xc);
       }
     });
   }
-  store_block_sums<Sums<A, V>, A, V>(sums, patch, bytes, p.C, {job.partials, job.tiling.slabs, p.C});
+  store_sums(sums, patch, bytes, finish_of(job));
 }
 
 template <class T, int V>
@@ -177,8 +177,7 @@ cudaError_t bn_relu_max_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& 
     const cudaError_t error =
         launch(backward_reduce<T, V>, job.tiling.grid(), kThreads, sums_shared_bytes<A, V>(), stream, job);
     if (error != cudaSuccess) return error;
-    return launch_finish_sums<A>(
-        {p.C, job.tiling.slabs, {workspace, job.tiling.slabs, p.C}, p.norm, p.grad_weight, p.grad_bias}, stream);
+    return launch_finish_sums(finish_of(job), stream);
   });
 }
 

@@ -27,7 +27,8 @@ struct MomentsJob {
   const int64_t* seed;
   int64_t layer, drop_rows;
   Tiling tiling;
-  void* partials;  // null: no statistics
+  void* partials;     // of several slabs
+  Acc<T>*mean, *var;  // [C], or null: no statistics
 };
 
 template <class T, int V>
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_cons
           store_bits<V>(p.out.row(m + r * patch.step) + c, x[r]);
         }
     }
-    if (!p.partials) return;
+    if (!p.mean) return;
     const auto share = sums.add_count(A(rows));
     const A per_row = A(1) / A(rows);
 #pragma unroll
@@ -99,21 +100,20 @@ __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_cons
       sums.merge(v, share, mean, m2);
     }
   });
-  if (p.partials) store_block_sums<MomentSums<A, V>, A, V>(sums, patch, bytes, p.C, {p.partials, p.tiling.slabs, p.C});
+  if (!p.mean || !merge_block<A>(sums, patch, bytes)) return;
+  if (p.tiling.slabs > 1) return store_partials<A>(sums, patch, p.C, {p.partials, p.tiling.slabs, p.C});
+  for (int v = 0; v < V; ++v) {
+    store_one(p.mean + c + v, A(double(pivot_of(element<T, V>(pivot, v))) + double(sums.a[v])));
+    store_one(p.var + c + v, A(double(sums.b[v]) / double(p.M)));
+  }
 }
 
-template <class T>
-struct FinishMoments {
-  MomentsJob<T> job;
-  Acc<T>*mean, *var;  // [C]
-};
 // Merges the slabs: their means weighted by their rows, then their deviations from that mean.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant__ FinishMoments<T> args) {
+__global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant__ MomentsJob<T> p) {
   using A = Acc<T>;
   DX_SHARED_BYTES(bytes);
   const Shared<double> shared = shared_as<double>(bytes);
-  const MomentsJob<T>& p = args.job;
   const Partials<A> partials(p.partials, p.tiling.slabs, p.C);
   const int64_t c = int64_t(block_x()) * kFinishColumns + thread_x() % kFinishColumns;
   const int first = thread_x() / kFinishColumns;
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant
     const Dropped<T, 1> drop(p);
     base = pivot_of(element<T, 1>(drop(load_bits<1>(p.x.row(0) + c), 0, c), 0));
   }
-  store_one(args.mean + c, A(double(base) + mean));
-  store_one(args.var + c, A(m2 / double(p.M)));
+  store_one(p.mean + c, A(double(base) + mean));
+  store_one(p.var + c, A(m2 / double(p.M)));
 }
 
 template <class T>
@@ -146,54 +146,46 @@ Width<T> width(const MomentsJob<T>& p) {
 }
 template <class T>
 MomentsJob<T> job(const ChannelStats<T>& p, void* workspace) {
-  MomentsJob<T> job = {p.M, p.C, p.x, {}, 0.0, nullptr, 0, 1, Tiling(0, 1, 1, 1), workspace};
+  MomentsJob<T> job = {p.M, p.C, p.x, {}, 0.0, nullptr, 0, 1, Tiling(0, 1, 1, 1), workspace, p.mean, p.var};
   job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
   return job;
 }
 template <class T>
 MomentsJob<T> job(const AppendFeatures<T>& p, void* workspace) {
-  MomentsJob<T> job = {p.M,
-                       p.C,
-                       p.src,
-                       p.out,
-                       p.drop_rate,
-                       p.seed,
-                       p.layer,
-                       p.drop_rows,
-                       Tiling(0, 1, 1, 1),
-                       p.mean ? workspace : nullptr};
+  MomentsJob<T> job = {p.M,       p.C,    p.src, p.out, p.drop_rate, p.seed, p.layer, p.drop_rows, Tiling(0, 1, 1, 1),
+                       workspace, p.mean, p.var};
   job.tiling = Tiling(p.M, p.C, width(job).elements(), kRows);
   return job;
 }
 
 template <class T>
-cudaError_t run(const MomentsJob<T>& p, Acc<T>* mean, Acc<T>* var, Stream stream) {
+cudaError_t run(const MomentsJob<T>& p, Stream stream) {
   const cudaError_t error = width(p).run([&](auto vector) {
     constexpr int V = decltype(vector)::value;
     return launch(moments<T, V>, p.tiling.grid(), kThreads, sums_shared_bytes<Acc<T>, V>(), stream, p);
   });
-  if (error != cudaSuccess || !p.partials) return error;
+  if (error != cudaSuccess || !p.mean || p.tiling.slabs == 1) return error;
   return launch(finish_moments<T>, dim3(unsigned((p.C + kFinishColumns - 1) / kFinishColumns)), kThreads,
-                kThreads * sizeof(double), stream, FinishMoments<T>{p, mean, var});
+                kThreads * sizeof(double), stream, p);
 }
 
 }  // namespace
 
 template <class T>
 size_t channel_stats_workspace(const ChannelStats<T>& p) {
-  return p.C > 0 ? Partials<Acc<T>>::bytes(job(p, nullptr).tiling.slabs, p.C) : 0;
+  return Partials<Acc<T>>::bytes(p.C > 0 ? job(p, nullptr).tiling.slabs : 0, p.C);
 }
 template <class T>
 cudaError_t channel_stats(const ChannelStats<T>& p, Stream stream, void* workspace) {
-  return p.C > 0 ? run(job(p, workspace), p.mean, p.var, stream) : cudaSuccess;
+  return p.C > 0 ? run(job(p, workspace), stream) : cudaSuccess;
 }
 template <class T>
 size_t append_features_workspace(const AppendFeatures<T>& p) {
-  return p.mean && p.C > 0 ? Partials<Acc<T>>::bytes(job(p, nullptr).tiling.slabs, p.C) : 0;
+  return Partials<Acc<T>>::bytes(p.mean && p.C > 0 ? job(p, nullptr).tiling.slabs : 0, p.C);
 }
 template <class T>
 cudaError_t append_features(const AppendFeatures<T>& p, Stream stream, void* workspace) {
-  return p.C > 0 ? run(job(p, workspace), p.mean, p.var, stream) : cudaSuccess;
+  return p.C > 0 ? run(job(p, workspace), stream) : cudaSuccess;
 }
 
 #define DX_INSTANTIATE(T)                                                       \

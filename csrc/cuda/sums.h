@@ -1,6 +1,7 @@
 // Per-channel sums over all rows, in three steps of a fixed order: a thread's rows in its registers; a block's threads
 // by a tree in shared memory; all slabs, whose sums lie side by side in the workspace, by a second small kernel in
-// double. No atomics: the same numbers from run to run.
+// double. No atomics: the same numbers from run to run. Where one slab has all rows, as at small batches, its blocks
+// have the sums and there is no second launch.
 //
 // A pair of numbers (a, b) is summed for each column: the two sums of a norm's backward pass, or mean and squared
 // deviations (with a count, merged by Chan's formula). Workspace: a[slabs, C], then b[slabs, C], in the acc type.
@@ -16,12 +17,13 @@ struct Partials {
 
   __host__ __device__ Partials(void* workspace, int64_t slabs, int64_t C)
       : a(static_cast<A*>(workspace)), b(a + slabs * C) {}
-  static size_t bytes(int64_t slabs, int64_t C) { return size_t(2 * slabs * C) * sizeof(A); }
+  static size_t bytes(int64_t slabs, int64_t C) { return slabs > 1 ? size_t(2 * slabs * C) * sizeof(A) : 0; }
 };
 
 // ---- step 1: what a thread has, for each of its V columns ----------------------------------------------------------
 template <class A, int V>
 struct Sums {
+  static constexpr int kColumns = V;
   A a[V] = {}, b[V] = {};
   A count = 0;  // unused
 
@@ -38,22 +40,25 @@ struct Sums {
 };
 template <class A, int V>
 struct MomentSums {
+  static constexpr int kColumns = V;
   A a[V] = {}, b[V] = {};  // mean, squared deviations
   A count = 0;             // rows
 
-  // Chan's formula, with what all columns have in common taken once: other / all, and that times the own rows.
+  // merge() of common.h, with what all columns have in common taken once: the parts of all rows, and other's times the
+  // own rows. The mean as a weighted one, which is infinite where a row is: that costs no register and no branch.
   struct Share {
-    A share, weight;
+    A own, other, weight;
   };
   __device__ __forceinline__ Share add_count(A other) {
-    const A share = other > A(0) ? other / (count + other) : A(0), weight = count * share;
+    const A part = other > A(0) ? other / (count + other) : A(0);
+    const Share share = {A(1) - part, part, count * part};
     count += other;
-    return {share, weight};
+    return share;
   }
   __device__ __forceinline__ void merge(int v, Share of, A mean, A m2) {
     const A delta = mean - a[v];
-    a[v] = std::fma(delta, of.share, a[v]);
-    b[v] += std::fma(delta * delta, of.weight, m2);
+    a[v] = std::fma(a[v], of.own, mean * of.other);
+    b[v] += std::fma(delta, delta * of.weight, m2);  // no infinity times zero
   }
 };
 
@@ -62,11 +67,10 @@ template <class A, int V>
 constexpr size_t sums_shared_bytes() {
   return (2 * V + 1) * kThreads * sizeof(A);
 }
-// Merges the threads' sums into those of the block's first row of threads and leaves them in the workspace. All threads
-// of the block must come here. Arrays are [number][thread], so that a warp meets no bank conflict.
-template <class S, class A, int V>
-__device__ __forceinline__ void store_block_sums(S& sums, const Patch& patch, unsigned char* bytes, int64_t C,
-                                                 Partials<A> partials) {
+// Merges the threads' sums into those of the block's first row of threads; whether the running one is of these. All
+// threads of the block must come here. Arrays are [number][thread], so that a warp meets no bank conflict.
+template <class A, class S, int V = S::kColumns>
+__device__ __forceinline__ bool merge_block(S& sums, const Patch& patch, unsigned char* bytes) {
   const Shared<A> shared = shared_as<A>(bytes);
   const int t = thread_x();
   for (int reach = 1; reach < patch.step; reach *= 2) {
@@ -88,7 +92,11 @@ __device__ __forceinline__ void store_block_sums(S& sums, const Patch& patch, un
     }
     sync_block();
   }
-  if (!patch.any || patch.y != 0) return;
+  return patch.any && patch.y == 0;
+}
+// Leaves a block's sums in the workspace.
+template <class A, class S, int V = S::kColumns>
+__device__ __forceinline__ void store_partials(const S& sums, const Patch& patch, int64_t C, Partials<A> partials) {
   const int64_t at = int64_t(block_x()) * C + patch.column;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -123,11 +131,32 @@ struct FinishSums {
   Partials<A> partials;
   Norm<A> norm;
   A *grad_weight, *grad_bias;  // [C]
+
+  // grad_bias = sum dy,  grad_weight = r sum dy (x - mean)
+  __device__ __forceinline__ void store(int64_t c, double dy, double dy_xc) const {
+    store_one(grad_bias + c, A(dy));
+    store_one(grad_weight + c, A(double(bn_rstd(load_one(norm.var + c), norm.eps)) * dy_xc));
+  }
 };
+// Of a job's arguments.
+template <class Job>
+__host__ __device__ __forceinline__ auto finish_of(const Job& job) {
+  using A = std::remove_pointer_t<decltype(job.p.grad_weight)>;
+  return FinishSums<A>{job.p.C,    job.tiling.slabs,  {job.partials, job.tiling.slabs, job.p.C},
+                       job.p.norm, job.p.grad_weight, job.p.grad_bias};
+}
+// What a block does with its sums at the end. All of its threads must come here.
+template <class A, int V>
+__device__ __forceinline__ void store_sums(Sums<A, V>& sums, const Patch& patch, unsigned char* bytes,
+                                           const FinishSums<A>& finish) {
+  if (!merge_block<A>(sums, patch, bytes)) return;
+  if (finish.slabs > 1) return store_partials(sums, patch, finish.C, finish.partials);
+  for (int v = 0; v < V; ++v) finish.store(patch.column + v, double(sums.a[v]), double(sums.b[v]));
+}
+
 // A kernel of each file that includes this: two files must not share one by its name.
 namespace {
 
-// grad_bias = sum dy,  grad_weight = r sum dy (x - mean)
 template <class A>
 __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ FinishSums<A> p) {
   DX_SHARED_BYTES(bytes);
@@ -143,12 +172,12 @@ __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ 
   a = finish_tree(shared, a);
   b = finish_tree(shared, b);
   if (first != 0 || c >= p.C) return;
-  store_one(p.grad_bias + c, A(a));
-  store_one(p.grad_weight + c, A(double(bn_rstd(load_one(p.norm.var + c), p.norm.eps)) * b));
+  p.store(c, a, b);
 }
 
 template <class A>
 cudaError_t launch_finish_sums(const FinishSums<A>& p, Stream stream) {
+  if (p.slabs == 1) return cudaSuccess;
   return launch(finish_sums<A>, dim3(unsigned((p.C + kFinishColumns - 1) / kFinishColumns)), kThreads,
                 kThreads * sizeof(double), stream, p);
 }

@@ -41,6 +41,12 @@ class BasicBlockCall : public BlockCall<D, T> {
     STD_TORCH_CHECK(C_next == this->buffer.C, "densenet_ext: out: expected ", C_next, " columns, got ", this->buffer.C);
   }
 
+  std::vector<SameConvolution<T>*> convolutions() {
+    std::vector<SameConvolution<T>*> all;
+    for (BasicLayer<T>& layer : layers) all.push_back(&layer.conv);
+    return all;
+  }
+
   std::vector<BasicLayer<T>> layers;
 };
 
@@ -67,6 +73,7 @@ void basic_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
+    const OptionalTensor weights = store_weights(at, x, call.buffer.images, call.convolutions());
     call.run(call.layers, [&] { dx::basic_block(at, call.buffer, input, call.layers, scratch); });
   });
 }
@@ -123,8 +130,10 @@ void basic_layers_backward(const Tensor& grad, bool writable, const std::vector<
     at.check_apart();
     const auto statistics = statistics_grad<A>(out, buffer.C, 2 * buffer.C);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
+    const OptionalTensor weights = store_weights(at, out, buffer.images, call.convolutions());
     call.run(call.layers,
              [&] { dx::basic_block_backward(at, buffer, gradient, writable, call.layers, own, ask, dx, scratch); });
+    at.template write_weight_gradients<T>(at);
   });
 }
 

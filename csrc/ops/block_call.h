@@ -6,6 +6,7 @@
 #include "../blocks.h"
 #include "dropout.h"
 #include "images.h"
+#include "taps.h"
 #include "tensors.h"
 
 namespace dx::ops {
@@ -88,25 +89,6 @@ class Parameters {
   }
 
  private:
-  struct Strides {
-    int64_t output, input, tap;
-  };
-  static std::optional<Strides> tap_strides(const Tensor& t) {
-    if (t.dim() < 3) return std::nullopt;
-    int64_t taps = 1;
-    for (int64_t i = 2; i < t.dim(); ++i) taps *= t.size(i);
-    const auto has = [&](int64_t input, int64_t tap) {
-      int64_t step = tap;
-      for (int64_t i = t.dim() - 1; i >= 2; --i) {
-        if (t.size(i) > 1 && t.stride(i) != step) return false;
-        step *= t.size(i);
-      }
-      return (t.size(1) == 1 || t.stride(1) == input) && (t.size(0) == 1 || t.stride(0) == t.size(1) * taps);
-    };
-    if (has(taps, 1)) return Strides{t.size(1) * taps, taps, 1};
-    if (has(1, t.size(1))) return Strides{t.size(1) * taps, 1, t.size(1)};
-    return std::nullopt;
-  }
   template <class A>
   Taps<A> checked_taps(const Tensor& t, const char* name, int64_t N, int64_t C, bool written) const {
     check_dtype<A>(*this, t, name);
@@ -195,7 +177,7 @@ class BlockCall {
                                  const char* bias_name) {
     STD_TORCH_CHECK(weight.dim() == window_dims_ + 2, "densenet_ext: ", weight_name, ": expected ", window_dims_ + 2,
                     " dimensions, got shape ", shape_of(weight));
-    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr};
+    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr, {}};
     for (int i = 0; i < window_dims_; ++i) {
       conv.window[3 - window_dims_ + i] = weight.size(i + 2);
       STD_TORCH_CHECK(weight.size(i + 2) % 2 == 1, "densenet_ext: ", weight_name,

@@ -28,11 +28,11 @@ class Cuda : public TorchCalls {
   void name(const Params<T>& p, int64_t) const { \
     check_run(#name, cuda::name(p, stream_));    \
   }
-#define DX_RUN_WITH_WORKSPACE(name, Params)                               \
-  template <class T>                                                      \
-  void name(const Params<T>& p, int64_t) const {                          \
-    const Tensor scratch = workspace(#name, cuda::name##_workspace(p));   \
-    check_run(#name, cuda::name(p, stream_, scratch.mutable_data_ptr())); \
+#define DX_RUN_WITH_WORKSPACE(name, Params)                                                    \
+  template <class T>                                                                           \
+  void name(const Params<T>& p, int64_t) const {                                               \
+    const OptionalTensor scratch = workspace(#name, cuda::name##_workspace(p));                \
+    check_run(#name, cuda::name(p, stream_, scratch ? scratch->mutable_data_ptr() : nullptr)); \
   }
   DX_RUN_WITH_WORKSPACE(channel_stats, ChannelStats)
   DX_RUN_WITH_WORKSPACE(append_features, AppendFeatures)
@@ -51,12 +51,18 @@ class Cuda : public TorchCalls {
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
 
+  template <class From, class To>
+  void copy_taps(const std::vector<TapsCopy<From, To>>& copies) const {
+    check_run("copy_taps", cuda::copy_taps(copies.data(), copies.size(), stream_));
+  }
+
   static constexpr bool kHasConv3x3 = false;
 
  private:
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only
   // behind the kernels that were launched by then.
-  Tensor workspace(const char* name, size_t bytes) const {
+  OptionalTensor workspace(const char* name, size_t bytes) const {
+    if (bytes == 0) return std::nullopt;
     try {
       return torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
     } catch (const std::exception&) {

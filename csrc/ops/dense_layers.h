@@ -72,6 +72,12 @@ class DenseBlockCall : public BlockCall<D, T> {
     return checked_vector<T>(this->at_, *z, "z", this->buffer.M() * bottlenecks, written);
   }
 
+  std::vector<SameConvolution<T>*> convolutions() {
+    std::vector<SameConvolution<T>*> all;
+    for (DenseLayer<T>& layer : layers) all.push_back(&layer.conv2);
+    return all;
+  }
+
   std::vector<DenseLayer<T>> layers;
   int64_t bottlenecks = 0;  // of all layers
 };
@@ -107,6 +113,7 @@ void dense_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
+    const OptionalTensor weights = store_weights(at, x, call.buffer.images, call.convolutions());
     call.run(call.layers, [&] { dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch); });
   });
 }
@@ -171,9 +178,11 @@ void dense_layers_backward(const Tensor& grad, bool writable, const std::vector<
     at.check_apart();
     const auto statistics = statistics_grad<A>(out, buffer.C, sums);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
+    const OptionalTensor weights = store_weights(at, out, buffer.images, call.convolutions());
     call.run(call.layers, [&] {
       dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
     });
+    at.template write_weight_gradients<T>(at);
   });
 }
 

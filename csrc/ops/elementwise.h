@@ -89,7 +89,7 @@ void feature_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const
 template <class D>
 void bn_relu_backward_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
                              const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                             const Tensor& grad_weight, const Tensor& grad_bias) {
+                             const Tensor& grad_weight, const Tensor& grad_bias, const OptionalTensor& out) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -100,6 +100,7 @@ void bn_relu_backward_reduce(const Tensor& grad, const Tensor& x, const Tensor& 
                                        rows<T>(at, grad, "grad", M, C),
                                        rows<T>(at, x, "x", M, C),
                                        norm<A>(at, mean, var, weight, bias, eps, C),
+                                       out ? rows_out<T>(at, *out, "out", M, C) : Rows<T>{},
                                        dense_out<A>(at, grad_weight, "grad_weight", C),
                                        dense_out<A>(at, grad_bias, "grad_bias", C)};
     at.check_apart();

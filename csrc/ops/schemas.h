@@ -33,7 +33,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "feature_grad(Tensor grad, Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_var, float drop_rate, "
       "Tensor? seed, int layer, Tensor(a!) out, int drop_rows=1) -> ()");
-  m.def("bn_relu_backward_reduce(Tensor grad, Tensor x, " NORM ", Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
+  m.def("bn_relu_backward_reduce(Tensor grad, Tensor x, " NORM
+        ", Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? out=None) -> ()");
   m.def("bn_relu_backward(Tensor grad, Tensor x, " NORM
         ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
   m.def("bn_relu_conv1x1_backward(Tensor x, " NORM

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../step.h"
+#include "taps.h"
 #include "tensors.h"
 
 namespace dx::ops {
@@ -47,34 +48,36 @@ class TorchCalls : public Place {
     const Geometry g(images, conv.window);
     OptionalTensor bias;
     if (conv.bias) bias = stored<T>(vector(conv.bias, conv.N));
-    Tensor out = call<Tensor>("aten::convolution", "", image(g, x, conv.C), stored<T>(weight(g, conv.weight, conv)),
-                              bias, g.ones(), g.padding(), g.ones(), false, g.zeros(), int64_t(1));
+    Tensor out = call<Tensor>("aten::convolution", "", image(g, x, conv.C), weight(g, conv.stored, conv), bias,
+                              g.ones(), g.padding(), g.ones(), false, g.zeros(), int64_t(1));
     return as_rows<T>(g, images, std::move(out), conv.N);
   }
 
-  // The gradients of x [M, C] where asked, as rows, and of the weight where it has a place. The values of x are read
-  // for the latter only.
+  // The gradient of x [M, C], whose values are not read.
   template <class T>
-  MaybeOwned<T> convolution_backward(const Images& images, Rows<const T> grad, Rows<const T> x,
-                                     const SameConvolution<T>& conv, bool want_x,
-                                     const Taps<Acc<T>>& grad_weight) const {
+  MaybeOwned<T> convolution_input_gradient(const Images& images, Rows<const T> grad, Rows<const T> x,
+                                           const SameConvolution<T>& conv) const {
     const Geometry g(images, conv.window);
-    const std::array<bool, 3> mask = {want_x, bool(grad_weight), false};
-    const std::optional<std::vector<int64_t>> no_bias;
-    std::array<StableIValue, 11> stack =
-        boxed(image(g, grad, conv.N), image(g, x, conv.C), stored<T>(weight(g, conv.weight, conv)), no_bias, g.ones(),
-              g.padding(), g.ones(), false, g.zeros(), int64_t(1),
-              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-    Tensor dx = unboxed<Tensor>(stack[0]);
-    const Tensor dw = unboxed<Tensor>(stack[1]);
-    (void)unboxed<Tensor>(stack[2]);
-    if (grad_weight) {
-      Tensor target = weight(g, grad_weight, conv);
-      torch::stable::copy_(target, dw);
+    return as_rows<T>(g, images, convolution_gradient(g, grad, x, conv, 0), conv.C);
+  }
+  // The gradient of the weight, found; write_weight_gradients writes those of a call.
+  template <class T>
+  void convolution_weight_gradient(const Images& images, Rows<const T> grad, Rows<const T> x,
+                                   const SameConvolution<T>& conv, const Taps<Acc<T>>& grad_weight) const {
+    weight_gradients_.add(convolution_gradient(Geometry(images, conv.window), grad, x, conv, 1), conv, grad_weight);
+  }
+  // at: this backend.
+  template <class T, class D>
+  void write_weight_gradients(const D& at) const {
+    weight_gradients_.template write<T>(at);
+  }
+
+  template <class From, class To>
+  void copy_taps(const std::vector<TapsCopy<From, To>>& copies) const {
+    for (const TapsCopy<From, To>& copy : copies) {
+      Tensor to = taps(copy.to, copy);
+      torch::stable::copy_(to, taps(copy.from, copy));
     }
-    if (!want_x) return MaybeOwned<T>(Rows<T>{nullptr, 0});
-    return as_rows<T>(g, images, std::move(dx), conv.C);
   }
 
   // Rows [N, C], row n times scale[n].
@@ -178,6 +181,20 @@ class TorchCalls : public Place {
     }
   };
 
+  // Of a convolution's input (which = 0) or weight (1).
+  template <class T>
+  Tensor convolution_gradient(const Geometry& g, Rows<const T> grad, Rows<const T> x, const SameConvolution<T>& conv,
+                              size_t which) const {
+    const std::array<bool, 3> mask = {which == 0, which == 1, false};
+    const std::optional<std::vector<int64_t>> no_bias;
+    std::array<StableIValue, 11> stack = boxed(
+        image(g, grad, conv.N), image(g, x, conv.C), weight(g, conv.stored, conv), no_bias, g.ones(), g.padding(),
+        g.ones(), false, g.zeros(), int64_t(1), torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+    std::array<Tensor, 3> gradients = {unboxed<Tensor>(stack[0]), unboxed<Tensor>(stack[1]), unboxed<Tensor>(stack[2])};
+    return std::move(gradients[which]);
+  }
+
   template <class T>
   Tensor from_memory(const T* data, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) const {
     return torch::stable::from_blob(const_cast<T*>(data), sizes, strides, device(), Storage<T>::type);
@@ -194,6 +211,11 @@ class TorchCalls : public Place {
     int64_t step = taps.tap;
     for (int i = g.dims - 1; i >= 0; --i) strides[i + 2] = step, step *= g.window[g.first + i];
     return from_memory<std::remove_const_t<A>>(taps.data, sizes, strides);
+  }
+  template <class A, class Copy>
+  Tensor taps(const Taps<A>& taps, const Copy& copy) const {
+    return from_memory<std::remove_const_t<A>>(taps.data, {copy.N, copy.C, copy.taps},
+                                               {taps.output, taps.input, taps.tap});
   }
   template <class A>
   Tensor vector(const A* data, int64_t count) const {
@@ -238,6 +260,8 @@ class TorchCalls : public Place {
     Tensor target = vector(from, t.size(0));
     torch::stable::copy_(target, torch::stable::subtract(target, t, factor));
   }
+
+  mutable FoundWeightGradients weight_gradients_;
 
   template <class T>
   static T unboxed(StableIValue value) {

@@ -308,21 +308,23 @@ def _backward_by_layers(
             else:
                 drop.backward(ops, source, X[:, new], (m, gm[new], gv[new]), size, g)
         a = _prefix(scratch, M, W.shape[1])
-        if asked.conv:
-            ops.bn_relu(X[:, read], *norm, a)
-        beneath = below or asked.gamma or asked.beta
-        da, dW = conv_same_backward(g, a, size, W.to(out.dtype), (beneath, asked.conv))
-        grads[first + 4] = grad_like(dW, W)
         if asked.bias:
             grads[first + 5] = grad_like(g.sum(0, dtype=acc), own.bias)
+        beneath, W_stored = below or asked.gamma or asked.beta, W.to(out.dtype)
+        da, _ = conv_same_backward(g, a, size, W_stored, (True, False)) if beneath else (None, None)
+        dgamma, dbeta = mean.new_empty(W.shape[1]), mean.new_empty(W.shape[1])
+        if beneath and (batch or asked.gamma or asked.beta):
+            # a, which dW needs, and the two sums, which need da: x is read once for both
+            ops.bn_relu_backward_reduce(da, X[:, read], *norm, dgamma, dbeta, a if asked.conv else None)
+            grads[first] = grad_like(dgamma, own.gamma, asked.gamma)
+            grads[first + 1] = grad_like(dbeta, own.beta, asked.beta)
+        elif asked.conv:
+            ops.bn_relu(X[:, read], *norm, a)
+        if asked.conv:
+            grads[first + 4] = grad_like(conv_same_backward(g, a, size, W_stored, (False, True))[1], W)
         if not beneath:
             break
         assert da is not None
-        dgamma, dbeta = mean.new_empty(W.shape[1]), mean.new_empty(W.shape[1])
-        if batch or asked.gamma or asked.beta:
-            ops.bn_relu_backward_reduce(da, X[:, read], *norm, dgamma, dbeta)
-            grads[first] = grad_like(dgamma, own.gamma, asked.gamma)
-            grads[first + 1] = grad_like(dbeta, own.beta, asked.beta)
         if not below:
             break
         ops.bn_relu_backward(da, X[:, read], *norm, None, None, da)  # s dy

@@ -165,14 +165,17 @@ def second_half_backward(
 
     g [M, k]: the gradient of the new features. ``a`` [M, b] is scratch.
     """
-    if asked.conv2:
-        step.ops.bn_relu(z, *step.norm2, a)
-    da, dW2 = conv_same_backward(g, a, step.size, step.W2, (beneath, asked.conv2))
-    found = Parameters(conv2=dW2, bias2=g.sum(0, dtype=step.norm2[0].dtype) if asked.bias2 else None)
+    found = Parameters(bias2=g.sum(0, dtype=step.norm2[0].dtype) if asked.bias2 else None)
+    da, _ = conv_same_backward(g, a, step.size, step.W2, (True, False)) if beneath else (None, None)
     if da is not None and (step.batch[1] or asked.gamma2 or asked.beta2 or asked.bias1):
+        # relu(bn2(z)), which dW2 needs, and the two sums, which need da: z is read once for both
         dgamma2, dbeta2 = _new_pair(step.norm2[0], z.shape[1])
-        step.ops.bn_relu_backward_reduce(da, z, *step.norm2, dgamma2, dbeta2)
+        step.ops.bn_relu_backward_reduce(da, z, *step.norm2, dgamma2, dbeta2, a if asked.conv2 else None)
         found = found._replace(gamma2=dgamma2, beta2=dbeta2)
+    elif asked.conv2:
+        step.ops.bn_relu(z, *step.norm2, a)
+    if asked.conv2:
+        found = found._replace(conv2=conv_same_backward(g, a, step.size, step.W2, (False, True))[1])
     return da, found
 
 

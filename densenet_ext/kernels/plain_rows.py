@@ -192,10 +192,16 @@ def bn_relu_backward_reduce(
     eps: float,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    out: Tensor | None = None,
 ) -> None:
-    """With dy = grad where bn(x) > 0: grad_bias [C] = sum dy, grad_weight [C] = r sum dy (x - mean)."""
-    dy = _masked(acc(grad), affine(x, mean, var, weight, bias, eps))
-    _reduce(dy, x, mean, rstd_scale(var, weight, eps)[0], grad_weight, grad_bias)
+    """With dy = grad where bn(x) > 0: grad_bias [C] = sum dy, grad_weight [C] = r sum dy (x - mean).
+
+    out [M, C], where given: relu(bn(x)), of the same reading of x.
+    """
+    y = affine(x, mean, var, weight, bias, eps)
+    _reduce(_masked(acc(grad), y), x, mean, rstd_scale(var, weight, eps)[0], grad_weight, grad_bias)
+    if out is not None:
+        out.copy_(y.relu())
 
 
 def bn_relu_backward(

@@ -46,72 +46,6 @@ def vector(C: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((C,), 55.0, dtype=acc_dtype(dtype))
 
 
-# ---- the emulator itself ---------------------------------------------------------------------------------------------
-FAULTS = {
-    "none": None,
-    "none in warp": None,
-    "none in copy": None,
-    "no barrier": "race|nobody wrote",
-    "beyond the end": "outside|beyond",
-    "write to input": "read-only",
-    "shared for global": "an address of shared memory",
-    "misaligned": "misaligned",
-    "two writers": "race: two writes",
-    "two blocks": "another block",
-    "unwritten": "nobody wrote",
-    "half a barrier": "deadlock",
-    "diverged warp": "different operations",
-    "copy not waited for": "not waited for",
-}
-
-
-@pytest.mark.parametrize("order", [0, 1, 5])
-@pytest.mark.parametrize("name", FAULTS)
-def test_emulator_sees_faults(gpu: emulation.Library, name: str, order: int) -> None:
-    source, out = torch.arange(64.0), torch.zeros(64)
-    gpu.set_order(order)
-    try:
-        if FAULTS[name] is None:
-            gpu.fault(name, source, out)
-        else:
-            with pytest.raises(emulation.EmulationError, match=FAULTS[name]):
-                gpu.fault(name, source, out)
-    finally:
-        gpu.set_order(0)
-    if name == "none":
-        assert torch.equal(out, source.flip(0))
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "tf32"])
-def test_tensor_cores_multiply(gpu: emulation.Library, name: str) -> None:
-    dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.zeros(16, 16)
-    gpu.warp(name, a, b, d)
-    expected = a.double() @ b.double()
-    error = (d - expected).abs().max().item()
-    if name == "tf32":  # ten bits of fraction are left: it must not be exact
-        assert 1e-5 < error < 16 * 2**-10
-    else:
-        assert error < 1e-5
-
-
-def test_exchanges_between_lanes(gpu: emulation.Library) -> None:
-    a, d = torch.randn(32), torch.zeros(2, 32)
-    gpu.warp("exchanges", a, a, d)
-    assert_close(d[0], a.double().sum().float().expand(32), 32, "shuffle_xor")
-    assert torch.equal(d[1], torch.cat([a[3:], a[29:]]))
-
-
-def test_every_rounding(gpu: emulation.Library) -> None:
-    """The emulator's own fp16 and bf16 round as PyTorch's, through a BatchNorm that changes nothing."""
-    values = torch.cat([torch.randn(2000), torch.randn(2000) * 1e-5, torch.randn(96) * 1e5]).abs()[:, None]
-    one, zero = torch.ones(1), torch.zeros(1)
-    for dtype in (torch.bfloat16, torch.float16):
-        x, out = values.to(dtype), empty(4096, 1, dtype)
-        gpu("bn_relu", x=x, mean=zero, var=one, weight=one, bias=zero, eps=0.0, out=out)
-        assert torch.equal(x, out)
-
-
 # ---- statistics ------------------------------------------------------------------------------------------------------
 @dtypes
 @shapes
@@ -128,16 +62,6 @@ def test_statistics_with_a_large_mean(gpu: emulation.Library, M: int) -> None:
     exact = x.double()
     assert ((mean - exact.mean(0)).abs() < 1e-3).all()
     assert ((var / exact.var(0, unbiased=False) - 1).abs() < 1e-5).all()
-
-
-def test_statistics_with_nan_and_infinity(gpu: emulation.Library) -> None:
-    x = torch.randn(300, 8)
-    x[0, 0], x[299, 1], x[0, 2], x[150, 3] = float("nan"), float("nan"), float("inf"), float("-inf")
-    mean, var = torch.zeros(8), torch.zeros(8)
-    gpu("channel_stats", x=x, mean=mean, var=var)
-    assert var.isnan().tolist() == [True] * 4 + [False] * 4
-    assert torch.equal(mean.isfinite(), var.isfinite())
-    assert_close(mean[4:], x[:, 4:].double().mean(0).float(), 300, "mean")
 
 
 @dtypes
@@ -168,6 +92,19 @@ def test_append_features(
         layer=3,
         drop_rows=1 if statistics else 5,
     )
+
+
+@dtypes
+def test_sums_of_one_slab_take_one_launch(gpu: emulation.Library, dtype: torch.dtype) -> None:
+    """Fewer rows than a block takes at a time: its sums are all there is to merge, and no workspace is asked for."""
+    for M, launches in ((17, 1), (900, 2)):
+        x, grad = random_rows(M, 64, dtype), random_rows(M, 64, dtype)
+        sums = {"grad_weight": vector(64, dtype), "grad_bias": vector(64, dtype)}
+        before = gpu.c.dx_launches()
+        check(gpu, "channel_stats", M, x=x, mean=vector(64, dtype), var=vector(64, dtype))
+        assert gpu.c.dx_launches() - before == launches
+        check(gpu, "bn_relu_backward_reduce", M, grad=grad, x=x, **random_norm(x), **sums)
+        assert gpu.c.dx_launches() - before == 2 * launches
 
 
 # ---- BatchNorm and ReLU ----------------------------------------------------------------------------------------------
@@ -234,6 +171,13 @@ def test_bn_relu_backward(gpu: emulation.Library, dtype: torch.dtype, M: int, C:
     sums = {"grad_weight": vector(C, dtype), "grad_bias": vector(C, dtype)}
     got = check(gpu, "bn_relu_backward_reduce", M, (0, 1, 5), grad=grad, x=x, **norm, **sums)
     sums = {name: got[name] for name in sums}
+    # with the forward pass's result, bit by bit
+    again = {name: vector(C, dtype) for name in sums}
+    common = {"grad": grad, "x": x, **norm}
+    got = check(gpu, "bn_relu_backward_reduce", M, (0, 5), **common, **again, out=empty(M, C, dtype, behind, offset))
+    out = empty(M, C, dtype, behind, offset)
+    gpu("bn_relu", x=x, **norm, out=out)
+    assert torch.equal(got["out"], out)
     target = empty(M, C, dtype, offset, behind)
     check(gpu, "bn_relu_backward", M, (0, 5), grad=grad, x=x, **norm, **sums, grad_x=target)
     check(gpu, "bn_relu_backward", 1, grad=grad, x=x, **norm, grad_weight=None, grad_bias=None, grad_x=target)
@@ -330,6 +274,22 @@ def test_max_pool_takes_nan(gpu: emulation.Library) -> None:
     place = {"size": (1, 1, 6, 6), "window": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}
     got = check(gpu, "bn_relu_max_pool", x=x, **place, **norm, out=empty(9, 4, x.dtype), index=empty(9, 4, torch.uint8))
     assert got["out"].isnan().any()
+
+
+# ---- weights of convolutions -----------------------------------------------------------------------------------------
+@dtypes
+def test_weights_into_another_layout_and_back(gpu: emulation.Library, dtype: torch.dtype) -> None:
+    """Contiguous to channels_last in the features' dtype, rounded as PyTorch rounds; more than a launch takes."""
+    weights = [torch.randn(3, 1 + i % 7, 9, dtype=acc_dtype(dtype)) for i in range(83)]
+    weights[1], weights[2] = torch.randn(40, 48, 9, dtype=weights[0].dtype), weights[2].mT.contiguous().mT
+    stored = [torch.full((N, taps, C), 55, dtype=dtype).mT for N, C, taps in (w.shape for w in weights)]
+    gpu.copy_taps(weights, stored)
+    for weight, got in zip(weights, stored, strict=True):
+        assert torch.equal(got, weight.to(dtype))
+    back = [torch.full_like(weight, 55) for weight in weights]
+    gpu.copy_taps(stored, back)
+    for got, expected in zip(back, stored, strict=True):
+        assert torch.equal(got, expected.to(got.dtype))
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

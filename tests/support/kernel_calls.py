@@ -100,10 +100,12 @@ def cat_bn_relu(M: int, C: int, pitched: bool) -> list[Call]:
 
 
 def bn_relu_backward_reduce(M: int, C: int, pitched: bool) -> list[Call]:
-    outputs = {"grad_weight": vector(C), "grad_bias": vector(C)}
+    sums = {"grad_weight": vector(C), "grad_bias": vector(C)}
+    args = {"grad": rows(M, C, pitched), "x": rows(M, C, pitched)}
+    activation = {**sums, "out": rows(M, C, pitched)}
     return [
-        Call({"grad": rows(M, C, pitched), "x": rows(M, C, pitched), **norm(C, affine), **outputs}, tuple(outputs))
-        for affine in (True, False)
+        Call({**args, **norm(C), **sums}, tuple(sums)),
+        Call({**args, **norm(C, False), **activation}, tuple(activation)),
     ]
 
 

@@ -70,7 +70,7 @@ def test_each_stage_gets_its_part_and_none_stops_the_others(tmp_path: Path) -> N
     weights = [gpu.STAGES[name].share for name in stages]
     assert seen[0] == pytest.approx(400 * weights[0] / sum(weights))
     assert seen[3] == pytest.approx(400 - 110)
-    summary = (tmp_path / "summary.md").read_text()
+    summary = (tmp_path / "right.md").read_text()
     assert "| build | passed | 100 | a \\| remark |" in summary and "| tests | **failed** | 10 |" in summary
 
 
@@ -237,11 +237,14 @@ def test_what_the_files_say(tmp_path: Path) -> None:
 
 def test_a_summary_shows_stages_to_come_and_survives_damaged_results(tmp_path: Path) -> None:
     (tmp_path / "networks.json").write_text("{}")
-    gpu_summary.write(tmp_path, MACHINE.line, {"build": gpu.Result(True, 61.2, "")}, ["build", "tests"])
-    text = (tmp_path / "summary.md").read_text()
+    summary = tmp_path / "fast.md"
+    gpu_summary.write(summary, MACHINE.line, {"build": gpu.Result(True, 61.2, "")}, ["build", "networks"])
+    text = summary.read_text()
     assert text.startswith("# 1 x A GPU, compute capability 9.0, torch 2.11.0+cu130, CUDA 13.0")
-    assert "| build | passed | 61 |" in text and "| tests | not run |" in text
+    assert "| build | passed | 61 |" in text and "| networks | not run |" in text
     assert "networks.json can't be shown: KeyError" in text
+    gpu_summary.write(summary, MACHINE.line, {}, ["build", "tests"])
+    assert "networks.json" not in summary.read_text()  # the other half's
 
 
 def test_predictions_are_held_against_what_was_measured(tmp_path: Path) -> None:
@@ -258,11 +261,24 @@ def test_predictions_are_held_against_what_was_measured(tmp_path: Path) -> None:
         {**backward, "share_of_copy": 0.30},
         {**other, "share_of_copy": 1.0},
     ]
-    text = gpu_predictions.table({"rows": measured})
+    text = gpu_predictions.kernels({"rows": measured})
     assert text is not None and "1 of 2 within 25%" in text
     assert "| bn_relu_conv1x1 | block 3, layer 24 | 0.67 | 0.60 | right (0.90) |" in text
     assert "| 0.49 | 0.30 | wrong, slower (0.61) |" in text and "bc100" not in text
-    assert gpu_predictions.table({"rows": measured[2:]}) is None
+    assert gpu_predictions.kernels({"rows": measured[2:]}) is None
+
+
+def test_predictions_of_whole_networks() -> None:
+    rows = [
+        {"ours": True, "how": "bottlenecks", "layout": "channels_last", "seconds": 256 / 4350},
+        {"ours": True, "how": "features", "layout": "channels_last", "seconds": 1.0},
+        {"ours": False, "how": "bottlenecks", "layout": "channels_last", "seconds": 1.0},
+    ]
+    run = {"network": "densenet121", "batch": 256, "dtype": "bfloat16", "training": True, "rows": rows}
+    text = gpu_predictions.networks({"runs": {"a": run, "b": {**run, "batch": 64}}})
+    assert text is not None and "0 of 1 within 25%" in text
+    assert "| bottlenecks | channels_last | 8700 | 4350 | wrong, slower (0.50) |" in text
+    assert gpu_predictions.networks({"runs": {"c": {**run, "training": False}}}) is None
 
 
 # ---- from the outside ------------------------------------------------------------------------------------------------
@@ -272,10 +288,10 @@ def test_without_a_gpu_it_says_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "find_machine", lambda: "there is no GPU")
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert gpu.main(["right", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "make gpu: there is no GPU.\n" and not (tmp_path / "out").exists()
     hidden = subprocess.run(
-        [sys.executable, str(gpu.ROOT / "tools" / "gpu.py"), "--out", str(tmp_path / "out")],
+        [sys.executable, str(gpu.ROOT / "tools" / "gpu.py"), "fast", "--out", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -283,10 +299,10 @@ def test_without_a_gpu_it_says_one_sentence(
     assert hidden.returncode == 2 and hidden.stderr.count("\n") == 1 and "sees no NVIDIA GPU" in hidden.stderr
 
 
-@pytest.mark.parametrize("stages", ["fly", "build fly", ""])
+@pytest.mark.parametrize("stages", ["fly", "build fly", "", "networks"])
 def test_unknown_stages_are_named(stages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        gpu.main(["--out", str(tmp_path), "--stages", stages])
+        gpu.main(["right", "--out", str(tmp_path), "--stages", stages])
     assert end.value.code == 2 and "--stages: expected some of build, tests" in capsys.readouterr().err
 
 
@@ -295,11 +311,22 @@ def test_the_exit_code_and_the_order_of_stages(tmp_path: Path, monkeypatch: pyte
 
     def run_stages(run: gpu.Run, machine: gpu.Machine, chosen: list[str]) -> dict[str, gpu.Result]:
         order.extend(chosen)
-        (run.out / "summary.md").write_text("")
+        run.summary.write_text("")
         return {name: gpu.Result(name != "tests", 1.0, "") for name in chosen}
 
     monkeypatch.setattr(gpu, "find_machine", lambda: MACHINE)
     monkeypatch.setattr(gpu, "run_stages", run_stages)
-    assert gpu.main(["--out", str(tmp_path), "--stages", "networks build"]) == 0
+    assert gpu.main(["fast", "--out", str(tmp_path), "--stages", "networks build"]) == 0
     assert order == ["build", "networks"]
-    assert gpu.main(["--out", str(tmp_path), "--stages", "tests"]) == 1
+    assert gpu.main(["right", "--out", str(tmp_path), "--stages", "tests"]) == 1
+    del order[:]
+    assert gpu.main(["fast", "--out", str(tmp_path)]) == 0 and order == ["build", "kernels", "networks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fast.md", "right.md"]
+
+
+def test_make_has_a_target_for_each_half() -> None:
+    for half in gpu.HALVES:
+        asked = subprocess.run(
+            ["make", "--dry-run", f"gpu-{half}", "OUT=there"], cwd=gpu.ROOT, capture_output=True, text=True, check=True
+        )
+        assert f"tools/gpu.py {half} --out there" in asked.stdout

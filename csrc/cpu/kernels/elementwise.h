@@ -125,7 +125,9 @@ void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool)
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) {
             const Vec<A> xc = columns.load(p.x.row(m) + c + j * L) - norm[j].mean;
-            const Vec<A> dy = relu_mask<A>(norm[j].of_centered(xc), columns.load(p.grad.row(m) + c + j * L));
+            const Vec<A> u = norm[j].of_centered(xc);
+            const Vec<A> dy = relu_mask<A>(u, columns.load(p.grad.row(m) + c + j * L));
+            if (p.out) columns.store(p.out.row(m) + c + j * L, relu<A>(u));
             sum[j] += dy;
             sum_xc[j] += dy * xc;
           }

@@ -9,6 +9,7 @@ void dx_add_memory(const void* begin, size_t bytes, int writable, const char* na
   dx::cuda::emulated::add_memory(begin, bytes, writable != 0, name);
 }
 void dx_clear_memory() { dx::cuda::emulated::clear_memory(); }
+int dx_launches() { return dx::cuda::emulated::launches(); }
 void dx_set_order(unsigned order) { dx::cuda::emulated::set_order(order); }
 // Copies the text of the last failure, or "", into `text`.
 void dx_take_error(char* text, size_t size) {

@@ -62,6 +62,7 @@ struct Machine {
   std::string error;
   bool failed = false;
   unsigned order = 0;
+  int launches = 0;
   cudaError_t pretended = cudaSuccess;
   bool capturing = false;
   alignas(128) unsigned char shared[kMostShared];
@@ -184,6 +185,7 @@ std::string take_error() {
   return text;
 }
 
+int launches() { return machine.launches; }
 void set_order(unsigned order) { machine.order = order; }
 void pretend(cudaError_t error, bool capturing) { machine.pretended = error, machine.capturing = capturing; }
 
@@ -198,6 +200,7 @@ cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, 
                     " bytes of shared memory";
     return invalid;
   }
+  ++machine.launches;
   make_fibers(threads);
   machine.body = &body;
   machine.failed = false;

@@ -52,6 +52,8 @@ struct Failure {
 // ---- launches -------------------------------------------------------------------------------------------------------
 cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
                 const std::function<void()>& body);
+// How many kernels were launched so far.
+int launches();
 // The order in which a block's threads run: 0 first to last, 1 last to first, others shuffled by this seed.
 void set_order(unsigned order);
 // What a GPU would tell the operators: the error of an earlier kernel (0: none), and whether the stream is capturing.

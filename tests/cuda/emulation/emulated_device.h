@@ -2,6 +2,7 @@
 // needs but the emulator's own tests.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -181,15 +182,42 @@ inline void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, bool t
 struct Fragments {
   uint32_t a[4], b[2];
 };
+// Of normal numbers.
+inline int exponent_of(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return int(bits >> 52 & 0x7ff) - 1023;
+}
+inline double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+// Tensor cores add a few products to a sum at once: each is aligned to the largest of them, what lies below its 24 bits
+// is cut off, and so is what the total has below its own (Fasi, Higham, Mikaitis & Pranesh 2021, "Numerical behavior of
+// NVIDIA tensor cores"). So many at a time as compute capability 8.0 takes, without the one to three bits that it and
+// later ones keep besides: no GPU is less exact.
+inline float add_products(float sum, const double* products, int count) {
+  double exact = sum, largest = std::abs(exact);
+  for (int k = 0; k < count; ++k) exact += products[k], largest = std::max(largest, std::abs(products[k]));
+  if (!std::isfinite(exact) || largest == 0) return float(exact);
+  const double up = power_of_two(23 - exponent_of(largest));  // what makes the last bit that is kept a one
+  int64_t total = int64_t(sum * up);
+  for (int k = 0; k < count; ++k) total += int64_t(products[k] * up);
+  int64_t last = 1;
+  while (std::abs(total) >= last << 24) last *= 2;
+  return float(double(total / last * last) / up);
+}
 // d[i] of lane 4 g + t is the element (g + 8 (i / 2), 2 t + i % 2) of the 16x8 result. a_at(row, k) and b_at(k, column)
 // give the elements out of what the lanes hold.
-template <class A, class B>
-void multiply(float (&d)[4], int depth, const A& a_at, const B& b_at) {
+template <int DEPTH, class A, class B>
+void multiply(float (&d)[4], const A& a_at, const B& b_at) {
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
-    double sum = 0;
-    for (int k = 0; k < depth; ++k) sum += double(a_at(row, k)) * double(b_at(k, column));
-    d[i] = float(double(d[i]) + sum);
+    double products[DEPTH];
+    for (int k = 0; k < DEPTH; ++k) products[k] = double(a_at(row, k)) * double(b_at(k, column));
+    for (int half = 0; half < 2; ++half) d[i] = add_products(d[i], products + half * (DEPTH / 2), DEPTH / 2);
   }
 }
 }  // namespace emulated
@@ -203,8 +231,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const unsigned char* slots = emulated::exchange("mma_m16n8k16", &mine, sizeof mine);
   const auto element = [](uint32_t pair, int k) { return widen(T{uint16_t(pair >> (k % 2 * 16))}); };
-  emulated::multiply(
-      d, 16,
+  emulated::multiply<16>(
+      d,
       [&](int row, int k) {
         return element(of_lane<Fragments>(slots, row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k);
       },
@@ -215,9 +243,8 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const unsigned char* slots = emulated::exchange("mma_m16n8k8_tf32", &mine, sizeof mine);
   const auto element = [](uint32_t bits) { return as_float(bits & 0xffffe000u); };
-  emulated::multiply(
-      d, 8,
-      [&](int row, int k) { return element(of_lane<Fragments>(slots, row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]); },
+  emulated::multiply<8>(
+      d, [&](int row, int k) { return element(of_lane<Fragments>(slots, row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]); },
       [&](int k, int column) { return element(of_lane<Fragments>(slots, column * 4 + k % 4).b[k / 4]); });
 }
 

@@ -59,6 +59,17 @@ DX_SIZE(FeatureGrad)
 DX_SIZE(BnReluBackwardReduce)
 DX_SIZE(BnReluBackward)
 #endif
+#if defined(DX_COPY_TAPS)
+// From the acc type of `dtype` to that, or back.
+extern "C" int dx_copy_taps(int dtype, bool back, const void* copies, size_t count) {
+  return for_type(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    if (back) return copy_taps(static_cast<const TapsCopy<T, A>*>(copies), count, nullptr);
+    return copy_taps(static_cast<const TapsCopy<A, T>*>(copies), count, nullptr);
+  });
+}
+#endif
 #if defined(DX_AVG_POOL)
 DX_LAUNCHER(bn_relu_avg_pool, BnReluPool)
 DX_LAUNCHER_WITH_WORKSPACE(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)

@@ -22,6 +22,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 FAMILIES = {  # kernel files, and the macro by which launchers.cpp knows that they are linked in
     "DX_STATISTICS": ["statistics.cu"],
     "DX_BN_RELU": ["bn_relu.cu"],
+    "DX_COPY_TAPS": ["copy_taps.cu"],
     "DX_AVG_POOL": ["avg_pool.cu"],
     "DX_MAX_POOL": ["max_pool.cu"],
     "DX_CONV1X1": ["conv1x1.cu", "conv1x1_backward.cu"],
@@ -146,6 +147,21 @@ class Library:
     def warp(self, name: str, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> None:
         self._add_memory({"a": a, "b": b, "d": d}, {"d"})
         assert self.c.dx_warp(name.encode(), a.data_ptr(), b.data_ptr(), d.data_ptr()) == 0, name
+        self.raise_error()
+
+    def copy_taps(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Copies weights [N, C, taps] into others of the same shape, of which one side is in the acc dtype."""
+        self._add_memory(
+            {f"weight {i}": t for i, t in enumerate((*sources, *targets))},
+            {f"weight {len(sources) + i}" for i in range(len(targets))},
+        )
+        copies = [
+            params.TapsCopy(*a.shape, params.taps(a), params.taps(b)) for a, b in zip(sources, targets, strict=True)
+        ]
+        back = sources[0].element_size() < targets[0].element_size()
+        dtype = DTYPES.index((sources if back else targets)[0].dtype)
+        array = (params.TapsCopy * len(copies))(*copies)
+        assert self.c.dx_copy_taps(dtype, ctypes.c_bool(back), array, ctypes.c_size_t(len(copies))) == 0
         self.raise_error()
 
     def __call__(self, operator: str, **arguments: object) -> None:

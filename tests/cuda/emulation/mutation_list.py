@@ -12,7 +12,7 @@ import torch
 from . import compare, conv1x1
 from .library import Library
 
-FAMILIES = ("DX_CONV1X1", "DX_STATISTICS", "DX_BN_RELU")  # the kernels that are mutated
+FAMILIES = ("DX_CONV1X1", "DX_STATISTICS", "DX_BN_RELU", "DX_COPY_TAPS")  # the kernels that are mutated
 
 
 Case = Callable[[Library], None]

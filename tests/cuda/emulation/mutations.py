@@ -2,10 +2,10 @@
 
     python -m tests.cuda.emulation.mutations [--only PATTERN] [--list]
 
-A mutation (mutation_list.py) replaces a few words in a temporary copy of the sources: a barrier goes, a stride or an
-index of a fragment is another, a bound is left out. The copy is compiled for the emulator and runs its cases; one of
-them has to fail, be it by the emulator's checks or by its numbers. Exit code 0: all were caught; 1: some were not, or a
-case fails without any mutation.
+A mutation (mutation_list.py, mutation_rows.py) replaces a few words in a temporary copy of the sources: a barrier goes,
+a stride or an index of a fragment is another, a bound is left out. The copy is compiled for the emulator and runs its
+cases; one of them has to fail, be it by the emulator's checks or by its numbers. Exit code 0: all were caught; 1: some
+were not, or a case fails without any mutation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-from tests.cuda.emulation import mutation_list
+from tests.cuda.emulation import mutation_list, mutation_rows
 from tests.cuda.emulation.library import Library, compile_library
-from tests.cuda.emulation.mutation_list import FAMILIES, MUTATIONS, Case, Mutation
+from tests.cuda.emulation.mutation_list import FAMILIES, Case, Mutation
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+MUTATIONS = [*mutation_list.MUTATIONS, *mutation_rows.MUTATIONS]
+CASES: dict[str, Case] = {case.__name__: case for mutation in MUTATIONS for case in mutation.cases}
 MOST_SECONDS = 300.0  # of a mutation's cases: one that hangs is caught too
 
 
@@ -101,7 +103,7 @@ def main() -> int:
         kernels = Library(options.library)
         for case in options.cases:
             torch.manual_seed(0)
-            getattr(mutation_list, case)(kernels)
+            CASES[case](kernels)
         return 0
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     if options.list:

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 
 #include <cstring>
+#include <map>
+#include <string>
 
 #include "../../../csrc/ops/around.h"
 #include "../../../csrc/ops/basic_layers.h"
@@ -17,6 +19,7 @@ namespace {
 
 int streams_asked_for = 0, guards = 0;
 bool allocator_fails = false;
+std::map<std::string, int> torch_calls;  // by operator
 
 }  // namespace
 
@@ -40,20 +43,22 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
 
 // Torch's, but that a test may have the workspaces' allocator fail.
 AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack, uint64_t version) {
+  ++torch_calls[name];
   if (allocator_fails && std::strcmp(name, "aten::new_empty") == 0) return AOTI_TORCH_FAILURE;
   static const auto torchs =
       reinterpret_cast<decltype(&torch_call_dispatcher)>(dlsym(RTLD_NEXT, "torch_call_dispatcher"));
   return torchs(name, overload, stack, version);
 }
 
-// For tests: what a GPU would answer, an allocator that fails, the guards that are alive, and how often a stream was
-// asked for.
+// For tests: what a GPU would answer, an allocator that fails, the guards that are alive, and how often a stream or one
+// of torch's operators was asked for.
 void dx_pretend(int error, bool capturing, bool no_memory) {
   dx::cuda::emulated::pretend(error, capturing);
   allocator_fails = no_memory;
 }
 int dx_guards() { return guards; }
 int dx_streams_asked_for() { return streams_asked_for; }
+int dx_torch_calls(const char* name) { return torch_calls[name]; }
 
 }  // extern "C"
 

@@ -27,6 +27,14 @@ class Pooling(ctypes.Structure):
     ]
 
 
+class Taps(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("output", c_int64), ("input", c_int64), ("tap", c_int64)]
+
+
+class TapsCopy(ctypes.Structure):
+    _fields_ = [("N", c_int64), ("C", c_int64), ("taps", c_int64), ("from_", Taps), ("to", Taps)]
+
+
 _TYPES = {"r": Rows, "n": Norm, "p": Pooling, "i": c_int64, "v": c_void_p, "d": c_double, "b": c_bool}
 
 
@@ -41,7 +49,7 @@ STRUCTS = {
     "AppendFeatures": "M:i C:i src:r out:r mean:v var:v drop_rate:d seed:v layer:i drop_rows:i",
     "BnRelu": "M:i C:i x:r norm:n out:r",
     "FeatureGrad": "M:i C:i grad:r x:r mean:v grad_mean:v grad_var:v drop_rate:d seed:v layer:i drop_rows:i out:r",
-    "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v",
+    "BnReluBackwardReduce": "M:i C:i grad:r x:r norm:n out:r grad_weight:v grad_bias:v",
     "BnReluBackward": "M:i C:i grad:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
     "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b bf16:b",
     "BnReluConv1x1Backward": "M:i C:i N:i x:r norm:n weight:v grad_out:r z:r z_norm:n z_grad_weight:v z_grad_bias:v "
@@ -58,7 +66,7 @@ OPERATORS = {
     "append_features": ("AppendFeatures", "out mean var"),
     "bn_relu": ("BnRelu", "out"),
     "feature_grad": ("FeatureGrad", "out"),
-    "bn_relu_backward_reduce": ("BnReluBackwardReduce", "grad_weight grad_bias"),
+    "bn_relu_backward_reduce": ("BnReluBackwardReduce", "grad_weight grad_bias out"),
     "bn_relu_backward": ("BnReluBackward", "grad_x"),
     "bn_relu_conv1x1": ("BnReluConv1x1", "out out_mean out_var"),
     "bn_relu_conv1x1_backward": (
@@ -88,6 +96,11 @@ def vector(t: torch.Tensor | None) -> int | None:
 
 def norm(mean, var, weight, bias, eps) -> Norm:
     return Norm(vector(mean), vector(var), vector(weight), vector(bias), eps)
+
+
+def taps(t: torch.Tensor) -> Taps:
+    """A weight [N, C, taps]."""
+    return Taps(t.data_ptr(), *t.stride())
 
 
 def pooling(size, window, stride=None, padding=(0, 0, 0)) -> Pooling:
