@@ -1,4 +1,5 @@
-// z = relu(x * s + t) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution, statistics as its epilogue.
+// z = relu((x - m) * s + b) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution, statistics as its
+// epilogue.
 //
 // Bytes: x is read once for up to 128 output channels (again, from L2, for each further 128), z written once; the
 // normalised x exists only in shared memory, a chunk of 128 bytes of a row at a time. The weights come prepared (see

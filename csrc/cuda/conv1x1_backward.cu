@@ -1,6 +1,6 @@
-// The backward pass of z = relu(x * s + t) @ W^T in one pass over x and G, for up to 128 output channels:
+// The backward pass of z = relu((x - m) * s + b) @ W^T in one pass over x and G, for up to 128 output channels:
 //   dz    (through norm2 and its ReLU, when grad_out is the gradient behind them)
-//   y   = relu(x * s + t)                       recomputed
+//   y   = relu((x - m) * s + b)                 recomputed
 //   dW += dz^T @ y                              one sum per block
 //   dy  = (dz @ W) masked by y > 0              never stored
 //   G   = s * dy + (G | grad_in | 0),  sum(dy),  sum(dy (x - m))

@@ -73,7 +73,6 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
   const int column = thread_x() % Shape::kDzAcross * E, row = thread_x() / Shape::kDzAcross, n = n0 + column;
   const int left = int(p.of.N) - n, valid = left < E ? left : E;
   const T *grad = p.of.grad_out.row(m0 + row) + n, *z = p.of.z.row(m0 + row) + n;
-  const bool frozen = p.of.z_grad_weight == nullptr;
   Piece<T, E> grads[Shape::kDzPieces], zs[Shape::kDzPieces];
 #pragma unroll
   for (int i = 0; i < Shape::kDzPieces; ++i) {
@@ -83,10 +82,10 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
   }
 #pragma unroll
   for (int f = 0; f < E; f += F) {
-    Piece<A, F> scale, shift, mean, center, slope;
+    Piece<A, F> mean, scale, bias, center, slope;
     if (p.of.z) {
       const A* at = constants + column + f;
-      scale = load_piece<F>(at), shift = load_piece<F>(at + N), mean = load_piece<F>(at + 2 * N);
+      mean = load_piece<F>(at), scale = load_piece<F>(at + N), bias = load_piece<F>(at + 2 * N);
       center = load_piece<F>(at + 3 * N), slope = load_piece<F>(at + 4 * N);
     }
 #pragma unroll
@@ -96,10 +95,10 @@ __device__ __forceinline__ void fill_dz(const Backward<T, typename Shape::S>& p,
       for (int e = 0; e < F; ++e) {
         A value = grads[i].get(f + e);
         if (p.of.z) {
-          const A u = zs[i].get(f + e);
-          const A dy = gradient_passes(affine(u, scale.v[e], shift.v[e])) ? value : A(0);
-          // a frozen norm2 has no correction, and 0 times an infinite z would be NaN
-          value = scale.v[e] * (frozen ? dy : dy - center.v[e] - (u - mean.v[e]) * slope.v[e]);
+          const A zc = zs[i].get(f + e) - mean.v[e];
+          const A dy = gradient_passes(of_centered(zc, scale.v[e], bias.v[e])) ? value : A(0);
+          // a frozen norm2 has no correction: its slope is 0, and times an infinite z that would be NaN
+          value = scale.v[e] * (dy - (center.v[e] + (slope.v[e] == A(0) ? A(0) : slope.v[e] * zc)));
         }
         values.v[e] = row + i * D < rows ? value : A(0);
       }
@@ -162,18 +161,19 @@ struct Columns {
   __device__ __forceinline__ void load_in(const Backward<T, S>& p, int64_t m0, int rows, int c0) {
     if (p.in) load({p.in.row(m0 + row()) + c0 + column(), p.in.pitch}, columns_left(p, c0), rows, p.in_alignment, in);
   }
-  // y = relu(x s + t), zero beyond M and C
+  // y = relu((x - m) s + b), zero beyond M and C
   __device__ __forceinline__ void store_y(int rows, const A* constants, S* y) const {
 #pragma unroll
     for (int f = 0; f < E; f += F) {
-      const Piece<A, F> scale = load_piece<F>(constants + column() + f);
-      const Piece<A, F> shift = load_piece<F>(constants + Shape::kColumns + column() + f);
+      const Piece<A, F> mean = load_piece<F>(constants + column() + f);
+      const Piece<A, F> scale = load_piece<F>(constants + Shape::kColumns + column() + f);
+      const Piece<A, F> bias = load_piece<F>(constants + 2 * Shape::kColumns + column() + f);
 #pragma unroll
       for (int i = 0; i < Shape::kPieces; ++i) {
         Piece<A, F> v;
 #pragma unroll
         for (int e = 0; e < F; ++e) {
-          const A u = affine(A(x[i].get(f + e)), scale.v[e], shift.v[e]);
+          const A u = of_centered(x[i].get(f + e) - mean.v[e], scale.v[e], bias.v[e]);
           v.v[e] = row() + i * Shape::kDown < rows ? u : A(0);
         }
         store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column() + f, Math::relu_operands(v));
@@ -191,17 +191,17 @@ struct Columns {
       Piece<T, E> out;
 #pragma unroll
       for (int f = 0; f < E; f += F) {
-        const Piece<A, F> scale = load_piece<F>(constants + column() + f);
-        const Piece<A, F> shift = load_piece<F>(constants + Shape::kColumns + column() + f);
-        const Piece<A, F> mean = load_piece<F>(constants + 2 * Shape::kColumns + column() + f);
+        const Piece<A, F> mean = load_piece<F>(constants + column() + f);
+        const Piece<A, F> scale = load_piece<F>(constants + Shape::kColumns + column() + f);
+        const Piece<A, F> bias = load_piece<F>(constants + 2 * Shape::kColumns + column() + f);
         const Piece<A, F> dy = load_piece<F>(tile + (row() + i * Shape::kDown) * Shape::kTilePitch + column() + f);
         Piece<A, F> g;
 #pragma unroll
         for (int e = 0; e < F; ++e) {
-          const A u = x[i].get(f + e);
-          const A masked = exists && gradient_passes(affine(u, scale.v[e], shift.v[e])) ? dy.v[e] : A(0);
+          const A xc = x[i].get(f + e) - mean.v[e];
+          const A masked = exists && gradient_passes(of_centered(xc, scale.v[e], bias.v[e])) ? dy.v[e] : A(0);
           sum.v[f + e] += masked;
-          sum_xc.v[f + e] += masked * (u - mean.v[e]);
+          sum_xc.v[f + e] += masked * xc;
           g.v[e] = scale.v[e] * masked + (p.in ? in[i].get(f + e) : A(0));
         }
         out.insert(f, Piece<T, F>::narrowed(g));

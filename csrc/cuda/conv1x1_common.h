@@ -12,11 +12,12 @@
 
 namespace dx::cuda {
 
-// x s + t with one rounding, whatever the compiler would make of it: a mean that is large beside the deviation leaves
-// digits enough, and what the backward pass computes again is what the forward pass had.
+// BatchNorm of xc = x - mean, which is taken first: exact where a channel is constant, at any mean, and an infinite x
+// gives what (x - mean) * scale + bias gives. The product is fused whatever the compiler would make of it: what the
+// backward pass computes again is what the forward pass had.
 template <class A>
-__device__ __forceinline__ A affine(A x, A scale, A shift) {
-  return std::fma(x, scale, shift);
+__device__ __forceinline__ A of_centered(A xc, A scale, A bias) {
+  return std::fma(xc, scale, bias);
 }
 
 // max(u, 0) that propagates NaN; and whether the gradient passes, as PyTorch's threshold_backward has it.
@@ -113,8 +114,8 @@ template <class A, class S>
 struct Prepared {
   int64_t Np, Cp;  // N and C rounded up to whole tiles
   S* weight;       // [Np, Cp]
-  A* norm;         // [3, Cp]: scale, shift, mean of the norm in front
-  A* z_norm;       // [5, Np]: scale, shift, mean, center, slope of the norm behind (backward), else null
+  A* norm;         // [3, Cp]: mean, scale, bias of the norm in front
+  A* z_norm;       // [5, Np]: mean, scale, bias, center, slope of the norm behind (backward), else null
 };
 
 template <class A, class S>
@@ -142,28 +143,28 @@ __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ P
     store_piece(to.weight + 2 * i, Math::operands(pair));
   }
   if (i < to.Cp) {
-    A scale = 0, shift = 0, mean = 0;
+    A mean = 0, scale = 0, bias = 0;
     if (i < p.C) {
       mean = load_one(p.norm.mean + i);
       scale = value(p.norm.weight, i, A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
-      shift = std::fma(-mean, scale, value(p.norm.bias, i, A(0)));
+      bias = value(p.norm.bias, i, A(0));
     }
-    const A values[] = {scale, shift, mean};
+    const A values[] = {mean, scale, bias};
 #pragma unroll
     for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.Cp + i, values[v]);
   }
   if (to.z_norm && i < to.Np) {
     // dz = s (dy - center - (z - m) slope), with center = sum(dy)/M and slope = r^2 sum(dy (z - m))/M
-    A scale = 0, shift = 0, mean = 0, center = 0, slope = 0;
+    A mean = 0, scale = 0, bias = 0, center = 0, slope = 0;
     if (i < p.N) {
       const A rstd = bn_rstd(load_one(p.z_norm.var + i), p.z_norm.eps);
       mean = load_one(p.z_norm.mean + i);
       scale = value(p.z_norm.weight, i, A(1)) * rstd;
-      shift = std::fma(-mean, scale, value(p.z_norm.bias, i, A(0)));
+      bias = value(p.z_norm.bias, i, A(0));
       center = value(p.z_grad_bias, i, A(0)) / A(p.M);
       slope = rstd * value(p.z_grad_weight, i, A(0)) / A(p.M);
     }
-    const A values[] = {scale, shift, mean, center, slope};
+    const A values[] = {mean, scale, bias, center, slope};
 #pragma unroll
     for (int v = 0; v < 5; ++v) store_one(to.z_norm + v * to.Np + i, values[v]);
   }

@@ -34,7 +34,7 @@ struct ForwardShape {
 
   // The output tile, and at the end the warps' sums, take the place of the chunks of x. Behind them lie the norm's
   // constants of two chunks, the block's pivots, and the weights.
-  static constexpr int kNorm = 2 * kInner;  // scale and shift of a chunk
+  static constexpr int kNorm = 3 * kInner;  // mean, scale and bias of a chunk
   static constexpr int kBufferBytes = 2 * kBuffer * int(sizeof(S)), kTileBytes = kRows * kOutPitch * int(sizeof(T));
   static constexpr int kNormAt = kBufferBytes > kTileBytes ? kBufferBytes : kTileBytes;
   static constexpr int kPivotAt = kNormAt + 2 * kNorm * int(sizeof(A));
@@ -87,20 +87,21 @@ struct Chunk {
                                           row() + i * Shape::kDown < rows ? valid : 0, p.x_alignment);
   }
   __device__ __forceinline__ void store_y(const A* norm, S* y) const {
-    const Piece<A, E> scale = load_piece<E>(norm + column());
-    const Piece<A, E> shift = load_piece<E>(norm + Shape::kInner + column());
+    const Piece<A, E> mean = load_piece<E>(norm + column());
+    const Piece<A, E> scale = load_piece<E>(norm + Shape::kInner + column());
+    const Piece<A, E> bias = load_piece<E>(norm + 2 * Shape::kInner + column());
 #pragma unroll
     for (int i = 0; i < Shape::kXPieces; ++i) {
       Piece<A, E> v;
 #pragma unroll
-      for (int e = 0; e < E; ++e) v.v[e] = affine(A(x[i].get(e)), scale.v[e], shift.v[e]);
+      for (int e = 0; e < E; ++e) v.v[e] = of_centered(x[i].get(e) - mean.v[e], scale.v[e], bias.v[e]);
       store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column(), Math::relu_operands(v));
     }
   }
   static __device__ __forceinline__ void copy_norm(const Forward<T, S>& p, int c, A* norm) {
     constexpr int P = 16 / sizeof(A), kAcross = Shape::kInner / P;
     const int of_which = thread_x() / kAcross, at = thread_x() % kAcross * P;
-    if (of_which < 2)
+    if (of_which < 3)
       cp_async16(norm + of_which * Shape::kInner + at,
                  p.prepared.norm + of_which * p.prepared.Cp + c * Shape::kInner + at, 16);
   }
