@@ -185,8 +185,9 @@ struct Choice {
   static constexpr int kChannels = CHANNELS;
 };
 
-// Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB).
-constexpr int kWideShared = 128 * 1024, kNarrowShared = 99 * 1024;
+// Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB); 8.0
+// has 163 KiB, 9.0 and 10.0 have 227.
+constexpr int kNarrowShared = 99 * 1024, kWideShared = 163 * 1024, kWidestShared = 227 * 1024;
 
 // Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also for double, where speed is
 // not the point. Every GPU that the kernels are built for (compute capability 8.0 and later) multiplies 16-bit and TF32

@@ -20,6 +20,8 @@ from tests.cuda.emulation.conv1x1 import (
     acc,
     assert_same_kind,
     backward_of,
+    check_backward_of_dead_channels,
+    check_backward_of_no_rows,
     forward_of,
     make_norm,
     make_rows,
@@ -98,10 +100,10 @@ def test_backward_cases(kernels, arithmetic, case) -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("shared", [227, 131, 66], ids="{}KiB".format)
-@pytest.mark.parametrize(("C", "N"), [(30, 40), (330, 100)])
+@pytest.mark.parametrize("shared", [227, 163, 66], ids="{}KiB".format)
+@pytest.mark.parametrize(("C", "N"), [(30, 40), (450, 100)])
 def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
-    """With 227 KiB of shared memory all weights stay there, with less they stream; with 66 the tiles are narrow."""
+    """Weights stay in shared memory, with 227 KiB also many, with 163 these stream; with 66 the tiles are narrow."""
     torch.manual_seed(C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
@@ -116,6 +118,15 @@ def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_backward(kernels, *use(arithmetic), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+
+
+@pytest.mark.parametrize("arithmetic", ["tf32", "bf16"])
+def test_backward_with_streamed_weights(kernels, monkeypatch, arithmetic) -> None:
+    """The turns' weights come one after another where shared memory has no place for all."""
+    torch.manual_seed(10)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(99 * 1024))
+    run_backward(kernels, *use(arithmetic), 150, 36, 330, wgrad=False, orders=(5,))
 
 
 def turns(tiles: int, slices: int, multiprocessors: int, each: int) -> int:
@@ -176,6 +187,10 @@ def test_backward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C, form
     torch.manual_seed(N + C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     run_backward(kernels, *use(arithmetic), 140, C, N, **form)
+
+
+def test_backward_of_no_rows(kernels) -> None:
+    check_backward_of_no_rows(kernels)
 
 
 # ---- numbers that are not ordinary -----------------------------------------------------------------------------------
@@ -256,6 +271,10 @@ def test_infinite_channels_are_as_on_the_cpu(kernels, arithmetic) -> None:
         got = backward_of(kernels, rows, own, weight, grad, tf32)
         for name, value in backward_of(None, rows, own, weight, grad, tf32).items():
             assert_same_kind(got[name], value, f"{name} of {columns}")
+
+
+def test_backward_of_dead_channels(kernels) -> None:
+    check_backward_of_dead_channels(kernels)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -189,3 +189,18 @@ def assert_same_kind(got: Tensor, want: Tensor, name: str) -> None:
     """NaN, infinity of either sign, or finite in the same places."""
     assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN elsewhere"
     assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
+
+
+def check_backward_of_no_rows(kernels: Library) -> None:
+    """An empty batch: all sums are zero, nothing is left in flight."""
+    norm, weight = make_norm(20, F32), torch.randn(10, 20)
+    got = backward_of(kernels, torch.empty(0, 20), norm, weight, torch.empty(0, 10), False)
+    assert not any(value.any() for value in got.values())
+
+
+def check_backward_of_dead_channels(kernels: Library) -> None:
+    """Where no row passes the ReLU nothing of an infinite weight comes back, of rows beyond the last one either."""
+    x, norm, weight = -torch.ones(33, 4), make_norm(4, F32), torch.full((10, 4), float("inf"))
+    norm["mean"], norm["bias"] = torch.full((4,), -0.5), torch.zeros(4)  # the zeros beyond the last row would pass
+    got = backward_of(kernels, x, norm, weight, torch.rand(33, 10), False)
+    assert not got["grad_x"].any() and not got["grad_bias"].any() and not got["grad_weight"].any()

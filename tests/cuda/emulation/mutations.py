@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from tests.cuda.emulation import mutation_list
+from tests.cuda.emulation import mutation_cases
 from tests.cuda.emulation.library import Library, compile_library
-from tests.cuda.emulation.mutation_list import FAMILIES, MUTATIONS, Case, Mutation
+from tests.cuda.emulation.mutation_cases import Case
+from tests.cuda.emulation.mutation_list import FAMILIES, MUTATIONS, Mutation
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -101,7 +102,7 @@ def main() -> int:
         kernels = Library(options.library)
         for case in options.cases:
             torch.manual_seed(0)
-            getattr(mutation_list, case)(kernels)
+            getattr(mutation_cases, case)(kernels)
         return 0
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     if options.list:
