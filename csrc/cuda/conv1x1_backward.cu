@@ -213,7 +213,7 @@ cudaError_t launch_tiles(const Plan& plan, Stream stream, C) {
 
 template <class T>
 size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p) {
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, true>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     return BackwardPlan<T, BackwardShape<T, typename C::Math, C::kChannels>>(p, nullptr).bytes;
   });
@@ -222,7 +222,7 @@ size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p) {
 template <class T>
 cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace) {
   using A = Acc<T>;
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, true>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     using Math = typename C::Math;
     const BackwardPlan<T, BackwardShape<T, Math, C::kChannels>> plan(p, workspace);
@@ -235,7 +235,7 @@ cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream s
       error = launch_tiles<true, false, T>(plan, stream, choice);
     } else if (p.N <= C::kChannels) {
       error = launch_tiles<true, true, T>(plan, stream, choice);
-    } else {
+    } else if constexpr (C::kChannels <= 128) {  // more are chosen only where they are enough
       error = launch_tiles<false, true, T>(plan, stream, choice);
       if (error == cudaSuccess) error = launch_tiles<true, false, T>(plan, stream, choice);
     }

@@ -189,22 +189,28 @@ struct Choice {
 // has 163 KiB, 9.0 and 10.0 have 227.
 constexpr int kNarrowShared = 99 * 1024, kWideShared = 163 * 1024, kWidestShared = 227 * 1024;
 
-// Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also for double, where speed is
-// not the point. Every GPU that the kernels are built for (compute capability 8.0 and later) multiplies 16-bit and TF32
-// matrices.
-template <class T, class F>
+// Calls f with the Choice for a call of N output channels: tiles of 128 or, where that leaves less of them empty, of 96
+// channels (N = 192 of a growth rate of 48 is two of them); WIDEST: of 192 where a block can ask for so much memory.
+template <class Math, bool WIDEST, class F>
+auto choose_channels(int64_t N, const F& f) {
+  const int shared = most_shared_bytes();
+  if (N <= 64 || shared < kWideShared) return f(Choice<Math, 64>{});
+  if constexpr (WIDEST)
+    if (N > 128 && N <= 192 && shared >= kWidestShared) return f(Choice<Math, 192>{});
+  if (round_up(N, 96) < round_up(N, 128)) return f(Choice<Math, 96>{});
+  return f(Choice<Math, 128>{});
+}
+
+// The arithmetic too. For double, where speed is not the point, tiles have 64 channels. Every GPU that the kernels are
+// built for (compute capability 8.0 and later) multiplies 16-bit and TF32 matrices.
+template <class T, bool WIDEST, class F>
 auto choose(int64_t N, bool tf32, const F& f) {
-  if constexpr (sizeof(T) == 8) {
+  if constexpr (sizeof(T) == 8)
     return f(Choice<PlainMath<double>, 64>{});
-  } else {
-    const bool wide = N > 64 && most_shared_bytes() >= kWideShared;
-    if constexpr (sizeof(T) == 4) {
-      if (tf32) return wide ? f(Choice<Tf32Math, 128>{}) : f(Choice<Tf32Math, 64>{});
-      return wide ? f(Choice<PlainMath<float>, 128>{}) : f(Choice<PlainMath<float>, 64>{});
-    } else {
-      return wide ? f(Choice<TensorMath<T>, 128>{}) : f(Choice<TensorMath<T>, 64>{});
-    }
-  }
+  else if constexpr (sizeof(T) == 4)
+    return tf32 ? choose_channels<Tf32Math, WIDEST>(N, f) : choose_channels<PlainMath<float>, WIDEST>(N, f);
+  else
+    return choose_channels<TensorMath<T>, WIDEST>(N, f);
 }
 
 }  // namespace dx::cuda

@@ -189,6 +189,25 @@ def test_backward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C, form
     run_backward(kernels, *use(arithmetic), 140, C, N, **form)
 
 
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize("N", [96, 150, 192])
+def test_forward_in_tiles_of_96_channels(kernels, monkeypatch, arithmetic, N) -> None:
+    torch.manual_seed(N)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    run_forward(kernels, *use(arithmetic), 300, 72, N, bias=N == 96, orders=(5,))
+
+
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize(("N", "wgrad"), [(96, True), (150, True), (192, True), (192, False)])
+@pytest.mark.parametrize("shared", [227, 163], ids="{}KiB".format)
+def test_backward_in_tiles_of_96_or_192_channels(kernels, monkeypatch, arithmetic, N, wgrad, shared) -> None:
+    """192 at once where a block can have 227 KiB of shared memory, else 96 in two turns, and dW by itself."""
+    torch.manual_seed(N)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
+    run_backward(kernels, *use(arithmetic), 200, 72, N, wgrad=wgrad, orders=(5,))
+
+
 def test_backward_of_no_rows(kernels) -> None:
     check_backward_of_no_rows(kernels)
 

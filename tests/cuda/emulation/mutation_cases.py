@@ -38,6 +38,11 @@ def forward_tf32(kernels: Library) -> None:
         conv1x1.run_forward(kernels, *conv1x1.use("tf32"), 150, 40, 30, bias=True, stats=False)
 
 
+def forward_of_96_channels(kernels: Library) -> None:
+    with device():
+        conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 300, 72, 192)
+
+
 def forward_unaligned(kernels: Library) -> None:
     for pitch, offset in ((44, 4), (45, 1)):
         conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 35, 36, 22, pitch, offset)

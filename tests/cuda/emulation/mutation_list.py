@@ -15,6 +15,7 @@ from .mutation_cases import (
     backward_unaligned,
     bn_relu,
     forward_odd,
+    forward_of_96_channels,
     forward_tf32,
     forward_unaligned,
     statistics,
@@ -132,6 +133,20 @@ MUTATIONS = [
         "for (int w = thread_x() / 32; w <",
         "for (int w = 0; w <",
         FORWARD,
+    ),
+    Mutation(
+        "forward: warps without columns carry rows too",
+        "conv1x1_forward_tile.h",
+        "if (warp() >= Shape::kCarriers) return;",
+        "",
+        (forward_of_96_channels,),
+    ),
+    Mutation(
+        "forward: weights beyond a panel of 96 channels",
+        "conv1x1_forward_tile.h",
+        "row() + i * Shape::kDown < Shape::kChannels)",
+        "true)",
+        (forward_of_96_channels,),
     ),
     Mutation(
         "forward: the last block counts as a whole one",
