@@ -1,5 +1,5 @@
-// The backward pass of z = relu((x - m) * s + b) @ W^T in one pass over x and G, for up to 128 output channels (192
-// where a block can ask for 200 KiB of shared memory):
+// The backward pass of z = relu((x - m) * s + b) @ W^T in one pass over x and G, for up to 128 output channels, or 192
+// where a block can have 227 KiB of shared memory:
 //   dz    (through norm2 and its ReLU, when grad_out is the gradient behind them)
 //   y   = relu((x - m) * s + b)                 recomputed
 //   dW += dz^T @ y                              one sum per block
