@@ -53,7 +53,9 @@ def test_layers_know_only_what_is_below() -> None:
         if room in ("algorithm", "reference"):
             assert rooms <= {"algorithm", "reference", "kernels", "checks"}, name
         if room == "units":
-            assert rooms <= {"units", "algorithm", "checks", "_extension"}, name  # compiled, what is asked at every call
+            assert rooms <= {"units", "algorithm", "checks", "_extension"}, (
+                name
+            )  # compiled, what is asked at every call
         if room in ("modules", "models"):
             assert rooms <= {"units", "modules", "checks", "state_dict"}, name
         if room == "fusing":

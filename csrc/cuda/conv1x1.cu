@@ -1,15 +1,16 @@
-// z = relu(x * s + t) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution, statistics as its epilogue.
+// z = relu((x - m) * s + b) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution, statistics as its
+// epilogue.
 //
-// Bytes: x is read once for up to 128 output channels (again, from L2, for each further 128), z written once; the
+// Bytes: x is read once for each tile of up to 128 output channels (but the first time from L2), z written once; the
 // normalised x exists only in shared memory, a chunk of 128 bytes of a row at a time. The weights come prepared (see
 // conv1x1_common.h) out of L2: once per block where all of them fit the shared memory beside the rest (C up to 640 of
 // 128 channels in 16 bits on an H100), since reading them for each tile would double the traffic through L2; else a
 // chunk at a time.
 //
-// A block computes 128 rows x 128 (64) channels; 512 threads hold 32 (16) sums each. Chunks of x are double-buffered:
-// while one is multiplied, the next one, be it of the next tile, is on its way to registers (32 bytes a thread, 16 KiB
-// a block), where it is normalised, by constants that came to shared memory a chunk earlier. 2 x 128 rows x (128 + 16)
-// bytes = 36 KiB, and as much for weights that come in chunks.
+// A block computes 128 rows x 128 (96, 64) channels; 512 threads hold 32 (24, 16) sums each. Chunks of x are
+// double-buffered: while one is multiplied, the next one, be it of the next tile, is on its way to registers (32 bytes
+// a thread, 16 KiB a block), where it is normalised, by constants that came to shared memory a chunk earlier. 2 x 128
+// rows x (128 + 16) bytes = 36 KiB, and as much for weights that come in chunks.
 //
 // The tile leaves through shared memory, so that rows are written in pieces of 16 bytes; the threads that carry them
 // also take the statistics, of the values as stored: sums of the distances from one of the column's values,
@@ -154,7 +155,7 @@ struct ForwardPlan {
 
 template <class T>
 size_t bn_relu_conv1x1_workspace(const BnReluConv1x1<T>& p) {
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, false>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     return ForwardPlan<T, ForwardShape<T, typename C::Math, C::kChannels>>(p, nullptr).bytes;
   });
@@ -164,7 +165,7 @@ template <class T>
 cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* workspace) {
   using A = Acc<T>;
   if (p.M == 0) return cudaSuccess;
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, false>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     using Math = typename C::Math;
     using S = typename Math::Operand;

@@ -1,97 +1,111 @@
-// The backward pass of z = relu(x * s + t) @ W^T in one pass over x and G, for up to 128 output channels:
+// The backward pass of z = relu((x - m) * s + b) @ W^T in one pass over x and G, for up to 128 output channels, or 192
+// where a block can have 227 KiB of shared memory:
 //   dz    (through norm2 and its ReLU, when grad_out is the gradient behind them)
-//   y   = relu(x * s + t)                       recomputed
+//   y   = relu((x - m) * s + b)                 recomputed
 //   dW += dz^T @ y                              one sum per block
 //   dy  = (dz @ W) masked by y > 0              never stored
 //   G   = s * dy + (G | grad_in | 0),  sum(dy),  sum(dy (x - m))
 //
-// A block owns a slice of 128 (16-bit operands; else 64, double 32) columns of x and some rows, in tiles of 64. Its
-// slice of W stays in shared memory, its dW and the two sums of each column stay in registers. Bytes: x once, G read
-// and written once, grad_out and z once for each slice: the blocks of the same rows are neighbours in the grid, so all
-// but the first find them in L2. dW and the sums leave once per block, and a second kernel adds them in the order of
-// the blocks.
+// A block owns a slice of 128 (16-bit operands; else 64, double 32) columns of x and some rows, in tiles of 64 (where
+// operands or channels are others 32, double 16). Its slice of W stays in shared memory, its dW and the two sums of
+// each column stay in registers. Bytes: x once, G read and written once, grad_out and z once for each slice: the blocks
+// of the same rows are neighbours in the grid, so all but the first find them in L2. dW and the sums leave once per
+// block, and a second kernel adds them in the order of the blocks.
 //
 // With more output channels than a tile has (or no dW wanted), the kernel runs without dW, the channels in turns, and
-// dW is a second run of it that has no dgrad, a block for each 128 channels: x and dz are then read twice (4C + 4N
+// dW is a second run of it that has no dgrad, a block for each tile of channels: x and dz are then read twice (4C + 4N
 // elements a row instead of 3C + 2N), since dW of more channels would not stay in registers.
 //
-// 512 threads x (32 sums of dW + 16 of dy + 16 of columns + 16 of x and G) fit 128 registers; W 34 KiB, dz 17, y 17 and
-// dy 34 KiB fit an A100, a block for each multiprocessor. G is asked for while dW is multiplied.
+// 256 threads, so that each may have 255 registers: 64 sums of dW, 32 of dy, 16 of columns, and the warps' parts of the
+// products are large (64 x 32 and 32 x 32), which is what reads little of shared memory. Rows come by asynchronous
+// copy: x, grad_out and z of the next tile are asked for as soon as this one's have become dz and y, and arrive while
+// this one is multiplied; G is asked for when the last one has left, and is awaited behind the products. What a thread
+// copies of grad_out, z and G it also reads, or writes out, itself, so that they need one place, without a barrier; x
+// has two, since its tile is read again behind the products. dy goes from the sums' registers straight into G's tile,
+// which leaves in pieces of 16 bytes. 128 channels of bf16: W 34 KiB, dz 17, y 17, grad_out and z 32, x 34, G 17 and
+// constants of 4 KiB fit an A100.
 #include "conv1x1_backward_tile.h"
 #include "kernels.h"
 
 namespace dx::cuda {
 namespace {
 
-template <class T, class Math, int CHANNELS, bool WHOLE, bool DGRAD, bool WGRAD>
-__global__ void __launch_bounds__(BackwardShape<T, Math, CHANNELS>::kThreads, 1)
+template <class T, class Math, int CHANNELS, bool ASYNC, bool DGRAD, bool WGRAD>
+__global__ void __launch_bounds__(BackwardShape<T, Math, CHANNELS>::kThreads, BackwardShape<T, Math, CHANNELS>::kBlocks)
     bn_relu_conv1x1_backward_tiles(const __grid_constant__ Backward<T, typename Math::Operand> p) {
-  using Shape = BackwardShape<T, Math, CHANNELS, WHOLE>;
+  using Shape = BackwardShape<T, Math, CHANNELS>;
   using A = Acc<T>;
-  using S = typename Math::Operand;
   DX_SHARED_BYTES(shared);
-  S* const weights = reinterpret_cast<S*>(shared);
-  S* const dz = reinterpret_cast<S*>(shared + Shape::kDzAt);
-  S* const y = reinterpret_cast<S*>(shared + Shape::kYAt);
-  A* const tile = reinterpret_cast<A*>(shared + Shape::kTileAt);
-  A* const norm = reinterpret_cast<A*>(shared + Shape::kNormAt);
-  A* const z_norm = norm + 3 * Shape::kColumns;
-
   const int c0 = int(block_x()) * Shape::kColumns;
   const int64_t first = int64_t(block_y()) * p.rows;
-  const int all_rows = rows_from(p.of.M, first, p.rows);
+  const int rows = rows_from(p.of.M, first, p.rows);
   const int n_first = DGRAD ? 0 : int(block_z()) * CHANNELS;
-  const int n_end = DGRAD && !WGRAD ? int(p.prepared.Np) : n_first + CHANNELS;
+  const int turns = DGRAD && !WGRAD ? p.turns : 1;
+  const bool resident = !(DGRAD && !WGRAD) || p.resident;
   const auto zero = [](int) { return A(0); };
   typename Shape::Wgrad wgrad;
   if constexpr (WGRAD) wgrad.begin(zero);
-  Columns<T, Shape, Math> columns;
-  if constexpr (DGRAD) columns.clear();
-  const auto copy_channels = [&](int n0) {
-    if constexpr (DGRAD) copy_weights<T, Shape>(p, n0, c0, weights);
-    if (p.of.z) copy_constants<Shape, 5, CHANNELS>(p.prepared.z_norm + n0, p.prepared.Np, z_norm);
-  };
-  const bool turns = DGRAD && !WGRAD && n_end > CHANNELS;  // channels take turns in shared memory
-  copy_constants<Shape, 3, Shape::kColumns>(p.prepared.norm + c0, p.prepared.Cp, norm);
-  if (!turns) copy_channels(n_first);
-  sync_block();
+  Slice<T, Shape, Math, ASYNC> slice(shared, Shape::template kPanelsAt<WGRAD>, c0);
+  if constexpr (DGRAD) slice.clear_sums();
 
-  for (int done = 0; done < all_rows; done += Shape::kRows) {
-    const int64_t m0 = first + done;
-    const int rows = all_rows - done;
-    if (!DGRAD && done > 0) sync_block();  // dz and y are read no more
-    columns.load_x(p, m0, rows, c0);
+  // Copies are waited for in groups: x, grad_out and z of a tile, then its G.
+  slice.copy_norm(p);
+  for (int turn = 0; turn < (resident ? turns : 0); ++turn) slice.copy_panel(p, n_first + turn * CHANNELS, turn, DGRAD);
+  slice.copy_grad_out(p, first, rows, n_first);
+  slice.copy_x(p, first, rows, 0);
+  cp_async_commit();
+  if constexpr (DGRAD) slice.copy_in(p, first, rows);
+  cp_async_commit();
+  cp_async_wait<1>();
+  sync_block();  // the constants are there
+
+  int side = 0;
+  for (int done = 0; done < rows; done += Shape::kRows, side ^= 1) {
     typename Shape::Dgrad dgrad;
     if constexpr (DGRAD) dgrad.begin(zero);
-    for (int n0 = n_first; n0 < n_end; n0 += CHANNELS) {
-      if (n0 > n_first) sync_block();  // dz and the weights are read no more
-      if (turns) {
-        copy_channels(n0);
-        sync_block();
+    for (int turn = 0; turn < turns; ++turn) {
+      if (turn > 0) sync_block();  // dz and the panel are read no more
+      const int panel = resident ? turn : 0;
+      if (DGRAD && resident && turn == 0) {
+        cp_async_wait<1>();  // not yet for G
+      } else {
+        if (!resident) slice.copy_panel(p, turn * CHANNELS, 0, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+        if (!resident) sync_block();  // the panel is there
       }
-      fill_dz<T, Shape, Math>(p, m0, rows, n0, z_norm, dz);
-      if constexpr (WGRAD) columns.store_y(rows, norm, y);
-      if constexpr (DGRAD) cp_async_wait<0>();
-      sync_block();
+      slice.fill_dz(p, panel);
+      if constexpr (WGRAD) slice.fill_y(rows - done, side);
+      if (turn + 1 < turns) {
+        slice.copy_grad_out(p, first + done, rows - done, (turn + 1) * CHANNELS);
+      } else if (done + Shape::kRows < rows) {
+        const int next = done + Shape::kRows;
+        slice.copy_grad_out(p, first + next, rows - next, n_first);
+        slice.copy_x(p, first + next, rows - next, side ^ 1);
+      }
+      cp_async_commit();
+      sync_block();  // dz and y are there
       if constexpr (DGRAD)
-        dgrad.template multiply<CHANNELS, Inner::k, Inner::rows>(dz, Shape::kDzPitch, weights, Shape::kPitch);
-    }
-    if constexpr (DGRAD) {
-      dgrad.store(tile, Shape::kTilePitch, [](A v) { return v; });
-      columns.load_in(p, m0, rows, c0);
+        dgrad.template multiply<CHANNELS, Inner::k, Inner::rows>(slice.dz(), Shape::kDzPitch, slice.weights(panel),
+                                                                 Shape::kPitch);
     }
     if constexpr (WGRAD)
-      wgrad.template multiply<Shape::kRows, Inner::rows, Inner::rows>(dz, Shape::kDzPitch, y, Shape::kPitch);
+      wgrad.template multiply<Shape::kRows, Inner::rows, Inner::rows>(slice.dz(), Shape::kDzPitch, slice.y(),
+                                                                      Shape::kPitch);
     if constexpr (DGRAD) {
-      sync_block();  // dy is there; dz, y and (where they change) the weights are read no more
-      columns.add_tile(p, m0, rows, c0, norm, tile);
+      cp_async_wait<1>();
+      sync_block();  // G is there; dz and y are read no more
+      slice.add_tile(dgrad, rows - done, side);
+      sync_block();  // G is complete, x is read no more
+      slice.store_tile(p, first + done, rows - done);
+      if (done + Shape::kRows < rows) slice.copy_in(p, first + done + Shape::kRows, rows - done - Shape::kRows);
+      cp_async_commit();
+    } else {
+      sync_block();  // dz and y are read no more
     }
   }
-  if constexpr (DGRAD) {
-    cp_async_wait<0>();  // where there are no rows, nobody waited
-    sync_block();
-    columns.store_sums(tile, p.sums + block_y() * 2 * p.prepared.Cp + c0, p.prepared.Cp);
-  }
+  cp_async_wait<0>();  // where there are no rows, nobody waited
+  if constexpr (DGRAD) slice.store_sums(p.sums + block_y() * 2 * p.prepared.Cp + c0, p.prepared.Cp);
   if constexpr (WGRAD)
     wgrad.store(p.wgrads + (block_y() * p.prepared.Np + n_first) * p.prepared.Cp + c0, p.prepared.Cp,
                 [](A v) { return v; });
@@ -149,7 +163,7 @@ struct BackwardPlan {
   Backward<T, typename Shape::S> p = {};
   int64_t blocks;
   size_t bytes;
-  bool whole;  // all rows consist of whole aligned pieces
+  bool async;  // all rows are aligned to 16 bytes
   BackwardPlan(const BnReluConv1x1Backward<T>& of, void* workspace) {
     using A = Acc<T>;
     Carver carver(workspace);
@@ -163,20 +177,20 @@ struct BackwardPlan {
     const int64_t tiles = ceil_div(of.M, Shape::kRows);
     // a run for dW alone has a block for each tile of channels too
     const int64_t slices = to.Cp / Shape::kColumns;
-    p.rows = int(tiles_of_a_block(tiles, slices, multiprocessors())) * Shape::kRows;
+    p.rows = int(tiles_of_a_block(tiles, slices, Shape::kBlocks * multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(of.M, p.rows));
     p.sums = carver.take<A>(blocks * 2 * to.Cp);
     if (of.grad_conv_weight) p.wgrads = carver.take<A>(blocks * to.Np * to.Cp);
-    p.in = of.grad_in ? of.grad_in : of.accumulate ? Rows<const T>{of.grad_x.data, of.grad_x.pitch} : Rows<const T>{};
+    p.adds = of.grad_in || of.accumulate;
+    p.in = of.grad_in ? of.grad_in : of.accumulate ? Rows<const T>{of.grad_x.data, of.grad_x.pitch} : of.x;
     p.x_alignment = alignment_of(of.x.data, of.x.pitch);
     p.grad_out_alignment = alignment_of(of.grad_out.data, of.grad_out.pitch);
     p.z_alignment = alignment_of(of.z.data, of.z.pitch);
     p.in_alignment = alignment_of(p.in.data, p.in.pitch);
     p.out_alignment = alignment_of(of.grad_x.data, of.grad_x.pitch);
-    constexpr int E = Shape::kRun;
-    whole = whole_pieces<E, T>(of.C, p.x_alignment) && whole_pieces<E, T>(of.N, p.grad_out_alignment) &&
-            whole_pieces<E, T>(of.N, p.z_alignment) && whole_pieces<E, T>(of.C, p.in_alignment) &&
-            whole_pieces<E, T>(of.C, p.out_alignment);
+    async = (p.x_alignment & p.grad_out_alignment & p.z_alignment & p.in_alignment & p.out_alignment) == 16;
+    p.turns = int(to.Np / Shape::kChannels);
+    p.resident = Shape::template shared_bytes<false>(p.turns) <= most_shared_bytes();
     bytes = carver.used();
   }
 };
@@ -190,15 +204,16 @@ cudaError_t launch_tiles(const Plan& plan, Stream stream, C) {
                   DGRAD ? 1u : unsigned(to.Np / C::kChannels));
   auto* kernel = bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, false, DGRAD, WGRAD>;
   if constexpr (sizeof(T) < 8)
-    if (plan.whole) kernel = bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, true, DGRAD, WGRAD>;
-  return launch(kernel, grid, Shape::kThreads, Shape::kSharedBytes, stream, plan.p);
+    if (plan.async) kernel = bn_relu_conv1x1_backward_tiles<T, Math, C::kChannels, true, DGRAD, WGRAD>;
+  const int panels = DGRAD && !WGRAD && plan.p.resident ? plan.p.turns : 1;
+  return launch(kernel, grid, Shape::kThreads, Shape::template shared_bytes<WGRAD>(panels), stream, plan.p);
 }
 
 }  // namespace
 
 template <class T>
 size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p) {
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, true>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     return BackwardPlan<T, BackwardShape<T, typename C::Math, C::kChannels>>(p, nullptr).bytes;
   });
@@ -207,7 +222,7 @@ size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p) {
 template <class T>
 cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace) {
   using A = Acc<T>;
-  return choose<T>(p.N, p.tf32, [&](auto choice) {
+  return choose<T, true>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     using Math = typename C::Math;
     const BackwardPlan<T, BackwardShape<T, Math, C::kChannels>> plan(p, workspace);
@@ -220,7 +235,7 @@ cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream s
       error = launch_tiles<true, false, T>(plan, stream, choice);
     } else if (p.N <= C::kChannels) {
       error = launch_tiles<true, true, T>(plan, stream, choice);
-    } else {
+    } else if constexpr (C::kChannels <= 128) {  // more are chosen only where they are enough
       error = launch_tiles<false, true, T>(plan, stream, choice);
       if (error == cudaSuccess) error = launch_tiles<true, false, T>(plan, stream, choice);
     }

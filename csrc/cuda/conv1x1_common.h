@@ -12,11 +12,12 @@
 
 namespace dx::cuda {
 
-// x s + t with one rounding, whatever the compiler would make of it: a mean that is large beside the deviation leaves
-// digits enough, and what the backward pass computes again is what the forward pass had.
+// BatchNorm of xc = x - mean, which is taken first: exact where a channel is constant, at any mean, and an infinite x
+// gives what (x - mean) * scale + bias gives. The product is fused whatever the compiler would make of it: what the
+// backward pass computes again is what the forward pass had.
 template <class A>
-__device__ __forceinline__ A affine(A x, A scale, A shift) {
-  return std::fma(x, scale, shift);
+__device__ __forceinline__ A of_centered(A xc, A scale, A bias) {
+  return std::fma(xc, scale, bias);
 }
 
 // max(u, 0) that propagates NaN; and whether the gradient passes, as PyTorch's threshold_backward has it.
@@ -113,8 +114,8 @@ template <class A, class S>
 struct Prepared {
   int64_t Np, Cp;  // N and C rounded up to whole tiles
   S* weight;       // [Np, Cp]
-  A* norm;         // [3, Cp]: scale, shift, mean of the norm in front
-  A* z_norm;       // [5, Np]: scale, shift, mean, center, slope of the norm behind (backward), else null
+  A* norm;         // [3, Cp]: mean, scale, bias of the norm in front
+  A* z_norm;       // [5, Np]: mean, scale, bias, center, slope of the norm behind (backward), else null
 };
 
 template <class A, class S>
@@ -142,28 +143,28 @@ __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ P
     store_piece(to.weight + 2 * i, Math::operands(pair));
   }
   if (i < to.Cp) {
-    A scale = 0, shift = 0, mean = 0;
+    A mean = 0, scale = 0, bias = 0;
     if (i < p.C) {
       mean = load_one(p.norm.mean + i);
       scale = value(p.norm.weight, i, A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
-      shift = std::fma(-mean, scale, value(p.norm.bias, i, A(0)));
+      bias = value(p.norm.bias, i, A(0));
     }
-    const A values[] = {scale, shift, mean};
+    const A values[] = {mean, scale, bias};
 #pragma unroll
     for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.Cp + i, values[v]);
   }
   if (to.z_norm && i < to.Np) {
     // dz = s (dy - center - (z - m) slope), with center = sum(dy)/M and slope = r^2 sum(dy (z - m))/M
-    A scale = 0, shift = 0, mean = 0, center = 0, slope = 0;
+    A mean = 0, scale = 0, bias = 0, center = 0, slope = 0;
     if (i < p.N) {
       const A rstd = bn_rstd(load_one(p.z_norm.var + i), p.z_norm.eps);
       mean = load_one(p.z_norm.mean + i);
       scale = value(p.z_norm.weight, i, A(1)) * rstd;
-      shift = std::fma(-mean, scale, value(p.z_norm.bias, i, A(0)));
+      bias = value(p.z_norm.bias, i, A(0));
       center = value(p.z_grad_bias, i, A(0)) / A(p.M);
       slope = rstd * value(p.z_grad_weight, i, A(0)) / A(p.M);
     }
-    const A values[] = {scale, shift, mean, center, slope};
+    const A values[] = {mean, scale, bias, center, slope};
 #pragma unroll
     for (int v = 0; v < 5; ++v) store_one(to.z_norm + v * to.Np + i, values[v]);
   }
@@ -184,25 +185,32 @@ struct Choice {
   static constexpr int kChannels = CHANNELS;
 };
 
-// Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB).
-constexpr int kWideShared = 128 * 1024, kNarrowShared = 99 * 1024;
+// Tiles of 128 channels need more shared memory than GPUs of compute capability 8.6, 8.9 and 12.0 have (99 KiB); 8.0
+// has 163 KiB, 9.0 and 10.0 have 227.
+constexpr int kNarrowShared = 99 * 1024, kWideShared = 163 * 1024, kWidestShared = 227 * 1024;
 
-// Calls f with the Choice for a call: tiles of 64 or 128 output channels, the former also for double, where speed is
-// not the point. Every GPU that the kernels are built for (compute capability 8.0 and later) multiplies 16-bit and TF32
-// matrices.
-template <class T, class F>
+// Calls f with the Choice for a call of N output channels: tiles of 128 or, where that leaves less of them empty, of 96
+// channels (N = 192 of a growth rate of 48 is two of them); WIDEST: of 192 where a block can ask for so much memory.
+template <class Math, bool WIDEST, class F>
+auto choose_channels(int64_t N, const F& f) {
+  const int shared = most_shared_bytes();
+  if (N <= 64 || shared < kWideShared) return f(Choice<Math, 64>{});
+  if constexpr (WIDEST)
+    if (N > 128 && N <= 192 && shared >= kWidestShared) return f(Choice<Math, 192>{});
+  if (round_up(N, 96) < round_up(N, 128)) return f(Choice<Math, 96>{});
+  return f(Choice<Math, 128>{});
+}
+
+// The arithmetic too. For double, where speed is not the point, tiles have 64 channels. Every GPU that the kernels are
+// built for (compute capability 8.0 and later) multiplies 16-bit and TF32 matrices.
+template <class T, bool WIDEST, class F>
 auto choose(int64_t N, bool tf32, const F& f) {
-  if constexpr (sizeof(T) == 8) {
+  if constexpr (sizeof(T) == 8)
     return f(Choice<PlainMath<double>, 64>{});
-  } else {
-    const bool wide = N > 64 && most_shared_bytes() >= kWideShared;
-    if constexpr (sizeof(T) == 4) {
-      if (tf32) return wide ? f(Choice<Tf32Math, 128>{}) : f(Choice<Tf32Math, 64>{});
-      return wide ? f(Choice<PlainMath<float>, 128>{}) : f(Choice<PlainMath<float>, 64>{});
-    } else {
-      return wide ? f(Choice<TensorMath<T>, 128>{}) : f(Choice<TensorMath<T>, 64>{});
-    }
-  }
+  else if constexpr (sizeof(T) == 4)
+    return tf32 ? choose_channels<Tf32Math, WIDEST>(N, f) : choose_channels<PlainMath<float>, WIDEST>(N, f);
+  else
+    return choose_channels<TensorMath<T>, WIDEST>(N, f);
 }
 
 }  // namespace dx::cuda

@@ -19,22 +19,26 @@ struct ForwardShape {
   static constexpr int kPiece = 16 / sizeof(S);   // operands of 16 bytes
   static constexpr int kInner = 8 * kPiece;       // a chunk of C: 128 bytes of operands
   static constexpr int kPitch = kInner + kPiece;  // an odd number of pieces
-  static constexpr int kXPieces = kRows * 8 / kThreads, kWeightPieces = kChannels * 8 / kThreads;
+  static constexpr int kXPieces = kRows * 8 / kThreads;
   static constexpr int kDown = kThreads / 8;         // rows that the threads fill at once
   static constexpr int kPanel = kChannels * kPitch;  // operands of a chunk of the weights
   static constexpr int kBuffer = kRows * kPitch;     // operands of a chunk of x
   static_assert(kPitch / kPiece % 2 == 1, "no bank conflicts");
-  static_assert(kXPieces * kDown == kRows && kWeightPieces * kDown == kChannels, "threads fill whole chunks");
+  static constexpr int kWeightPieces = (kChannels + kDown - 1) / kDown;
+  static_assert(kXPieces * kDown == kRows, "threads fill whole chunks of x");
 
-  // How a warp carries the tile out: 32 columns in pieces of 16 bytes, and as many rows as a piece has elements.
+  // How a warp carries the tile out: 32 columns in pieces of 16 bytes, and as many rows as a piece has elements. Of a
+  // tile of 96 columns 12 of the 16 warps do.
   static constexpr int kOutPiece = 16 / sizeof(T), kOutAcross = 32 / kOutPiece, kWarpsAcross = kChannels / 32;
-  static constexpr int kOutDown = kWarps / kWarpsAcross * kOutPiece, kOutPieces = kRows / kOutDown;
+  static constexpr int kWarpsDown = kChannels % 64 == 0 ? kWarps / kWarpsAcross : 4,
+                       kCarriers = kWarpsDown * kWarpsAcross;
+  static constexpr int kOutDown = kWarpsDown * kOutPiece, kOutPieces = kRows / kOutDown;
   static constexpr int kOutPitch = kChannels + kOutPiece;
-  static_assert(kWarps % kWarpsAcross == 0 && kOutPieces * kOutDown == kRows, "warps cover the tile");
+  static_assert(kCarriers <= kWarps && kOutPieces * kOutDown == kRows, "warps cover the tile");
 
   // The output tile, and at the end the warps' sums, take the place of the chunks of x. Behind them lie the norm's
   // constants of two chunks, the block's pivots, and the weights.
-  static constexpr int kNorm = 2 * kInner;  // scale and shift of a chunk
+  static constexpr int kNorm = 3 * kInner;  // mean, scale and bias of a chunk
   static constexpr int kBufferBytes = 2 * kBuffer * int(sizeof(S)), kTileBytes = kRows * kOutPitch * int(sizeof(T));
   static constexpr int kNormAt = kBufferBytes > kTileBytes ? kBufferBytes : kTileBytes;
   static constexpr int kPivotAt = kNormAt + 2 * kNorm * int(sizeof(A));
@@ -44,7 +48,8 @@ struct ForwardShape {
   static_assert(kWarps * 2 * 32 * int(sizeof(A)) <= kNormAt, "the warps' sums fit the place of the chunks");
   static_assert(shared_bytes(2) <= (CHANNELS > 64 ? kWideShared : kNarrowShared), "fits where it is chosen");
 
-  using Tile = typename Math::template Tile<kRows, kChannels, kThreads, 4>;
+  // The warps' parts are 32 x 32, 32 x 16, or 16 x 48.
+  using Tile = typename Math::template Tile<kRows, kChannels, kThreads, kChannels % 64 == 0 ? 4 : 8>;
 };
 
 using Typical = ForwardShape<bfloat16, TensorMath<bfloat16>, 128>;
@@ -87,20 +92,21 @@ struct Chunk {
                                           row() + i * Shape::kDown < rows ? valid : 0, p.x_alignment);
   }
   __device__ __forceinline__ void store_y(const A* norm, S* y) const {
-    const Piece<A, E> scale = load_piece<E>(norm + column());
-    const Piece<A, E> shift = load_piece<E>(norm + Shape::kInner + column());
+    const Piece<A, E> mean = load_piece<E>(norm + column());
+    const Piece<A, E> scale = load_piece<E>(norm + Shape::kInner + column());
+    const Piece<A, E> bias = load_piece<E>(norm + 2 * Shape::kInner + column());
 #pragma unroll
     for (int i = 0; i < Shape::kXPieces; ++i) {
       Piece<A, E> v;
 #pragma unroll
-      for (int e = 0; e < E; ++e) v.v[e] = affine(A(x[i].get(e)), scale.v[e], shift.v[e]);
+      for (int e = 0; e < E; ++e) v.v[e] = of_centered(x[i].get(e) - mean.v[e], scale.v[e], bias.v[e]);
       store_piece(y + (row() + i * Shape::kDown) * Shape::kPitch + column(), Math::relu_operands(v));
     }
   }
   static __device__ __forceinline__ void copy_norm(const Forward<T, S>& p, int c, A* norm) {
     constexpr int P = 16 / sizeof(A), kAcross = Shape::kInner / P;
     const int of_which = thread_x() / kAcross, at = thread_x() % kAcross * P;
-    if (of_which < 2)
+    if (of_which < 3)
       cp_async16(norm + of_which * Shape::kInner + at,
                  p.prepared.norm + of_which * p.prepared.Cp + c * Shape::kInner + at, 16);
   }
@@ -108,8 +114,9 @@ struct Chunk {
     const S* from = p.prepared.weight + int64_t(n0 + row()) * p.prepared.Cp + c * Shape::kInner + column();
 #pragma unroll
     for (int i = 0; i < Shape::kWeightPieces; ++i)
-      cp_async16(panel + (row() + i * Shape::kDown) * Shape::kPitch + column(), from + i * Shape::kDown * p.prepared.Cp,
-                 16);
+      if (Shape::kChannels % Shape::kDown == 0 || row() + i * Shape::kDown < Shape::kChannels)
+        cp_async16(panel + (row() + i * Shape::kDown) * Shape::kPitch + column(),
+                   from + i * Shape::kDown * p.prepared.Cp, 16);
   }
 };
 
@@ -131,6 +138,7 @@ class Output {
   // Writes the tile that lies in shared memory and adds its rows to the sums.
   __device__ __forceinline__ void write(const Forward<T, S>& p, int64_t m0, int rows, int n0, const T* tile,
                                         const T* pivots) {
+    if (warp() >= Shape::kCarriers) return;
     const int left = int(p.of.N) - n0 - column(), valid = left < E ? left : E;
     T* to = p.of.out.row(m0 + row()) + n0 + column();
     Piece<T, E> pieces[Shape::kOutPieces];
@@ -169,7 +177,7 @@ class Output {
     sync_block();
     if (thread_x() >= Shape::kChannels) return;
     A sum = 0, squares = 0;
-    for (int w = thread_x() / 32; w < Shape::kWarps; w += Shape::kWarpsAcross) {
+    for (int w = thread_x() / 32; w < Shape::kCarriers; w += Shape::kWarpsAcross) {
       sum += load_one(of_warps + w * 64 + lane());
       squares += load_one(of_warps + w * 64 + 32 + lane());
     }

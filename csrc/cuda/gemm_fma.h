@@ -22,6 +22,14 @@ struct FmaTile {
   static __device__ __forceinline__ int first_row() { return thread_x() / kAcross; }
   static __device__ __forceinline__ int first_column() { return thread_x() % kAcross; }
 
+  // The thread's share of the tile: own(i, j) is the sum of row(i), column(j). kRun columns lie side by side, and
+  // kSharers threads, of all numbers below that, have the same columns.
+  static constexpr int kOwnRows = kRows, kOwnColumns = kColumns, kRun = 1, kSharers = kDown;
+  static __device__ __forceinline__ int row(int i) { return first_row() + i * kDown; }
+  static __device__ __forceinline__ int column(int j) { return first_column() + j * kAcross; }
+  static __device__ __forceinline__ int sharer() { return first_row(); }
+  __device__ __forceinline__ A own(int i, int j) const { return sum[i][j]; }
+
   // Each sum begins as start(its column).
   template <class F>
   __device__ __forceinline__ void begin(const F& start) {

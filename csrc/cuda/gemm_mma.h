@@ -22,6 +22,13 @@ struct WarpGrid {
   static __device__ __forceinline__ int first_row() { return thread_x() / 32 / kAcross * (kDownTiles * 16); }
   static __device__ __forceinline__ int first_column() { return thread_x() / 32 % kAcross * (kAcrossTiles * 8); }
 
+  // The thread's share, as FmaTile has it.
+  static constexpr int kOwnRows = 2 * kDownTiles, kOwnColumns = 2 * kAcrossTiles, kRun = 2, kSharers = 8 * WARPS_DOWN;
+  static __device__ __forceinline__ int row(int i) { return first_row() + lane() / 4 + i * 8; }
+  static __device__ __forceinline__ int column(int j) { return first_column() + lane() % 4 * 2 + j / 2 * 8 + j % 2; }
+  static __device__ __forceinline__ int sharer() { return thread_x() / 32 / kAcross * 8 + lane() / 4; }
+  __device__ __forceinline__ float own(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
   // Each sum begins as start(its column).
   template <class F>
   __device__ __forceinline__ void begin(const F& start) {

@@ -41,17 +41,17 @@ inline int64_t multiprocessors() {
   return of_test("DENSENET_EXT_TEST_MULTIPROCESSORS", count);
 }
 
-// How many of the `tiles` below one another a block works through, for kernels of which a multiprocessor holds one
-// block and that cut the columns into `slices`. What a block does once (it fetches its weights, leaves its sums) takes
-// about as long as a tile, and a block too many a turn of its own: so as many blocks as fill one turn of the
-// multiprocessors, or two where the slices leave too many of them idle in one.
-inline int64_t tiles_of_a_block(int64_t tiles, int64_t slices, int64_t multiprocessors) {
+// How many of the `tiles` below one another a block works through, for kernels of which the multiprocessors hold
+// `places` blocks at a time and that cut the columns into `slices`. What a block does once (it fetches its weights,
+// leaves its sums) takes about as long as a tile, and a block too many a turn of its own: so as many blocks as fill one
+// turn of the places, or two where the slices leave too many of them idle in one.
+inline int64_t tiles_of_a_block(int64_t tiles, int64_t slices, int64_t places) {
   int64_t best = 1, least = INT64_MAX;
   for (int64_t turns = 1; turns <= 2; ++turns) {
-    const int64_t below = turns * multiprocessors / slices, blocks = below > 1 ? below : 1;
+    const int64_t below = turns * places / slices, blocks = below > 1 ? below : 1;
     const int64_t each = tiles > blocks ? (tiles + blocks - 1) / blocks : 1;
     const int64_t launched = slices * ((tiles + each - 1) / each);
-    const int64_t time = (launched + multiprocessors - 1) / multiprocessors * (each + 1);
+    const int64_t time = (launched + places - 1) / places * (each + 1);
     if (time < least) best = each, least = time;
   }
   return best;

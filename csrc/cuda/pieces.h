@@ -20,10 +20,9 @@ struct Piece {
   __device__ __forceinline__ T raw(int e) const { return v[e]; }
   __device__ __forceinline__ void set_zero(int e, T value) { v[e] = value; }  // where 0 was
   static __device__ __forceinline__ Piece narrowed(const Piece<Acc<T>, E>& values) { return values; }
-  template <int F>
-  __device__ __forceinline__ void insert(int at, const Piece<T, F>& part) {
+  __device__ __forceinline__ void keep(bool kept) {  // or zeros
 #pragma unroll
-    for (int f = 0; f < F; ++f) v[at + f] = part.v[f];
+    for (int e = 0; e < E; ++e) v[e] = kept ? v[e] : T(0);
   }
 };
 
@@ -35,10 +34,9 @@ struct HalfPiece {
 
   __device__ __forceinline__ T raw(int e) const { return T{uint16_t(pairs[e / 2] >> (e % 2 * 16))}; }
   __device__ __forceinline__ void set_zero(int e, T value) { pairs[e / 2] |= uint32_t(value.bits) << (e % 2 * 16); }
-  template <int F>
-  __device__ __forceinline__ void insert(int at, const Piece<T, F>& part) {
+  __device__ __forceinline__ void keep(bool kept) {
 #pragma unroll
-    for (int f = 0; f < F; f += 2) pairs[(at + f) / 2] = part.pairs[f / 2];
+    for (int i = 0; i < E / 2; ++i) pairs[i] = kept ? pairs[i] : 0;
   }
   static __device__ __forceinline__ Piece<T, E> narrowed(const Piece<float, E>& values) {
     Piece<T, E> piece;

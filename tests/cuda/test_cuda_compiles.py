@@ -180,10 +180,11 @@ def test_no_kernel_spills(build: Build, record_property: Callable[[str, object],
 
 # Kernel (a pattern): bytes of a store, how many of them there are at least. Rows of a tile or of a thread, once each.
 STORES = {
-    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, 128, .*>": (16, 4),
+    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, (96|128), .*>": (16, 4),
     r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, 64, .*>": (16, 2),
     r"bn_relu_conv1x1_tiles<float, .*, 128, .*>": (16, 8),
-    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, 128, .*, true, .*>": (8, 4),
+    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, (96|128|192), .*, true, .*>": (16, 4),
+    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, 64, .*, true, .*>": (16, 2),
     r"bn_relu_conv1x1_backward_tiles<float, .*, true, (true|false)>": (16, 2),
     r"bn_relu_kernel<(bf|f)loat16, 8>": (16, 4),
     r"bn_relu_kernel<float, 4>": (16, 4),

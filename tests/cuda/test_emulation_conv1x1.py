@@ -14,7 +14,22 @@ from torch import Tensor
 
 import densenet_ext  # noqa: F401  (registers the operators)
 from tests.cuda.emulation import mutation_list, mutations
-from tests.cuda.emulation.conv1x1 import ARITHMETIC, F64, acc, make_norm, make_rows, ops, run_backward, run_forward, use
+from tests.cuda.emulation.conv1x1 import (
+    ARITHMETIC,
+    F64,
+    acc,
+    assert_same_kind,
+    backward_of,
+    check_backward_of_dead_channels,
+    check_backward_of_no_rows,
+    forward_of,
+    make_norm,
+    make_rows,
+    ops,
+    run_backward,
+    run_forward,
+    use,
+)
 from tests.cuda.emulation.library import Library, compile_library
 from tests.support.kernel_calls import WIDE
 
@@ -85,10 +100,10 @@ def test_backward_cases(kernels, arithmetic, case) -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("shared", [227, 131, 66], ids="{}KiB".format)
-@pytest.mark.parametrize(("C", "N"), [(30, 40), (330, 100)])
+@pytest.mark.parametrize("shared", [227, 163, 66], ids="{}KiB".format)
+@pytest.mark.parametrize(("C", "N"), [(30, 40), (450, 100)])
 def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
-    """With 227 KiB of shared memory all weights stay there, with less they stream; with 66 the tiles are narrow."""
+    """Weights stay in shared memory, with 227 KiB also many, with 163 these stream; with 66 the tiles are narrow."""
     torch.manual_seed(C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
@@ -103,6 +118,15 @@ def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_backward(kernels, *use(arithmetic), 200, C, N, wgrad=wgrad, into="accumulate", orders=(5,))
+
+
+@pytest.mark.parametrize("arithmetic", ["tf32", "bf16"])
+def test_backward_with_streamed_weights(kernels, monkeypatch, arithmetic) -> None:
+    """The turns' weights come one after another where shared memory has no place for all."""
+    torch.manual_seed(10)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(99 * 1024))
+    run_backward(kernels, *use(arithmetic), 150, 36, 330, wgrad=False, orders=(5,))
 
 
 def turns(tiles: int, slices: int, multiprocessors: int, each: int) -> int:
@@ -165,6 +189,29 @@ def test_backward_of_whole_networks(kernels, monkeypatch, arithmetic, N, C, form
     run_backward(kernels, *use(arithmetic), 140, C, N, **form)
 
 
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize("N", [96, 150, 192])
+def test_forward_in_tiles_of_96_channels(kernels, monkeypatch, arithmetic, N) -> None:
+    torch.manual_seed(N)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    run_forward(kernels, *use(arithmetic), 300, 72, N, bias=N == 96, orders=(5,))
+
+
+@pytest.mark.parametrize("arithmetic", SHIPPED)
+@pytest.mark.parametrize(("N", "wgrad"), [(96, True), (150, True), (192, True), (192, False)])
+@pytest.mark.parametrize("shared", [227, 163], ids="{}KiB".format)
+def test_backward_in_tiles_of_96_or_192_channels(kernels, monkeypatch, arithmetic, N, wgrad, shared) -> None:
+    """192 at once where a block can have 227 KiB of shared memory, else 96 in two turns, and dW by itself."""
+    torch.manual_seed(N)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
+    run_backward(kernels, *use(arithmetic), 200, 72, N, wgrad=wgrad, orders=(5,))
+
+
+def test_backward_of_no_rows(kernels) -> None:
+    check_backward_of_no_rows(kernels)
+
+
 # ---- numbers that are not ordinary -----------------------------------------------------------------------------------
 
 
@@ -176,11 +223,7 @@ def test_forward_nan_and_infinity(kernels, arithmetic) -> None:
     x, norm = make_rows(40, 20, dtype), make_norm(20, dtype)
     x[3, 5], x[7, 19], x[39, 0] = float("nan"), float("inf"), -float("inf")
     weight = torch.randn(10, 20, dtype=acc(dtype))
-    got, want = torch.zeros(40, 10, dtype=dtype), torch.zeros(40, 10, dtype=dtype)
-    kernels(
-        "bn_relu_conv1x1", x=x, **norm, conv_weight=weight, out_bias=None, out_relu=False, out=got, out_mean=None,
-        out_var=None, tf32=tf32,
-    )  # fmt: skip
+    got, want = forward_of(kernels, x, norm, weight, tf32), torch.zeros(40, 10, dtype=dtype)
     ops.bn_relu_conv1x1(x, *norm.values(), weight, None, False, want, None, None)
     assert torch.equal(got.isnan(), want.isnan()) and got.isnan()[3].all()
     assert torch.equal(got.isinf(), want.isinf())
@@ -194,20 +237,78 @@ def test_backward_nan(kernels, arithmetic) -> None:
     x, norm, weight = make_rows(40, 20, dtype), make_norm(20, dtype), torch.randn(10, 20, dtype=acc(dtype))
     grad = make_rows(40, 10, dtype)
     x[3, 5] = float("nan")
-    arguments = {"x": x, **norm, "conv_weight": weight, "grad_out": grad} | dict.fromkeys(
-        ["z", "z_mean", "z_var", "z_weight", "z_bias"], None
-    )
-    arguments |= {"z_eps": 0.0, "z_grad_weight": None, "z_grad_bias": None, "grad_in": None, "accumulate": False}
-
-    def results() -> dict[str, Tensor]:
-        vectors = {k: torch.zeros(20, dtype=acc(dtype)) for k in ("grad_weight", "grad_bias", "grad_mean", "grad_var")}
-        return {"grad_x": torch.zeros(40, 20, dtype=dtype), "grad_conv_weight": torch.zeros_like(weight)} | vectors
-
-    got, want = results(), results()
-    kernels("bn_relu_conv1x1_backward", **arguments, **got, tf32=tf32)
-    ops.bn_relu_conv1x1_backward(*arguments.values(), *want.values())
+    got = backward_of(kernels, x, norm, weight, grad, tf32)
+    want = backward_of(None, x, norm, weight, grad, tf32)
     for name in got:
         assert torch.equal(got[name].isnan(), want[name].isnan()), name
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "tf32", "double"])
+def test_a_large_mean_costs_no_digits(kernels, arithmetic) -> None:
+    """The mean is 1e5 deviations: x * scale + shift would have two digits left in float."""
+    torch.manual_seed(6)
+    run_forward(kernels, *use(arithmetic), 70, 20, 30, mean_and_deviation=(1e4, 0.1))
+    run_backward(kernels, *use(arithmetic), 70, 20, 30, mean_and_deviation=(1e4, 0.1))
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "tf32", "fp16"])
+def test_constant_channels_are_exact(kernels, arithmetic) -> None:
+    """x - mean is zero there and the norm's bias all that is left, in the ReLU's mask too."""
+    dtype, tf32, _ = use(arithmetic)
+    torch.manual_seed(7)
+    M, C = 100, 37
+    x = (torch.linspace(-1e4, 1e4, C) / 3).to(dtype).expand(M, C).contiguous()
+    bias = torch.randn(C).bfloat16().float()  # which TF32 holds as well
+    bias[::3] = 0
+    norm = {"mean": x[0].float(), "var": torch.zeros(C), "weight": torch.randn(C), "bias": bias, "eps": 1e-5}
+    out = forward_of(kernels, x, norm, torch.eye(C), tf32)
+    assert torch.equal(out, bias.relu().to(dtype).expand(M, C))
+    got = backward_of(kernels, x, norm, torch.eye(C), torch.ones_like(x), tf32)
+    assert torch.equal(got["grad_bias"], M * (bias > 0).float()) and not got["grad_weight"].any()
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "tf32", "bf16"])
+def test_infinite_channels_are_as_on_the_cpu(kernels, arithmetic) -> None:
+    """Infinite values, infinite statistics, and values whose product with the scale alone overflows."""
+    dtype, tf32, _ = use(arithmetic)
+    torch.manual_seed(8)
+    inf, nan = float("inf"), float("nan")
+    huge = torch.tensor(2e38).to(dtype).float().item()
+    x = torch.randn(50, 12).to(dtype)
+    x[3, 0], x[4, 1], x[5, 2], x[6, 3], x[:, 6] = inf, -inf, inf, nan, huge
+    norm = make_norm(12, dtype)
+    norm["mean"][4], norm["mean"][5], norm["mean"][6] = inf, -inf, huge
+    norm["var"][5], norm["weight"][2], norm["weight"][6] = nan, 0.0, 100.0
+    for columns in range(12):  # each alone with the ordinary last one: a NaN of one row hides nothing of another
+        few = torch.tensor([columns, 11])
+        own = {name: value[few] if isinstance(value, Tensor) else value for name, value in norm.items()}
+        rows, weight = x[:, few].contiguous(), torch.rand(10, 2)
+        got, want = forward_of(kernels, rows, own, weight, tf32), torch.empty(50, 10, dtype=dtype)
+        ops.bn_relu_conv1x1(rows, *own.values(), weight, None, False, want, None, None)
+        assert_same_kind(got, want, f"out of {columns}")
+        grad = torch.rand(50, 10).to(dtype)
+        got = backward_of(kernels, rows, own, weight, grad, tf32)
+        for name, value in backward_of(None, rows, own, weight, grad, tf32).items():
+            assert_same_kind(got[name], value, f"{name} of {columns}")
+
+
+def test_backward_of_dead_channels(kernels) -> None:
+    check_backward_of_dead_channels(kernels)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_infinite_bottleneck_is_as_on_the_cpu(kernels, frozen) -> None:
+    torch.manual_seed(9)
+    x, z, grad, weight = torch.randn(40, 6), torch.randn(40, 5), torch.randn(40, 5), torch.rand(5, 6)
+    z[3, 1], z[4, 2], z[5, 3] = float("inf"), -float("inf"), float("nan")
+    z_norm = {f"z_{name}": value for name, value in make_norm(5, F64).items()}
+    z_norm = {name: value.float() if isinstance(value, Tensor) else value for name, value in z_norm.items()}
+    sums = None if frozen else torch.tensor([0.0, 1.0, 0.0, 2.0, 3.0])
+    behind = {"z": z, **z_norm, "z_grad_weight": sums, "z_grad_bias": sums}
+    norm = make_norm(6, torch.float32)
+    got = backward_of(kernels, x, norm, weight, grad, False, **behind)
+    for name, value in backward_of(None, x, norm, weight, grad, False, **behind).items():
+        assert_same_kind(got[name], value, name)
 
 
 @pytest.mark.parametrize("arithmetic", ["float", "tf32", "double"])

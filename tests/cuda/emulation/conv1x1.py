@@ -31,14 +31,20 @@ def make_rows(M: int, C: int, dtype: torch.dtype, pitch: int = 0, offset: int = 
     return wide[:, offset : offset + C]
 
 
-def make_norm(C: int, dtype: torch.dtype, prefix: str = "") -> dict[str, object]:
+def make_norm(C: int, dtype: torch.dtype) -> dict[str, object]:
     values = {
         "mean": torch.randn(C, dtype=F64) * 0.3,
         "var": torch.rand(C, dtype=F64) + 0.5,
         "weight": torch.rand(C, dtype=F64) + 0.5,
         "bias": torch.randn(C, dtype=F64) * 0.5,
     }
-    return {f"{prefix}{k}": v.to(acc(dtype)) for k, v in values.items()} | {f"{prefix}eps": 1e-5}
+    return {name: value.to(acc(dtype)) for name, value in values.items()} | {"eps": 1e-5}
+
+
+def move(x: Tensor, norm: dict[str, object], mean: float, deviation: float) -> None:
+    """Makes the features' mean and deviation about these, and the norm's statistics with them."""
+    x.copy_(x.double() * deviation + mean)
+    norm["mean"], norm["var"] = norm["mean"] * deviation + mean, norm["var"] * deviation**2
 
 
 def wide(value: object) -> object:
@@ -73,10 +79,12 @@ def use(arithmetic: str) -> tuple[torch.dtype, bool, float]:
 
 
 def run_forward(
-    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, bias=False, stats=True, orders=()
-) -> Tensor:
+    kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, bias=False, stats=True, orders=(),
+    mean_and_deviation=(0.0, 1.0),
+) -> Tensor:  # fmt: skip
     x = make_rows(M, C, dtype, pitch, offset)
     norm = make_norm(C, dtype)
+    move(x, norm, *mean_and_deviation)
     conv_weight = (torch.randn(N, C, dtype=F64) / C**0.5).to(acc(dtype))
     out = make_rows(M, N, dtype, N + (5 if offset else 0), 3 if offset else 0)
     out_bias = torch.randn(N, dtype=F64).to(acc(dtype)) if bias else None
@@ -109,15 +117,18 @@ def run_forward(
 
 def run_backward(
     kernels: Library, dtype, tf32, tolerance, M, C, N, pitch=0, offset=0, *, through_norm=True, frozen_z=False,
-    into="grad_in", wgrad=True, frozen=False, orders=(),
+    into="grad_in", wgrad=True, frozen=False, orders=(), mean_and_deviation=(0.0, 1.0),
 ) -> None:  # fmt: skip
     A = acc(dtype)
     x, grad_out = make_rows(M, C, dtype, pitch, offset), make_rows(M, N, dtype, N + offset % 2, offset % 2)
     norm = make_norm(C, dtype)
+    move(x, norm, *mean_and_deviation)
     weight = (torch.randn(N, C, dtype=F64) / N**0.5).to(A)
     arguments: dict[str, object] = {"x": x, **norm, "conv_weight": weight, "grad_out": grad_out}
-    z_norm = make_norm(N, dtype, "z_")
-    arguments["z"] = make_rows(M, N, dtype, N + offset, offset) if through_norm else None
+    z, z_norm = make_rows(M, N, dtype, N + offset, offset), make_norm(N, dtype)
+    move(z, z_norm, *mean_and_deviation)
+    z_norm = {f"z_{name}": value for name, value in z_norm.items()}
+    arguments["z"] = z if through_norm else None
     arguments |= z_norm if through_norm else dict.fromkeys(z_norm, None) | {"z_eps": 0.0}
     with_sums = through_norm and not frozen_z
     arguments["z_grad_weight"] = torch.randn(N, dtype=A) * M**0.5 if with_sums else None
@@ -146,3 +157,50 @@ def run_backward(
     for name, value in results.items():
         if value is not None:
             compare(name, value, wanted[name], tolerance * (1 if name == "grad_x" else 2))
+
+
+def forward_of(kernels: Library, x: Tensor, norm: dict[str, object], weight: Tensor, tf32: bool) -> Tensor:
+    """The kernel's result, without statistics."""
+    out = x.new_full((len(x), len(weight)), float("nan"))
+    kernels(
+        "bn_relu_conv1x1", x=x, **norm, conv_weight=weight, out_bias=None, out_relu=False, out=out, out_mean=None,
+        out_var=None, tf32=tf32,
+    )  # fmt: skip
+    return out
+
+
+def backward_of(
+    kernels: Library | None, x: Tensor, norm: dict[str, object], weight: Tensor, grad: Tensor, tf32: bool, **behind
+) -> dict[str, Tensor]:
+    """All results of the kernel, or of the CPU backend; ``behind``: z, its norm and the norm's two sums."""
+    nothing = dict.fromkeys(("z", "z_mean", "z_var", "z_weight", "z_bias"), None) | {"z_eps": 0.0}
+    arguments = {"x": x, **norm, "conv_weight": weight, "grad_out": grad} | nothing
+    arguments |= {"z_grad_weight": None, "z_grad_bias": None, **behind, "grad_in": None, "accumulate": False}
+    sums = {name: weight.new_zeros(x.shape[1]) for name in ("grad_weight", "grad_bias", "grad_mean", "grad_var")}
+    results = {"grad_x": torch.zeros_like(x), "grad_conv_weight": torch.zeros_like(weight), **sums}
+    if kernels is None:
+        ops.bn_relu_conv1x1_backward(*arguments.values(), *results.values())
+    else:
+        kernels("bn_relu_conv1x1_backward", **arguments, **results, tf32=tf32)
+    return results
+
+
+def assert_same_kind(got: Tensor, want: Tensor, name: str) -> None:
+    """NaN, infinity of either sign, or finite in the same places."""
+    assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN elsewhere"
+    assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
+
+
+def check_backward_of_no_rows(kernels: Library) -> None:
+    """An empty batch: all sums are zero, nothing is left in flight."""
+    norm, weight = make_norm(20, F32), torch.randn(10, 20)
+    got = backward_of(kernels, torch.empty(0, 20), norm, weight, torch.empty(0, 10), False)
+    assert not any(value.any() for value in got.values())
+
+
+def check_backward_of_dead_channels(kernels: Library) -> None:
+    """Where no row passes the ReLU nothing of an infinite weight comes back, of rows beyond the last one either."""
+    x, norm, weight = -torch.ones(33, 4), make_norm(4, F32), torch.full((10, 4), float("inf"))
+    norm["mean"], norm["bias"] = torch.full((4,), -0.5), torch.zeros(4)  # the zeros beyond the last row would pass
+    got = backward_of(kernels, x, norm, weight, torch.rand(33, 10), False)
+    assert not got["grad_x"].any() and not got["grad_bias"].any() and not got["grad_weight"].any()

@@ -1,98 +1,27 @@
-"""Faults for the emulated kernels, and the small calls that have to see them (mutations.py applies and runs them)."""
+"""Faults for the emulated kernels, and which calls have to see them (mutations.py applies and runs them)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
-from . import compare, conv1x1
-from .library import Library
+from .mutation_cases import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    backward_narrow,
+    backward_of_dead_channels,
+    backward_of_no_rows,
+    backward_unaligned,
+    bn_relu,
+    forward_odd,
+    forward_of_96_channels,
+    forward_tf32,
+    forward_unaligned,
+    statistics,
+)
 
 FAMILIES = ("DX_CONV1X1", "DX_STATISTICS", "DX_BN_RELU", "DX_COPY_TAPS")  # the kernels that are mutated
-
-
-Case = Callable[[Library], None]
-
-
-# ---- cases: small calls that raise when something is wrong -----------------------------------------------------------
-
-
-@contextmanager
-def device(multiprocessors: int = 2, shared: int = 227) -> Iterator[None]:
-    """A small GPU (csrc/cuda/limits.h): so many multiprocessors, and KiB of shared memory for a block."""
-    os.environ["DENSENET_EXT_TEST_MULTIPROCESSORS"] = str(multiprocessors)
-    os.environ["DENSENET_EXT_TEST_SHARED"] = str(shared * 1024)
-    yield
-    del os.environ["DENSENET_EXT_TEST_MULTIPROCESSORS"], os.environ["DENSENET_EXT_TEST_SHARED"]
-
-
-def forward(kernels: Library) -> None:
-    with device():
-        conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 300, 200, 100, orders=(5,))
-
-
-def forward_streamed(kernels: Library) -> None:
-    with device(shared=131):
-        conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 300, 330, 100)
-
-
-def forward_tf32(kernels: Library) -> None:
-    with device():
-        conv1x1.run_forward(kernels, *conv1x1.use("tf32"), 150, 40, 30, bias=True, stats=False)
-
-
-def forward_unaligned(kernels: Library) -> None:
-    for pitch, offset in ((44, 4), (45, 1)):
-        conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 35, 36, 22, pitch, offset)
-
-
-def forward_odd(kernels: Library) -> None:
-    conv1x1.run_forward(kernels, *conv1x1.use("bf16"), 35, 36, 24, 40, 0)
-
-
-def backward(kernels: Library) -> None:
-    with device():
-        conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 200, 140, 100, into="accumulate", orders=(5,))
-
-
-def backward_of_many_channels(kernels: Library) -> None:
-    with device():
-        conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 150, 40, 150)
-
-
-def backward_in_turns(kernels: Library) -> None:
-    with device():
-        conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 150, 40, 150, wgrad=False)
-
-
-def backward_unaligned(kernels: Library) -> None:
-    conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 35, 37, 22, 45, 1)
-
-
-def statistics(kernels: Library) -> None:
-    for M, C, offset in ((600, 12, 4), (8000, 131, 0)):
-        x = compare.random_rows(M, C, torch.bfloat16, offset)
-        sums = {"mean": torch.zeros(C), "var": torch.zeros(C)}
-        compare.check(kernels, "channel_stats", M, (0, 5), x=x, **sums)
-
-
-def bn_relu(kernels: Library) -> None:
-    x, grad = compare.random_rows(130, 36, torch.bfloat16, 4), compare.random_rows(130, 36, torch.bfloat16)
-    norm, sums = compare.random_norm(x), {"grad_weight": torch.zeros(36), "grad_bias": torch.zeros(36)}
-    compare.check(kernels, "bn_relu", 1, (0, 5), x=x, **norm, out=grad.clone())
-    compare.check(kernels, "bn_relu_backward_reduce", 130, (0, 5), grad=grad, x=x, **norm, **sums)
-
-
-FORWARD: tuple[Case, ...] = (forward, forward_streamed, forward_unaligned)
-BACKWARD = (backward, backward_of_many_channels, backward_in_turns)
-BOTH = (forward, backward)
-
-
-# ---- mutations -------------------------------------------------------------------------------------------------------
 
 
 class Mutation(NamedTuple):
@@ -206,6 +135,20 @@ MUTATIONS = [
         FORWARD,
     ),
     Mutation(
+        "forward: warps without columns carry rows too",
+        "conv1x1_forward_tile.h",
+        "if (warp() >= Shape::kCarriers) return;",
+        "",
+        (forward_of_96_channels,),
+    ),
+    Mutation(
+        "forward: weights beyond a panel of 96 channels",
+        "conv1x1_forward_tile.h",
+        "row() + i * Shape::kDown < Shape::kChannels)",
+        "true)",
+        (forward_of_96_channels,),
+    ),
+    Mutation(
         "forward: the last block counts as a whole one",
         "conv1x1.cu",
         "{double(rows),",
@@ -255,32 +198,109 @@ MUTATIONS = [
         (forward_tf32,),
     ),
     Mutation(
-        "backward: dy is read before it is there",
+        "backward: the constants are read before they are there",
         "conv1x1_backward.cu",
-        "      sync_block();  // dy is there",
-        "      // dy is there",
+        "  sync_block();  // the constants are there\n",
+        "",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: no wait for the first rows",
+        "conv1x1_backward.cu",
+        "  cp_async_wait<1>();\n  sync_block();  // the constants",
+        "  sync_block();  // the constants",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: no wait for a tile's rows",
+        "conv1x1_backward.cu",
+        "        cp_async_wait<1>();  // not yet for G\n",
+        "",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: no wait for the rows of further turns",
+        "conv1x1_backward.cu",
+        "        cp_async_wait<0>();\n        if (!resident)",
+        "        if (!resident)",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: a streamed panel is read before it is there",
+        "conv1x1_backward.cu",
+        "if (!resident) sync_block();  // the panel is there",
+        "// the panel is there",
         BACKWARD,
     ),
     Mutation(
         "backward: no barrier between turns of the channels",
         "conv1x1_backward.cu",
-        "if (n0 > n_first) sync_block();",
+        "if (turn > 0) sync_block();",
+        "// ",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: no barrier before dz and y are multiplied",
+        "conv1x1_backward.cu",
+        "      sync_block();  // dz and y are there\n",
         "",
         BACKWARD,
     ),
     Mutation(
-        "backward: no wait for the weights",
+        "backward: no wait for G",
         "conv1x1_backward.cu",
-        "      if constexpr (DGRAD) cp_async_wait<0>();\n",
-        "",
+        "      cp_async_wait<1>();\n      sync_block();  // G is there",
+        "      sync_block();  // G is there",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: G is read before it is there",
+        "conv1x1_backward.cu",
+        "      sync_block();  // G is there",
+        "      // G is there",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: G leaves before it is complete",
+        "conv1x1_backward.cu",
+        "      sync_block();  // G is complete",
+        "      // G is complete",
         BACKWARD,
     ),
     Mutation(
         "backward: dW alone, no barrier between tiles",
         "conv1x1_backward.cu",
-        "if (!DGRAD && done > 0) sync_block();",
-        "",
+        "      sync_block();  // dz and y are read no more\n    }",
+        "    }",
         BACKWARD,
+    ),
+    Mutation(
+        "backward: the next x takes the place of this one",
+        "conv1x1_backward.cu",
+        "rows - next, side ^ 1);",
+        "rows - next, side);",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: the next tile's channels are those of the last turn",
+        "conv1x1_backward.cu",
+        "slice.copy_grad_out(p, first + next, rows - next, n_first);",
+        "slice.copy_grad_out(p, first + next, rows - next, n_first + (turns - 1) * CHANNELS);",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: the panel of the first turn for all",
+        "conv1x1_backward.cu",
+        "const int panel = resident ? turn : 0;",
+        "const int panel = 0;",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: the last copies are not waited for",
+        "conv1x1_backward.cu",
+        "  cp_async_wait<0>();  // where there are no rows, nobody waited\n",
+        "",
+        (backward_of_no_rows,),
     ),
     Mutation(
         "backward: dW of every tile of channels in the place of the first",
@@ -304,17 +324,66 @@ MUTATIONS = [
         BACKWARD,
     ),
     Mutation(
-        "backward: the last warp's sums are left out",
+        "backward: the constants of the first of a piece's channels",
         "conv1x1_backward_tile.h",
-        "for (int w = 0; w < Shape::kWarps; ++w) total",
-        "for (int w = 0; w + 1 < Shape::kWarps; ++w) total",
+        "const A* at = z_norm(panel) + n;",
+        "const A* at = z_norm(panel) + channel(g);",
+        (backward_narrow,),
+    ),
+    Mutation(
+        "backward: z in the place of another piece",
+        "conv1x1_backward_tile.h",
+        "shared_ + Shape::kZAt) + own(group, i)",
+        "shared_ + Shape::kZAt) + own(group, 0)",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: rows beyond the last one reach dW",
+        "conv1x1_backward_tile.h",
+        "operands.keep(row() + i * D < rows);\n",
+        "",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: rows beyond the last one reach the sums",
+        "conv1x1_backward_tile.h",
+        "const bool passes = Dgrad::row(i) < rows && ",
+        "const bool passes = ",
+        (backward_of_dead_channels,),
+    ),
+    Mutation(
+        "backward: a thread's sums in the place of another's",
+        "conv1x1_backward_tile.h",
+        "of_threads + Dgrad::sharer() * (2 * N)",
+        "of_threads + Dgrad::sharer() / 2 * (2 * N)",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: the last thread's sums are left out",
+        "conv1x1_backward_tile.h",
+        "t < Dgrad::kSharers; ++t",
+        "t + 1 < Dgrad::kSharers; ++t",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: the sums are read before they are there",
+        "conv1x1_backward_tile.h",
+        "    sync_block();\n    if (thread_x() < 2 * N)",
+        "    if (thread_x() < 2 * N)",
         BACKWARD,
     ),
     Mutation(
         "backward: constants as if rows of them had no padding",
         "conv1x1_backward_tile.h",
-        "from + i / WIDTH * pitch + i % WIDTH",
-        "from + i / WIDTH * WIDTH + i % WIDTH",
+        "thread_x() / kNormAcross * p.prepared.Cp",
+        "thread_x() / kNormAcross * Shape::kColumns",
+        BACKWARD,
+    ),
+    Mutation(
+        "backward: G of another row",
+        "conv1x1_backward_tile.h",
+        "tile + (row() + i * D) * Shape::kPitch + column(), first + i * D * from.pitch",
+        "tile + (row() + i * D) * Shape::kPitch + column(), first + (i * D + 1) * from.pitch",
         BACKWARD,
     ),
     Mutation(

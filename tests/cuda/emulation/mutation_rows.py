@@ -6,7 +6,8 @@ import torch
 
 from . import compare
 from .library import Library
-from .mutation_list import Mutation, statistics
+from .mutation_cases import statistics
+from .mutation_list import Mutation
 
 
 def bn_relu_with_sums(kernels: Library) -> None:

@@ -23,7 +23,8 @@ import torch
 
 from tests.cuda.emulation import mutation_list, mutation_rows
 from tests.cuda.emulation.library import Library, compile_library
-from tests.cuda.emulation.mutation_list import FAMILIES, Case, Mutation
+from tests.cuda.emulation.mutation_cases import Case
+from tests.cuda.emulation.mutation_list import FAMILIES, Mutation
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
