@@ -141,4 +141,5 @@ def test_sums_that_tensor_cores_cut_off(gpu: Library, monkeypatch: pytest.Monkey
     exact = grad.double().T @ x.double()
     lost = ((exact - dW) / exact).max().item()
     additions = M / (4 if tf32 else 8)
-    assert 1e-6 < lost < additions * (M / additions + 1) * 2**-24
+    # what rounds to nearest would lose next to nothing
+    assert 2**-21 < lost < additions * (M / additions + 1) * 2**-24
