@@ -27,6 +27,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/conv3x3_wgrad.h"
 #include "kernels/conv3x3_backward.h"
 #include "kernels/avg_pool.h"
+#include "kernels/positions.h"
 #include "kernels/max_pool.h"
 // clang-format on
 

@@ -3,6 +3,9 @@
 #pragma once
 
 constexpr int kPanelRows = 64;
+// For which memory is asked where work goes row by row: the processor's own prefetching loses its way at the ends of
+// pages, and where rows are short parts of wider ones.
+constexpr int64_t kRowsAhead = 16;
 
 // Mean and squared deviations. A panel's mean is taken first, then the deviations from it (corrected by what the
 // rounded mean missed); panels are merged by Chan's formula, so a large mean costs no digits.

@@ -269,13 +269,17 @@ DX_INLINE void for_column_stretches(int64_t C, const F& f) {
 // What reading back a value from storage gives.
 template <class T>
 DX_INLINE Vec<Acc<T>> as_stored(Vec<Acc<T>> v) {
-  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>))
     return v;
-  } else {
-    T memory[kLanes<Acc<T>>];
-    store(memory, v);
-    return load(memory);
-  }
+  else
+    return widen_half<T>(narrow_half<T>(v));
+}
+
+// Asks for what lies `distance` elements further on, which may be beyond the end, to lie in the first or second cache.
+template <int Cache, class T>
+DX_INLINE void prefetch(const T* p, int64_t distance) {
+  const intptr_t address = reinterpret_cast<intptr_t>(p) + distance * int64_t(sizeof(T));
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 4 - Cache);
 }
 
 template <class A>
