@@ -142,6 +142,39 @@ class TaskSums {
   double* data_;
 };
 
+// Sums of all columns over a few rows, on their way to TaskSums; they lie in the first cache.
+template <class A>
+class RowSums {
+ public:
+  static size_t bytes(int tasks, int64_t C) { return Scratch::bytes<A>(2 * tasks * padded<A>(C)); }
+  RowSums(Scratch& scratch, int tasks, int64_t C) : Cp_(padded<A>(C)), data_(scratch.take<A>(2 * tasks * Cp_)) {}
+  RowSums of_task(int task) const {
+    RowSums own = *this;
+    own.data_ += 2 * task * Cp_;
+    return own;
+  }
+  void clear() const { std::fill_n(data_, 2 * Cp_, A(0)); }
+  // Adds a vector of columns of N rows.
+  template <int N>
+  DX_INLINE void add(int64_t c, const Vec<A> (&dy)[N], const Vec<A> (&xc)[N]) const {
+    Vec<A> sum = load_vec(data_ + c), sum_xc = load_vec(data_ + Cp_ + c);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      sum += dy[i];
+      sum_xc += dy[i] * xc[i];
+    }
+    store_vec(data_ + c, sum);
+    store_vec(data_ + Cp_ + c, sum_xc);
+  }
+  void flush(const TaskSums& sums, int task) const {
+    for (int64_t c = 0; c < Cp_; c += kLanes<A>) sums.add<A>(task, c, load_vec(data_ + c), load_vec(data_ + Cp_ + c));
+  }
+
+ private:
+  int64_t Cp_;
+  A* data_;
+};
+
 // Runs f(first row, rows) over the panels of a range.
 template <class F>
 DX_INLINE void for_panels(Range range, int64_t panel, const F& f) {
