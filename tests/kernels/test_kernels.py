@@ -293,13 +293,14 @@ def test_nan_passes_the_relu(level: str) -> None:
     torch.testing.assert_close(sums[:2], sums[2:], equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
-def test_dropout_is_the_same_hash_everywhere(p: float, level: str) -> None:
-    src, out = torch.ones(301, 19), torch.empty(301, 19)
+def test_dropout_is_the_same_hash_everywhere(p: float, dtype: torch.dtype, level: str) -> None:
+    src, out = torch.ones(301, 19, dtype=dtype), torch.empty(301, 19, dtype=dtype)
     for seed in (0, 1, -1, 2**40 + 17, -(2**62)):
         tensor = torch.tensor([seed])
         torch.ops.densenet_ext.append_features(src, out, None, None, p, tensor if p else None, 3)
-        expected = plain.dropout_factor(tensor, 3, 301, 19, p, torch.float32) if p else src
+        expected = plain.dropout_factor(tensor, 3, 301, 19, p, dtype) if p else src
         torch.testing.assert_close(out, expected)
 
 

@@ -206,10 +206,13 @@ DX_INLINE void copy_part(const T* from, T* to, int n) {
 #if defined(DX_MASKED)
   if constexpr (sizeof(T) == 2) {
     const __mmask16 mask = __mmask16((1u << n) - 1);
-    return _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
+    _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
+  } else {
+    store_part(to, load_part(from, n), n);
   }
-#endif
+#else
   for (int i = 0; i < n; ++i) to[i] = from[i];
+#endif
 }
 
 // A vector's worth of columns: all lanes, or the first n at the right edge.
@@ -280,6 +283,15 @@ template <int Cache, class T>
 DX_INLINE void prefetch(const T* p, int64_t distance) {
   const intptr_t address = reinterpret_cast<intptr_t>(p) + distance * int64_t(sizeof(T));
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 4 - Cache);
+}
+
+// The same of a row of C numbers, which may begin anywhere in a line of the cache. Rows that touch are a stretch of
+// memory that the processor prefetches.
+template <int Cache, class T>
+DX_INLINE void prefetch_row(const T* row, int64_t C, int64_t pitch, int64_t rows) {
+  if (pitch == C) return;
+  for (int64_t c = 0; c < C; c += 64 / int64_t(sizeof(T))) prefetch<Cache>(row + c, rows * pitch);
+  prefetch<Cache>(row + C - 1, rows * pitch);
 }
 
 template <class A>
