@@ -97,6 +97,14 @@ def test_many_rows(dtype: torch.dtype, level: str) -> None:
             check(name, call, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_of_many_columns(dtype: torch.dtype, level: str) -> None:
+    """Sums are taken over stretches of eight vectors of columns, then of four and fewer, and of a part of one."""
+    for name in ("channel_stats", "append_features", "bn_relu_backward_reduce"):
+        for call in MAKERS[name](67, 277, True):
+            check(name, call, dtype)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of PyTorch's threads for a test."""

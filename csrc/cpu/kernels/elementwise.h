@@ -113,13 +113,13 @@ void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool)
   const TaskSums sums(scratch, pool.tasks, p.C);
   pool.run([&](int task) {
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
-      for_column_stretches<A>(p.C, [&](int64_t c, auto columns, auto vectors) {
+      for_column_stretches<A, 8>(p.C, [&](int64_t c, auto columns, auto vectors) {
         constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
         Vec<A> sum[NV] = {}, sum_xc[NV] = {};
         typename Affine<A>::Columns norm[NV];
         for (int j = 0; j < NV; ++j) norm[j] = affine.at(c + j * L);
         for (int64_t m = m0; m < m0 + rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int j = 0; j < NV; ++j) {
             const Vec<A> xc = columns.load(p.x.row(m) + c + j * L) - norm[j].mean;
             const Vec<A> dy = relu_mask<A>(norm[j].of_centered(xc), columns.load(p.grad.row(m) + c + j * L));

@@ -22,15 +22,15 @@ struct MomentsSum {
     if (rows == 0) return;
     const double before = double(*count), per_row = 1.0 / double(rows), share = double(rows) / (before + double(rows));
     const double weight = before * share;
-    for_column_stretches<A>(C, [&](int64_t c, auto columns, auto vectors) {
+    for_column_stretches<A, 8>(C, [&](int64_t c, auto columns, auto vectors) {
       constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
       Vec<A> center[NV] = {}, rest[NV] = {}, square[NV] = {};
       for (int64_t m = 0; m < rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) center[j] += columns.load(x + m * pitch + c + j * L);
       for (int j = 0; j < NV; ++j) center[j] /= A(rows);
       for (int64_t m = 0; m < rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
           const Vec<A> d = columns.load(x + m * pitch + c + j * L) - center[j];
           rest[j] += d;

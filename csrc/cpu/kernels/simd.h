@@ -253,15 +253,17 @@ DX_INLINE void for_columns(int64_t C, const F& f) {
   if (c < C) f(c, Part{int(C - c)});
 }
 
-// Calls f(c, columns, NV) for blocks of NV = 4 whole vectors, then for single ones: four neighbours are a stretch of
-// memory that the processor prefetches, one vector of each row is not.
+// Calls f(c, columns, NV) for blocks of NV = Most whole vectors, 4 or 8, then for what remains: neighbours are a
+// stretch of memory that the processor prefetches, one vector of each row is not.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <class A, class F>
+template <class A, int Most = 4, class F>
 DX_INLINE void for_column_stretches(int64_t C, const F& f) {
   int64_t c = 0;
+  if constexpr (Most == 8)
+    for (; c + 8 * kLanes<A> <= C; c += 8 * kLanes<A>) f(c, Whole{}, Constant<8>{});
   for (; c + 4 * kLanes<A> <= C; c += 4 * kLanes<A>) f(c, Whole{}, Constant<4>{});
   if (c + 3 * kLanes<A> <= C) f(c, Whole{}, Constant<3>{}), c += 3 * kLanes<A>;
   if (c + 2 * kLanes<A> <= C) f(c, Whole{}, Constant<2>{}), c += 2 * kLanes<A>;
