@@ -10,6 +10,7 @@ namespace dx::cpu::DX_LEVEL {
 // clang-format off: in the order in which they lean on each other
 #include "kernels/simd.h"
 #include "kernels/scratch.h"
+#include "kernels/dropout.h"
 #include "kernels/moments.h"
 #include "kernels/elementwise.h"
 #include "kernels/operands.h"
@@ -19,7 +20,6 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/panels.h"
 #include "kernels/conv1x1.h"
 #include "kernels/conv1x1_backward.h"
-#include "kernels/dropout.h"
 #include "kernels/lines.h"
 #include "kernels/conv3x3_tile.h"
 #include "kernels/conv3x3_lanes.h"
@@ -27,6 +27,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/conv3x3_wgrad.h"
 #include "kernels/conv3x3_backward.h"
 #include "kernels/avg_pool.h"
+#include "kernels/positions.h"
 #include "kernels/max_pool.h"
 // clang-format on
 

@@ -82,7 +82,7 @@ def test_compiled_equals_plain(name: str, dtype: torch.dtype, level: str) -> Non
     shapes = SHAPES
     if "pool" in name or "conv3x3" in name:
         # the sums of a single channel may cancel, and there is none beside it to measure their error by
-        channels = (1, 3, 12, 33, 70) if "pool" in name else (3, 12, 33, 70)
+        channels = (1, 3, 12, 33, 50, 70) if "pool" in name else (3, 12, 33, 70)
         shapes = [(0, C, i % 2 == 1) for i, C in enumerate(channels)]
     for M, C, pitched in shapes:
         for call in MAKERS[name](M, C, pitched):
@@ -94,6 +94,14 @@ def test_many_rows(dtype: torch.dtype, level: str) -> None:
     """Enough rows for several panels and both threads."""
     for name in ("channel_stats", "append_features", "bn_relu_conv1x1", "bn_relu_conv1x1_backward", "feature_grad"):
         for call in MAKERS[name](4999, 37, True):
+            check(name, call, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_of_many_columns(dtype: torch.dtype, level: str) -> None:
+    """Sums are taken over stretches of eight vectors of columns, then of four and fewer, and of a part of one."""
+    for name in ("channel_stats", "append_features", "bn_relu_backward_reduce"):
+        for call in MAKERS[name](67, 277, True):
             check(name, call, dtype)
 
 
@@ -293,13 +301,14 @@ def test_nan_passes_the_relu(level: str) -> None:
     torch.testing.assert_close(sums[:2], sums[2:], equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
-def test_dropout_is_the_same_hash_everywhere(p: float, level: str) -> None:
-    src, out = torch.ones(301, 19), torch.empty(301, 19)
+def test_dropout_is_the_same_hash_everywhere(p: float, dtype: torch.dtype, level: str) -> None:
+    src, out = torch.ones(301, 19, dtype=dtype), torch.empty(301, 19, dtype=dtype)
     for seed in (0, 1, -1, 2**40 + 17, -(2**62)):
         tensor = torch.tensor([seed])
         torch.ops.densenet_ext.append_features(src, out, None, None, p, tensor if p else None, 3)
-        expected = plain.dropout_factor(tensor, 3, 301, 19, p, torch.float32) if p else src
+        expected = plain.dropout_factor(tensor, 3, 301, 19, p, dtype) if p else src
         torch.testing.assert_close(out, expected)
 
 

@@ -14,38 +14,32 @@ void channel_stats(const ChannelStats<T>& p, const Pool& pool) {
   moments.finish(p.C, p.mean, p.var);
 }
 
-// A row's dropout factors; without dropout there is nothing to fill and nothing to multiply with.
-template <class A>
-DX_INLINE void fill_factors(const Dropout& dropout, int64_t row, int64_t C, A* factors) {
-  const uint32_t key = dropout_row_key(dropout, row);
-  for (int64_t c = 0; c < C; ++c) factors[c] = dropout_factor<A>(dropout, key, c);
-}
-
 template <class T>
 void append_features(const AppendFeatures<T>& p, const Pool& pool) {
   using A = Acc<T>;
-  const int64_t Cp = padded<A>(p.C);
-  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C) + pool.tasks * Scratch::bytes<A>(Cp));
+  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C));
   TaskMoments moments(scratch, pool.tasks, p.C);
-  A* factors_of_tasks = scratch.take<A>(pool.tasks * Cp);
-  const bool drop = p.drop_rate > 0;
-  const Dropout dropout = make_dropout(p.seed ? *p.seed : 0, p.layer, p.drop_rate);
+  const DropFactors<A> drop(p.drop_rate, p.seed, p.layer, p.drop_rows);
   pool.run([&](int task) {
     MomentsSum sum = moments[task];
-    A* factors = factors_of_tasks + task * Cp;
+    const DropFactors<A> factors = drop;
+    const int64_t C = p.C;
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
       for (int64_t m = m0; m < m0 + rows; ++m) {
-        if (drop && (m == m0 || m % p.drop_rows == 0)) fill_factors(dropout, m / p.drop_rows, Cp, factors);
         const T* src = p.src.row(m);
         T* out = p.out.row(m);
-        for_columns<A>(p.C, [&](int64_t c, auto columns) {
-          if (drop)
-            columns.store(out + c, columns.load(src + c) * load_vec(factors + c));
-          else
-            columns.copy(src + c, out + c);
-        });
+        prefetch_row<1>(out, C, p.out.pitch, kRowsAhead);
+        if (factors) {
+          const auto of_row = factors.row(m);
+          for_columns<A>(
+              C, [=](int64_t c, auto columns) { columns.store(out + c, columns.load(src + c) * of_row.at(c)); });
+        } else {
+          for_columns<A>(C, [=](int64_t c, auto columns) { columns.copy(src + c, out + c); });
+        }
       }
-      if (p.mean) sum.add_panel(p.out.row(m0), p.out.pitch, rows, p.C);
+      // Without dropout the two are the same, and the source's rows lie closer together.
+      const Rows<const T> stored = factors ? Rows<const T>{p.out.data, p.out.pitch} : p.src;
+      if (p.mean) sum.add_panel(stored.row(m0), stored.pitch, rows, C);
     });
   });
   if (p.mean) moments.finish(p.C, p.mean, p.var);
@@ -80,29 +74,32 @@ template <class T>
 void feature_grad(const FeatureGrad<T>& p, const Pool& pool) {
   using A = Acc<T>;
   const int64_t Cp = padded<A>(p.C);
-  Scratch scratch((3 + pool.tasks) * Scratch::bytes<A>(Cp));
-  A *slope = scratch.take<A>(Cp), *offset = scratch.take<A>(Cp), *factors_of_tasks = scratch.take<A>(pool.tasks * Cp);
-  const A* mean = padded_copy(scratch, p.mean, p.C);
-  std::fill_n(slope, Cp, A(0));
-  std::fill_n(offset, Cp, A(0));
+  Scratch scratch(3 * Scratch::bytes<A>(Cp));
+  A *slopes = scratch.take<A>(Cp), *offsets = scratch.take<A>(Cp);
+  const A* means = padded_copy(scratch, p.mean, p.C);
+  std::fill_n(slopes, Cp, A(0));
+  std::fill_n(offsets, Cp, A(0));
   for (int64_t c = 0; c < p.C; ++c) {
-    slope[c] = A(2) * p.grad_var[c] / A(p.M);
-    offset[c] = p.grad_mean[c] / A(p.M);
+    slopes[c] = A(2) * p.grad_var[c] / A(p.M);
+    offsets[c] = p.grad_mean[c] / A(p.M);
   }
-  const bool drop = p.drop_rate > 0;
-  const Dropout dropout = make_dropout(p.seed ? *p.seed : 0, p.layer, p.drop_rate);
+  const DropFactors<A> drop(p.drop_rate, p.seed, p.layer, p.drop_rows);
   pool.run([&](int task) {
-    A* factors = factors_of_tasks + task * Cp;
+    const DropFactors<A> factors = drop;
+    const int64_t C = p.C;
+    const A *slope = slopes, *offset = offsets, *mean = means;
     const Range range = part(p.M, kPanelRows, pool.tasks, task);
     for (int64_t m = range.begin; m < range.end; ++m) {
-      if (drop && (m == range.begin || m % p.drop_rows == 0)) fill_factors(dropout, m / p.drop_rows, Cp, factors);
       const T *x = p.x.row(m), *grad = p.grad.row(m);
       T* out = p.out.row(m);
-      for_columns<A>(p.C, [&](int64_t c, auto columns) {
+      prefetch_row<1>(x, C, p.x.pitch, kRowsAhead);
+      prefetch_row<1>(grad, C, p.grad.pitch, kRowsAhead);
+      const auto of_row = factors.row(m);
+      for_columns<A>(C, [=](int64_t c, auto columns) {
         const Vec<A> xc = columns.load(x + c) - load_vec(mean + c);
         const Vec<A> share = load_vec(offset + c) + times_or_zero<A>(load_vec(slope + c), xc);
         const Vec<A> g = columns.load(grad + c) + share;
-        columns.store(out + c, drop ? g * load_vec(factors + c) : g);
+        columns.store(out + c, factors ? g * of_row.at(c) : g);
       });
     }
   });
@@ -116,13 +113,13 @@ void bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, const Pool& pool)
   const TaskSums sums(scratch, pool.tasks, p.C);
   pool.run([&](int task) {
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {
-      for_column_stretches<A>(p.C, [&](int64_t c, auto columns, auto vectors) {
+      for_column_stretches<A, 8>(p.C, [&](int64_t c, auto columns, auto vectors) {
         constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
         Vec<A> sum[NV] = {}, sum_xc[NV] = {};
         typename Affine<A>::Columns norm[NV];
         for (int j = 0; j < NV; ++j) norm[j] = affine.at(c + j * L);
         for (int64_t m = m0; m < m0 + rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int j = 0; j < NV; ++j) {
             const Vec<A> xc = columns.load(p.x.row(m) + c + j * L) - norm[j].mean;
             const Vec<A> u = norm[j].of_centered(xc);

@@ -3,6 +3,9 @@
 #pragma once
 
 constexpr int kPanelRows = 64;
+// For which memory is asked where work goes row by row: the processor's own prefetching loses its way at the ends of
+// pages, and where rows are short parts of wider ones.
+constexpr int64_t kRowsAhead = 16;
 
 // Mean and squared deviations. A panel's mean is taken first, then the deviations from it (corrected by what the
 // rounded mean missed); panels are merged by Chan's formula, so a large mean costs no digits.
@@ -19,15 +22,15 @@ struct MomentsSum {
     if (rows == 0) return;
     const double before = double(*count), per_row = 1.0 / double(rows), share = double(rows) / (before + double(rows));
     const double weight = before * share;
-    for_column_stretches<A>(C, [&](int64_t c, auto columns, auto vectors) {
+    for_column_stretches<A, 8>(C, [&](int64_t c, auto columns, auto vectors) {
       constexpr int NV = decltype(vectors)::value, L = kLanes<A>;
       Vec<A> center[NV] = {}, rest[NV] = {}, square[NV] = {};
       for (int64_t m = 0; m < rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) center[j] += columns.load(x + m * pitch + c + j * L);
       for (int j = 0; j < NV; ++j) center[j] /= A(rows);
       for (int64_t m = 0; m < rows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
           const Vec<A> d = columns.load(x + m * pitch + c + j * L) - center[j];
           rest[j] += d;
@@ -137,6 +140,39 @@ class TaskSums {
   int tasks_;
   int64_t Cp_;
   double* data_;
+};
+
+// Sums of all columns over a few rows, on their way to TaskSums; they lie in the first cache.
+template <class A>
+class RowSums {
+ public:
+  static size_t bytes(int tasks, int64_t C) { return Scratch::bytes<A>(2 * tasks * padded<A>(C)); }
+  RowSums(Scratch& scratch, int tasks, int64_t C) : Cp_(padded<A>(C)), data_(scratch.take<A>(2 * tasks * Cp_)) {}
+  RowSums of_task(int task) const {
+    RowSums own = *this;
+    own.data_ += 2 * task * Cp_;
+    return own;
+  }
+  void clear() const { std::fill_n(data_, 2 * Cp_, A(0)); }
+  // Adds a vector of columns of N rows.
+  template <int N>
+  DX_INLINE void add(int64_t c, const Vec<A> (&dy)[N], const Vec<A> (&xc)[N]) const {
+    Vec<A> sum = load_vec(data_ + c), sum_xc = load_vec(data_ + Cp_ + c);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      sum += dy[i];
+      sum_xc += dy[i] * xc[i];
+    }
+    store_vec(data_ + c, sum);
+    store_vec(data_ + Cp_ + c, sum_xc);
+  }
+  void flush(const TaskSums& sums, int task) const {
+    for (int64_t c = 0; c < Cp_; c += kLanes<A>) sums.add<A>(task, c, load_vec(data_ + c), load_vec(data_ + Cp_ + c));
+  }
+
+ private:
+  int64_t Cp_;
+  A* data_;
 };
 
 // Runs f(first row, rows) over the panels of a range.

@@ -206,10 +206,13 @@ DX_INLINE void copy_part(const T* from, T* to, int n) {
 #if defined(DX_MASKED)
   if constexpr (sizeof(T) == 2) {
     const __mmask16 mask = __mmask16((1u << n) - 1);
-    return _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
+    _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
+  } else {
+    store_part(to, load_part(from, n), n);
   }
-#endif
+#else
   for (int i = 0; i < n; ++i) to[i] = from[i];
+#endif
 }
 
 // A vector's worth of columns: all lanes, or the first n at the right edge.
@@ -250,15 +253,17 @@ DX_INLINE void for_columns(int64_t C, const F& f) {
   if (c < C) f(c, Part{int(C - c)});
 }
 
-// Calls f(c, columns, NV) for blocks of NV = 4 whole vectors, then for single ones: four neighbours are a stretch of
-// memory that the processor prefetches, one vector of each row is not.
+// Calls f(c, columns, NV) for blocks of NV = Most whole vectors, 4 or 8, then for what remains: neighbours are a
+// stretch of memory that the processor prefetches, one vector of each row is not.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <class A, class F>
+template <class A, int Most = 4, class F>
 DX_INLINE void for_column_stretches(int64_t C, const F& f) {
   int64_t c = 0;
+  if constexpr (Most == 8)
+    for (; c + 8 * kLanes<A> <= C; c += 8 * kLanes<A>) f(c, Whole{}, Constant<8>{});
   for (; c + 4 * kLanes<A> <= C; c += 4 * kLanes<A>) f(c, Whole{}, Constant<4>{});
   if (c + 3 * kLanes<A> <= C) f(c, Whole{}, Constant<3>{}), c += 3 * kLanes<A>;
   if (c + 2 * kLanes<A> <= C) f(c, Whole{}, Constant<2>{}), c += 2 * kLanes<A>;
@@ -269,13 +274,26 @@ DX_INLINE void for_column_stretches(int64_t C, const F& f) {
 // What reading back a value from storage gives.
 template <class T>
 DX_INLINE Vec<Acc<T>> as_stored(Vec<Acc<T>> v) {
-  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>))
     return v;
-  } else {
-    T memory[kLanes<Acc<T>>];
-    store(memory, v);
-    return load(memory);
-  }
+  else
+    return widen_half<T>(narrow_half<T>(v));
+}
+
+// Asks for what lies `distance` elements further on, which may be beyond the end, to lie in the first or second cache.
+template <int Cache, class T>
+DX_INLINE void prefetch(const T* p, int64_t distance) {
+  const intptr_t address = reinterpret_cast<intptr_t>(p) + distance * int64_t(sizeof(T));
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 4 - Cache);
+}
+
+// The same of a row of C numbers, which may begin anywhere in a line of the cache. Rows that touch are a stretch of
+// memory that the processor prefetches.
+template <int Cache, class T>
+DX_INLINE void prefetch_row(const T* row, int64_t C, int64_t pitch, int64_t rows) {
+  if (pitch == C) return;
+  for (int64_t c = 0; c < C; c += 64 / int64_t(sizeof(T))) prefetch<Cache>(row + c, rows * pitch);
+  prefetch<Cache>(row + C - 1, rows * pitch);
 }
 
 template <class A>
