@@ -2,7 +2,7 @@
 #   make train   train on the handwritten digits        make test    lint, types and tests
 #   make bench   all tables of the processor            make lint    lint and types only
 #   make bench-quick   its first table and the kernels, five minutes
-#   make compare README's last table and its picture
+#   make compare the last table of docs/users/measured.md, and README's picture of it
 #   make test-fast                  the tests without the slow ones      make docs   the site, into build/site
 #   make fuzz FUZZ_EXAMPLES=5000    random calls, as many for each test as asked for
 #   make sanitize                   the operators' tests under ASan and UBSan, at each SIMD level of this processor

@@ -19,7 +19,7 @@ from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    "README.md": ("workloads-summary", "summary", "depth", "compare"),
+    "README.md": ("workloads-summary", "summary", "depth"),
     "docs/users/measured.md": (
         "workloads",
         "speed",
@@ -29,6 +29,7 @@ PAGES = {
         "memory",
         "gpu-networks",
         "gpu-kernels",
+        "compare",
     ),
 }
 """Which tables stand on which page. Between the markers of one whose results file is not there stands nothing."""

@@ -182,10 +182,15 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     else:
         assert tensors[0] is not None
         a, g, _ = _scratch_sizes(tensors, results[0])
-        scratch, held = whole.scratch(results[0], a), whole.results(results[0], g)
+        scratch = whole.scratch(results[0], a)
+        held = whole.results(results[0], g, elements=whole.copied(results[0], _weights(tensors)))
         run_whole(to_rows(tensors[0].to(config.dtype)), *_call(config, tensors, results), scratch, bf16=config.lowered)
         del held
     return results
+
+
+def _weights(tensors: Tensors) -> list[Tensor]:
+    return [own.conv for own in _parameters(tensors)]
 
 
 def _call(config: Config, tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
@@ -265,7 +270,7 @@ def _backward(
         out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
     )  # the first norm's gradients, not its input's
     scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
-    held = whole.results(out, a)
+    held = whole.results(out, a, elements=2 * whole.copied(out, _weights(tensors)))  # and their gradients
     run_whole(
         incoming, writable, *_call(config, tensors, results), dx, asked.found, asked.bits, scratch, bf16=config.lowered
     )

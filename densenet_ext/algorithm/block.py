@@ -171,7 +171,7 @@ def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
         x = to_rows(tensors[0].to(config.dtype))
         sizes = _scratch_sizes(config, tensors, results[0])
         scratch = whole.scratch(results[0], sizes.z, sizes.a)
-        held = whole.results(results[0], sizes.g)
+        held = whole.results(results[0], sizes.g, elements=whole.copied(results[0], tensors[FIRST + CONV2 :: COUNT]))
         run_whole(
             x, *_call(config, _folded(config, tensors), results), scratch, tf32=kernels.tf32(x), bf16=config.lowered
         )
@@ -194,7 +194,8 @@ def block_backward(
     dx = None if x_grad is None else to_rows(x_grad)
     call, sizes = _call(config, tensors, results), _scratch_sizes(config, tensors, out)
     own = (sizes.z, sizes.a, sizes.g, sizes.wide if whole.has_conv3x3(out) else 0, 0 if writable else sizes.last)
-    scratch, held = whole.scratch(out, *own), whole.results(out, sizes.wide if sizes.g else 0)
+    weights = 2 * whole.copied(out, tensors[FIRST + CONV2 :: COUNT])  # and their gradients
+    scratch, held = whole.scratch(out, *own), whole.results(out, sizes.wide if sizes.g else 0, elements=weights)
     run_whole(
         incoming, writable, *call, dx, asked.found, asked.bits, scratch, tf32=kernels.tf32(out), bf16=config.lowered
     )

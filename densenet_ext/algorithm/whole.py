@@ -52,11 +52,17 @@ def scratch(out: Tensor, *columns: int) -> Tensor:
     return out.new_empty(sum(-(-M * count // line) * line for count in columns))
 
 
-def results(out: Tensor, *columns: int) -> list[Tensor]:
-    """What PyTorch's own convolutions allocate inside an operation, for who counts memory without data."""
+def results(out: Tensor, *columns: int, elements: int = 0) -> list[Tensor]:
+    """What PyTorch's own convolutions take inside an operation, for who counts memory without data: pieces of
+    [M, columns], and so many ``elements``."""
     if not isinstance(out, FakeTensor):
         return []
-    return [out.new_empty(pixels(out.shape) * count) for count in columns]
+    return [out.new_empty(pixels(out.shape) * count) for count in columns] + [out.new_empty(elements)]
+
+
+def copied(like: Tensor, weights: Iterable[Any]) -> int:
+    """Returns how many elements of convolutions' weights are copied for PyTorch's own, of a whole block at once."""
+    return sum(W.numel() for W in weights if not has_kernel(like, [W]))
 
 
 class Gradients:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from densenet_ext import kernels
-from densenet_ext.algorithm.whole import has_conv3x3, has_kernel, new_gradient
+from densenet_ext.algorithm.whole import copied, has_conv3x3, has_kernel, new_gradient
 
 
 @pytest.mark.skipif(kernels.backend("cpu") != "compiled", reason="no compiled part")
@@ -25,3 +25,11 @@ def test_a_parameters_gradient_has_its_layout() -> None:
         grad = new_gradient(x, torch.float32)
         assert grad is not None
         assert grad.shape == x.shape and grad.dtype == torch.float32 and grad.stride() == stride
+
+
+def test_weights_that_are_copied_are_those_of_pytorchs_own_convolutions() -> None:
+    of_three, of_five = torch.ones(4, 4, 3, 3), torch.ones(2, 4, 5, 5)
+    x = torch.ones(2, 4, 5, 5, device="cpu")
+    compiled = kernels.backend("cpu") == "compiled"
+    assert copied(x, [of_three, of_five]) == of_five.numel() + (0 if compiled else of_three.numel())
+    assert copied(x.to("meta"), [of_three]) == of_three.numel()

@@ -123,7 +123,7 @@ def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
         ("<!-- /benchmarks:speed --><!-- benchmarks:speed -->", "next, got /speed, speed$"),
         (MARKED.format("speed", MARKED.format("memory", "")), "next, got speed, memory, /memory, /speed$"),
         (2 * MARKED.format("speed", ""), "next, got speed, /speed, speed, /speed$"),
-        (MARKED.format("summary", ""), "memory, gpu-networks, gpu-kernels only, got benchmarks:summary$"),
+        (MARKED.format("summary", ""), "memory, gpu-networks, gpu-kernels, compare only, got benchmarks:summary$"),
     ],
     ids=["none", "open", "reversed", "nested", "twice", "another-page"],
 )
@@ -257,7 +257,7 @@ def test_a_run_keeps_the_other_networks_figures_and_the_table_command_writes(
     tables = {name: render(runs) for name, render in table.RENDERERS.items()}
     assert written() == shown(tables)
     out.with_name("compare-digits.json").write_text(json.dumps(compared()))
-    assert command(*options, out).output == "README.md: tables rewritten\ndocs/users/measured.md: unchanged\n"
+    assert command(*options, out).output == "README.md: unchanged\ndocs/users/measured.md: tables rewritten\n"
     assert written() == shown({**tables, "compare": table.compare(compared())})
     # Where one page can't be written, none is.
     (tmp_path / "docs" / "users" / "measured.md").write_text("no markers")
