@@ -19,9 +19,10 @@ from densenet_ext.training.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    "README.md": ("workloads-summary", "summary", "depth"),
+    "README.md": ("workloads-summary", "depth"),
     "docs/users/measured.md": (
         "workloads",
+        "summary",
         "speed",
         "host",
         "profile",

@@ -109,7 +109,7 @@ MARKED = "a\n<!-- benchmarks:{0} -->\n{1}<!-- /benchmarks:{0} -->\nz\n"
 
 def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
     old = MARKED.format("speed", "") + "between\n" + MARKED.format("memory", "old\n")
-    new = table.rewrite("docs/users/measured.md", old, {"speed": "1", "memory": "2\n3", "summary": "4"})
+    new = table.rewrite("docs/users/measured.md", old, {"speed": "1", "memory": "2\n3", "depth": "4"})
     assert new == MARKED.format("speed", "1\n") + "between\n" + MARKED.format("memory", "2\n3\n")
     # Without its file a table is not shown any longer.
     assert table.rewrite("docs/users/measured.md", new, {"speed": "1"}) == new.replace("2\n3\n", "")
@@ -123,7 +123,7 @@ def test_rewriting_touches_only_what_stands_between_the_markers() -> None:
         ("<!-- /benchmarks:speed --><!-- benchmarks:speed -->", "next, got /speed, speed$"),
         (MARKED.format("speed", MARKED.format("memory", "")), "next, got speed, memory, /memory, /speed$"),
         (2 * MARKED.format("speed", ""), "next, got speed, /speed, speed, /speed$"),
-        (MARKED.format("summary", ""), "memory, gpu-networks, gpu-kernels, compare only, got benchmarks:summary$"),
+        (MARKED.format("depth", ""), "memory, gpu-networks, gpu-kernels, compare only, got benchmarks:depth$"),
     ],
     ids=["none", "open", "reversed", "nested", "twice", "another-page"],
 )
