@@ -253,7 +253,7 @@ def test_a_run_keeps_the_other_networks_figures_and_the_table_command_writes(
         (tmp_path / page).write_text(text)
     options = ("table", "--root", tmp_path, "--results")
     assert command(*options, tmp_path / "none.json").exit_code == 1
-    assert command(*options, out).output == "README.md: tables rewritten\ndocs/users/measured.md: tables rewritten\n"
+    assert command(*options, out).output == "README.md: unchanged\ndocs/users/measured.md: tables rewritten\n"
     tables = {name: render(runs) for name, render in table.RENDERERS.items()}
     assert written() == shown(tables)
     out.with_name("compare-digits.json").write_text(json.dumps(compared()))
