@@ -45,6 +45,21 @@ void average(const B& at, const PooledNorm<T>& unit, Rows<T> pooled) {
   at.bn_relu_avg_pool(p, unit.elements());
 }
 
+// The gradient of x from that of the pooled; `index` is max pooling's.
+template <class T>
+BnReluPoolBackward<T> input_gradient(const PooledNorm<T>& unit, Rows<const T> dpooled, Rows<const uint8_t> index,
+                                     const PooledNormGrads<T>& grads) {
+  return {unit.C,
+          unit.pooling,
+          dpooled,
+          index,
+          unit.x,
+          unit.norm,
+          grads.batch ? grads.norm.weight : nullptr,
+          grads.batch ? grads.norm.bias : nullptr,
+          grads.grad_x};
+}
+
 // conv: one of window 1, or of no weight for a head, whose result is `pooled`.
 template <class B, class T>
 void transition(const B& at, const PooledNorm<T>& unit, const SameConvolution<T>& conv, Rows<T> pooled, Rows<T> out,
@@ -85,16 +100,7 @@ void transition_backward(const B& at, const PooledNorm<T>& unit, const SameConvo
   if (conv_grads.weight) at.convolution_weight_gradient(images, grad, y, conv, conv_grads.weight);
   if (conv_grads.bias) at.sum_rows(grad, unit.pooling.out_rows(), conv.N, conv_grads.bias);
   if (!grads.grad_x) return;
-  const BnReluPoolBackward<T> p = {unit.C,
-                                   unit.pooling,
-                                   read_only(dpooled.rows()),
-                                   {},
-                                   unit.x,
-                                   unit.norm,
-                                   grads.batch ? grads.norm.weight : nullptr,
-                                   grads.batch ? grads.norm.bias : nullptr,
-                                   grads.grad_x};
-  at.bn_relu_avg_pool_backward(p, unit.elements());
+  at.bn_relu_avg_pool_backward(input_gradient(unit, read_only(dpooled.rows()), {}, grads), unit.elements());
 }
 
 // index: the positions of the maxima, or null.
@@ -114,16 +120,7 @@ void stem_backward(const B& at, const PooledNorm<T>& unit, Rows<const T> grad, R
     at.bn_relu_max_pool_backward_reduce(p, unit.elements());
   }
   if (!grads.grad_x) return;
-  const BnReluPoolBackward<T> p = {unit.C,
-                                   unit.pooling,
-                                   grad,
-                                   index,
-                                   unit.x,
-                                   unit.norm,
-                                   grads.batch ? grads.norm.weight : nullptr,
-                                   grads.batch ? grads.norm.bias : nullptr,
-                                   grads.grad_x};
-  at.bn_relu_max_pool_backward(p, unit.elements());
+  at.bn_relu_max_pool_backward(input_gradient(unit, grad, index, grads), unit.elements());
 }
 
 }  // namespace dx

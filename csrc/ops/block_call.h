@@ -233,7 +233,8 @@ class BlockCall {
                     ", got ", got);
   }
 
-  // Runs the layers. Where all their convolutions are kernels of ours, nothing else is called meanwhile.
+  // Runs the layers. Where all their convolutions are kernels of ours, hardly anything else is called meanwhile:
+  // torch's operations on vectors of channels, which need no threads.
   template <class Layers, class F>
   void run(const Layers& layers, const F& f) const {
     constexpr int64_t kProductsPerElement = 32, kPasses = 4;  // of the backward pass over the same
@@ -241,9 +242,9 @@ class BlockCall {
     int64_t elements = 0;
     for (const auto& layer : layers) {
       const auto& conv = convolution_of(layer);
-      const int64_t taps = conv.window[0] * conv.window[1] * conv.window[2];
       ours &= has_kernel(at_, buffer.images, conv);
-      elements += buffer.M() * (conv.C + conv.N + layer.C + (layer.C + taps * conv.N) * conv.C / kProductsPerElement);
+      elements +=
+          buffer.M() * (conv.C + conv.N + layer.C + (layer.C + taps_of(conv) * conv.N) * conv.C / kProductsPerElement);
     }
     ours ? at_.together(kPasses * elements, f) : f();
   }

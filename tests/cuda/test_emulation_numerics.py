@@ -126,7 +126,7 @@ def test_infinite_features_without_a_slope(gpu: Library, dtype: torch.dtype) -> 
 def test_sums_that_tensor_cores_cut_off(gpu: Library, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
     """dW over all rows of one block, where no term differs in sign: what is cut off adds up, and stays far below what
     the operands' rounding costs (2^-9 and 2^-11 a number)."""
-    M, C, N = 1024, 12, 16
+    M, C, N = 2048, 12, 16  # two blocks share the rows
     dtype = torch.float32 if tf32 else torch.bfloat16
     # numbers that are operands as they are: what differs from exact sums is what was cut off
     x, grad = (torch.rand(M, n).add(0.5).to(torch.float16 if tf32 else dtype).to(dtype) for n in (C, N))
@@ -141,5 +141,4 @@ def test_sums_that_tensor_cores_cut_off(gpu: Library, monkeypatch: pytest.Monkey
     exact = grad.double().T @ x.double()
     lost = ((exact - dW) / exact).max().item()
     additions = M / (4 if tf32 else 8)
-    # what rounds to nearest would lose next to nothing
-    assert 2**-21 < lost < additions * (M / additions + 1) * 2**-24
+    assert 1e-6 < lost < additions * (M / additions + 1) * 2**-24
