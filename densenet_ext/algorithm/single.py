@@ -127,6 +127,11 @@ def norm_again(config: Config, inputs: Inputs, mean: Tensor, var: Tensor) -> tup
     return (*stats, inputs.gamma, inputs.beta, config.eps[0], batch)
 
 
+def needs_sums(config: Config, asked: Inputs) -> bool:
+    """Returns whether the backward pass takes dgamma and dbeta: they are asked for, or a batch's dx needs them."""
+    return bool((config.batch_stats[0] and asked.x) or asked.gamma or asked.beta)
+
+
 def input_sums(
     config: Config, dgamma: Tensor, dbeta: Tensor, count: Tensor, rows: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:

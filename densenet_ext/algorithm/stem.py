@@ -26,6 +26,7 @@ from densenet_ext.algorithm.single import (
     input_sums,
     inputs_of,
     move,
+    needs_sums,
     norm_again,
     norm_call,
     norms_of,
@@ -104,8 +105,7 @@ def _backward(
     if run_whole is not None:
         dx = new_features(x, x.shape) if asked.x else None
         again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, None if dx is None else to_rows(dx))
-        sums = (batch and asked.x) or asked.gamma or asked.beta
-        run_whole(g, positions, rows, *geometry, *again, sums, *grads)
+        run_whole(g, positions, rows, *geometry, *again, needs_sums(config, asked), *grads)
         return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
     norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     if batch or asked.gamma or asked.beta:

@@ -37,6 +37,7 @@ from densenet_ext.algorithm.single import (
     input_sums,
     inputs_of,
     move,
+    needs_sums,
     norm_again,
     norm_call,
     norms_of,
@@ -125,7 +126,7 @@ def _backward(
     dx = new_features(x, x.shape) if asked.x else None
     dW = whole.new_gradient(own.conv, mean.dtype) if asked.conv else None
     dc = mean.new_empty(own.conv.shape[0]) if asked.conv_bias else None
-    sums = asked.x or asked.gamma or asked.beta
+    sums = needs_sums(config, asked)
     norm = norm_again(config, own, mean, var)
     grads = dgamma, dbeta, None if dx is None else to_rows(dx), dW, dc
     held = whole.results(pooled, x.shape[1])  # the convolution's gradient of what it read

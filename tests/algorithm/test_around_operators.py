@@ -12,7 +12,8 @@ from torch import Tensor
 from densenet_ext import kernels
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.head import head
-from densenet_ext.algorithm.single import NormCall, norm_again, norm_call
+from densenet_ext.algorithm.operation import Config
+from densenet_ext.algorithm.single import Inputs, NormCall, inputs_of, needs_sums, norm_again, norm_call
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import transition
 from densenet_ext.algorithm.values import Stats
@@ -105,9 +106,6 @@ def test_a_transition_in_every_dtype(dtype: torch.dtype, backend: str) -> None:
 
 def test_the_norm_of_a_call() -> None:
     """Whose statistics an operation takes, and those that its backward pass reads again."""
-    from densenet_ext.algorithm.operation import Config
-    from densenet_ext.algorithm.single import inputs_of
-
     x, norm = make_input(2, 5, 4), make_norm(5, batch=False)
     mean, var = torch.zeros(5), torch.ones(5)
     frozen = Config((False,), (1e-5,), torch.float32)
@@ -123,6 +121,14 @@ def test_the_norm_of_a_call() -> None:
     assert given.mean is mean and given.taken_mean is None
     assert mean.tolist() == [2.0] * 5 and var.tolist() == [3.0] * 5
     assert norm_again(batch, own, mean, var)[0] is mean
+
+
+def test_sums_are_taken_for_who_reads_them() -> None:
+    batch, frozen = (Config((stats,), (1e-5,), torch.float32) for stats in (True, False))
+    assert needs_sums(batch, Inputs(x=True)) and not needs_sums(frozen, Inputs(x=True))
+    for config in (batch, frozen):
+        assert needs_sums(config, Inputs(gamma=True)) and needs_sums(config, Inputs(beta=True))
+        assert not needs_sums(config, Inputs(conv=True))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
