@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/levels.h"
+#include "cpu/winograd_use.h"
 #include "cuda/errors.h"
 #if defined(USE_CUDA)
 #include "cuda/kernels.h"
@@ -58,6 +59,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (!dx::cpu::set_level(name)) throw pybind11::value_error("no SIMD level '" + name + "' on this processor");
       },
       pybind11::arg("name"), "Use another SIMD level, for tests.");
+  m.def(
+      "set_winograd",
+      [](const std::string& use) {
+        if (!dx::cpu::set_winograd_use(use))
+          throw pybind11::value_error("expected 'faster', 'always' or 'never', got '" + use + "'");
+      },
+      pybind11::arg("use"), "Where float's 3x3 convolutions on the CPU take Winograd's products.");
   pybind11::class_<dx::Record>(m, "Record", "What dictionaries hold, and of which classes objects are.")
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, pybind11::object, bool>(),
            pybind11::arg("entries"), pybind11::arg("typed"), pybind11::arg("absent"), pybind11::arg("identical"))

@@ -68,9 +68,20 @@ def _choose_simd_level(module: ModuleType, wanted: str | None) -> None:
         module.set_simd_level(wanted)
 
 
+def _choose_winograd(module: ModuleType, wanted: str | None) -> None:
+    """Sets where 3x3 convolutions take Winograd's products from DENSENET_EXT_WINOGRAD; RuntimeError if unknown."""
+    if not wanted:
+        return
+    try:
+        module.set_winograd(wanted)
+    except ValueError as error:
+        raise RuntimeError(f"DENSENET_EXT_WINOGRAD: {error}") from None
+
+
 module, why_missing = _load()
 if module is not None:
     _choose_simd_level(module, os.environ.get("DENSENET_EXT_SIMD"))
+    _choose_winograd(module, os.environ.get("DENSENET_EXT_WINOGRAD"))
 _facts: dict[str, Any] = module.build_facts() if module is not None else {}
 has_cpu: bool = module is not None
 has_cuda: bool = bool(_facts.get("cuda"))

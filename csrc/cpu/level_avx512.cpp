@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "task_memory.h"
+#include "winograd_use.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

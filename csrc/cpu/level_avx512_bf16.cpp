@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "task_memory.h"
+#include "winograd_use.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>

@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "task_memory.h"
+#include "winograd_use.h"
 
 #define DX_LEVEL portable
 #define DX_VECTOR_BYTES 16

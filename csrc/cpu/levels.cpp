@@ -2,6 +2,8 @@
 
 #include <atomic>
 
+#include "winograd_use.h"
+
 namespace dx::cpu {
 namespace {
 
@@ -25,6 +27,8 @@ std::atomic<const Level*>& current() {
   return chosen;
 }
 
+std::atomic<WinogradUse> wanted_winograd{WinogradUse::kFaster};
+
 }  // namespace
 
 const std::vector<const Level*>& levels() {
@@ -41,6 +45,16 @@ bool set_level(const std::string& name) {
       return true;
     }
   return false;
+}
+
+WinogradUse winograd_use() { return wanted_winograd.load(std::memory_order_relaxed); }
+
+bool set_winograd_use(const std::string& name) {
+  if (name != "faster" && name != "always" && name != "never") return false;
+  wanted_winograd = name == "faster"   ? WinogradUse::kFaster
+                    : name == "always" ? WinogradUse::kAlways
+                                       : WinogradUse::kNever;
+  return true;
 }
 
 }  // namespace dx::cpu

@@ -4,6 +4,7 @@ own error, on images of odd sizes, over threads, with what is not asked left out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -45,6 +46,22 @@ SHAPES = [
     ([2, 1, 1, 61], 1, 16, 11),
 ]
 shapes = pytest.mark.parametrize(("size", "dims", "C", "k"), SHAPES, ids=str)
+
+
+@pytest.fixture
+def winograd() -> Iterator[Callable[[str], None]]:
+    """Says for a test where float's convolutions take Winograd's products: "faster", "always" or "never"."""
+    module = _extension.module
+    assert module is not None
+    yield module.set_winograd
+    module.set_winograd("faster")
+
+
+@pytest.fixture(params=["direct", "winograd"])
+def products(request: pytest.FixtureRequest, winograd: Callable[[str], None]) -> str:
+    """Runs the test with either kind of products; where numbers are not multiplied as float they stay direct ones."""
+    winograd("always" if request.param == "winograd" else "never")
+    return str(request.param)
 
 
 def calls(size: list[int], dims: int, C: int, k: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -151,6 +168,30 @@ def eager_backward(args: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @shapes
 def test_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype, level: str) -> None:  # noqa: F811
+    check_as_good_as_eager(size, dims, C, k, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dims", "C", "k"),
+    [shape for shape in SHAPES if shape[1] > 1] + [([2, 1, 8, 6], 2, 33, 96), ([1, 1, 5, 260], 2, 128, 16)],
+    ids=str,
+)
+def test_winograd_is_as_good_as_eager(
+    size: list[int],
+    dims: int,
+    C: int,
+    k: int,
+    dtype: torch.dtype,
+    level: str,  # noqa: F811
+    winograd: Callable[[str], None],
+) -> None:
+    """Tiles beyond an image's edge, slices beyond a volume's, rows of tiles that are cut into bands."""
+    winograd("always")
+    check_as_good_as_eager(size, dims, C, k, dtype)
+
+
+def check_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype) -> None:
     for name, args, outputs, usual in zip(
         ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"),
         calls(size, dims, C, k),
@@ -196,7 +237,7 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("what", LEFT_OUT)
-def test_what_is_not_asked_changes_nothing_else(what: str, dtype: torch.dtype, level: str) -> None:  # noqa: F811
+def test_what_is_not_asked_changes_nothing_else(what: str, dtype: torch.dtype, level: str, products: str) -> None:  # noqa: F811
     _, args = calls([3, 1, 7, 9], 2, 21, 12)
     whole, part = converted(Call(args, BACKWARD), dtype), converted(Call({**args, **LEFT_OUT[what]}, BACKWARD), dtype)
     written("bn_relu_conv3x3_backward", whole, BACKWARD)
@@ -207,7 +248,7 @@ def test_what_is_not_asked_changes_nothing_else(what: str, dtype: torch.dtype, l
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_in_channels_last_give_the_same_bits(dtype: torch.dtype, level: str) -> None:  # noqa: F811
+def test_weights_in_channels_last_give_the_same_bits(dtype: torch.dtype, level: str, products: str) -> None:  # noqa: F811
     for size, dims, C, k in (([3, 1, 7, 9], 2, 21, 12), ([1, 3, 4, 5], 3, 16, 7)):
         layout = torch.channels_last if dims == 2 else torch.channels_last_3d
         for name, args, outputs in zip(
@@ -231,12 +272,14 @@ def test_threads_share_the_work(
     k: int,
     count: int,
     threads: Callable[[int], None],  # noqa: F811
+    winograd: Callable[[str], None],
 ) -> None:
     """One thread's results but for the order of sums, and always the same bits."""
+    winograd("always")
     for name, args, outputs in zip(
         ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"), calls(size, dims, C, k), (FORWARD, BACKWARD), strict=True
     ):
-        for dtype in (torch.float64, torch.bfloat16):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
             results = []
             for number in (1, count, count):
                 threads(number)
@@ -244,6 +287,25 @@ def test_threads_share_the_work(
             for a, b, c in zip(*results, strict=True):
                 assert torch.equal(b, c)
                 assert error(b, a) <= 256 * torch.finfo(a.dtype).eps
+
+
+def test_calls_at_once_do_not_share_memory(products: str) -> None:
+    """One of them has the memory that tasks keep from call to call, the others have their own."""
+    jobs, alone = [], []
+    for C in (24, 40, 64, 72):
+        forward, _ = calls([2, 1, 30, 34], 2, C, 16)
+        jobs.append(converted(Call(forward, FORWARD), torch.float32))
+        alone.append([result.clone() for result in written("bn_relu_conv3x3", jobs[-1], FORWARD)])
+
+    def repeat(job: dict[str, Any]) -> list[Tensor]:
+        for _ in range(20):
+            results = written("bn_relu_conv3x3", job, FORWARD)
+        return results
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for results, expected in zip(pool.map(repeat, jobs), alone, strict=True):
+            for a, b in zip(results, expected, strict=True):
+                assert torch.equal(a, b)
 
 
 # ---- numbers that are none -------------------------------------------------------------------------------------------
@@ -261,7 +323,7 @@ def spoiled() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_memory_around_the_rows_stays_outside(spoiled: Any, dtype: torch.dtype, level: str) -> None:  # noqa: F811
+def test_memory_around_the_rows_stays_outside(spoiled: Any, dtype: torch.dtype, level: str, products: str) -> None:  # noqa: F811
     for name, args, outputs in zip(
         ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"), spoiled, (FORWARD, BACKWARD), strict=True
     ):
@@ -272,7 +334,7 @@ def test_memory_around_the_rows_stays_outside(spoiled: Any, dtype: torch.dtype, 
         assert all(result.isfinite().all() for result in written(name, args, outputs))
 
 
-def test_nan_reaches_its_neighbours_only(level: str) -> None:  # noqa: F811
+def test_nan_reaches_its_neighbours_only(level: str, products: str) -> None:  # noqa: F811
     forward, backward = calls([1, 1, 6, 9], 2, 5, 4)
     x, grad = torch.randn(54, 5, dtype=F64), torch.randn(54, 4, dtype=F64)
     x[0, 2] = float("nan")  # the first pixel: neighbours are those to the right and below
@@ -288,6 +350,59 @@ def test_nan_reaches_its_neighbours_only(level: str) -> None:  # noqa: F811
         da, dW = written("bn_relu_conv3x3_backward", args, BACKWARD)[:2]
         assert da.isnan().any(1).nonzero().flatten().tolist() == [43, 44, 52, 53]
         assert dW[1, :, :2, :2].isnan().all() and not dW[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("what", ["x", "grad"])
+def test_infinity_gives_what_eager_gives(what: str, level: str, products: str) -> None:  # noqa: F811
+    forward, backward = calls([2, 1, 7, 6], 2, 19, 5)
+    spoilt = torch.randn(84, 19 if what == "x" else 5, dtype=F64)
+    spoilt[20, 3] = float("inf")
+    backward["features_grad_mean"], backward["features_grad_var"] = torch.zeros(2, 5, dtype=F64)
+    for name, args, outputs, usual in (
+        ("bn_relu_conv3x3", forward, FORWARD[:1], eager_forward),
+        ("bn_relu_conv3x3_backward", backward, BACKWARD[:2], eager_backward),
+    ):
+        if what not in args:
+            continue
+        ours, eagers = (converted(Call({**args, "drop_rate": 0.0, what: spoilt}, outputs), torch.float32) for _ in "12")
+        for a, b in zip(written(name, ours, outputs), usual(eagers), strict=False):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# ---- which products --------------------------------------------------------------------------------------------------
+NETWORKS = [shape for shape in conv3x3.shapes() if shape.image[0] > 4]
+
+
+@pytest.mark.parametrize("shape", NETWORKS, ids=lambda shape: f"{shape.where}-{shape.image[0]}")
+def test_winograd_where_networks_are_large(shape: conv3x3.Shape, winograd: Callable[[str], None]) -> None:
+    """The estimate takes it there, and its outputs have no larger errors than direct sums."""
+    layer = conv3x3.Layer(shape._replace(batch=min(shape.batch, 16)), torch.float32)
+    outputs = {}
+    for use in ("faster", "always", "never"):
+        winograd(use)
+        layer.ours()
+        outputs[use] = layer.out.clone()
+    assert torch.equal(outputs["faster"], outputs["always"])
+    y = (layer.x.double() * (1 + 1e-5) ** -0.5).relu().view(layer.size[0], *shape.image, shape.C).movedim(-1, 1)
+    conv = F.conv2d if len(shape.image) == 2 else F.conv3d
+    exact = conv(y, layer.weight.double(), padding=1).movedim(1, -1).reshape(-1, shape.k)
+    assert error(outputs["always"], exact) <= error(outputs["never"], exact)
+
+
+def test_direct_sums_where_there_are_few_tiles(winograd: Callable[[str], None]) -> None:
+    args, _ = calls([1, 1, 4, 4], 2, 64, 32)
+    results = {}
+    for use in ("faster", "always", "never"):
+        winograd(use)
+        results[use] = written("bn_relu_conv3x3", converted(Call(args, FORWARD), torch.float32), FORWARD)[0].clone()
+    assert torch.equal(results["faster"], results["never"])
+    assert not torch.equal(results["always"], results["never"])
+
+
+def test_the_use_has_three_names() -> None:
+    assert _extension.module is not None
+    with pytest.raises(ValueError, match="expected 'faster', 'always' or 'never', got 'sometimes'"):
+        _extension.module.set_winograd("sometimes")
 
 
 # ---- nothing ---------------------------------------------------------------------------------------------------------

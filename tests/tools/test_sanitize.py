@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sanitize
@@ -45,6 +47,18 @@ def test_a_compiler_without_sanitizers_is_one_sentence(monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(SystemExit, match=r"densenet_ext: .*c\+\+ has no libasan.so"):
         sanitize.runtime("libasan.so")
+
+
+@pytest.mark.skipif(_extension.module is None, reason="no compiled part")
+def test_a_variable_chooses_winograds_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    module: Any = SimpleNamespace(set_winograd=chosen.append)
+    for wanted in (None, "", "never"):
+        _extension._choose_winograd(module, wanted)
+    assert chosen == ["never"]
+    expected = "DENSENET_EXT_WINOGRAD: expected 'faster', 'always' or 'never', got 'no'"
+    with pytest.raises(RuntimeError, match=expected):
+        _extension._choose_winograd(_extension.module, "no")
 
 
 @pytest.mark.skipif(_extension.module is None, reason="no compiled part")

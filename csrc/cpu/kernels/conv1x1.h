@@ -12,18 +12,19 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool) {
   const int64_t steps = depth_steps<P>(p.C), pitch = panel_pitch<A>(steps), Np = padded<A>(p.N);
   const int64_t panel = panel_rows<P>(pitch * int64_t(sizeof(Operand))), panel_size = panel * pitch;
   Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<Operand>(packed_size<P>(p.C, p.N)) + Scratch::bytes<A>(Np) +
-                  Scratch::bytes<Operand>(pool.tasks * panel_size) + TaskMoments::bytes(pool.tasks, p.N));
+                  TaskMoments::bytes(pool.tasks, p.N));
+  TaskScratch own(pool.tasks, Scratch::bytes<Operand>(panel_size));
   const Affine<A> affine(scratch, p.norm, p.C);
   Operand* packed = scratch.take<Operand>(packed_size<P>(p.C, p.N));
   A* bias = scratch.take<A>(Np);
   std::fill_n(bias, Np, A(0));
   if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
-  Operand* panels = scratch.take<Operand>(pool.tasks * panel_size);
+  const Each<Operand> panels = own.take<Operand>(panel_size);
   const TaskMoments moments(scratch, pool.tasks, p.N);
   pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, packed, pool);
 
   pool.run([&](int task) {
-    const AlongColumns<P> y = {panels + task * panel_size, pitch};
+    const AlongColumns<P> y = {panels[task], pitch};
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.N);
     MomentsSum sum = moments[task].from(range.begin);
     for_panels(all, panel, [&](int64_t m0, int64_t rows) {

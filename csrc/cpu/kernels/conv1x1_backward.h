@@ -155,27 +155,27 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
   const Panels panels(round_up(widest.end - widest.begin, L), p.N, want_wgrad);
   const int64_t steps = depth_steps<P>(p.N);
   Scratch scratch(Affine<A>::bytes(p.C) + NormBackward<A>::bytes(p.N) +
-                  Scratch::bytes<Operand>(packed_size<P>(p.N, p.C)) +
-                  Scratch::bytes<Operand>(pool.tasks * panels.operands()) +
-                  Scratch::bytes<A>(pool.tasks * panels.wgrad_size) + TaskSums::bytes(grid.rows, p.C));
+                  Scratch::bytes<Operand>(packed_size<P>(p.N, p.C)) + TaskSums::bytes(grid.rows, p.C));
+  TaskScratch task_scratch(pool.tasks,
+                           Scratch::bytes<Operand>(panels.operands()) + Scratch::bytes<A>(panels.wgrad_size));
   const Affine<A> affine(scratch, p.norm, p.C);
   // Without z there is no norm2 to go through; an all-zero stand-in keeps one code path.
   const NormBackward<A> norm2(scratch, p.z ? p.z_norm : Norm<A>{p.norm.mean, p.norm.var, nullptr, nullptr, 1.0},
                               p.z_grad_weight, p.z_grad_bias, p.M, p.z ? p.N : 0);
   Operand* packed = scratch.take<Operand>(packed_size<P>(p.N, p.C));
-  Operand* operands = scratch.take<Operand>(pool.tasks * panels.operands());
-  A* wgrads = scratch.take<A>(pool.tasks * panels.wgrad_size);
+  const Each<Operand> operands = task_scratch.take<Operand>(panels.operands());
+  const Each<A> wgrads = task_scratch.take<A>(panels.wgrad_size);
   const TaskSums sums(scratch, grid.rows, p.C);
   pack_right<P>(p.weight, p.N, p.C, p.C, 1, grid.columns, packed, pool);
 
   pool.run([&](int task) {
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.C);
     const int64_t C = range.end - range.begin;
-    Operand* own = operands + task * panels.operands();
+    Operand* own = operands[task];
     const AlongRows<P> y = {own, panels.y_pitch};
     const AlongColumns<P> dz = {own + panels.y_size, panels.dz_pitch};
     const AlongRows<P> dz_rows = {Panels::kSame ? dz.data : dz.data + panels.dz_size, panels.dz_rows_pitch};
-    A* wgrad = wgrads + task * panels.wgrad_size;
+    A* wgrad = wgrads[task];
     std::fill_n(own, panels.operands(), Operand{});  // columns beyond the last one stay zero
     std::fill_n(wgrad, panels.wgrad_size, A(0));
     for_panels(all, panels.rows, [&](int64_t m0, int64_t rows) {
@@ -235,9 +235,9 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
       for (int column = 0; column < grid.columns; ++column) {
         const Range range = grid.template column_range<A>(column, p.C);
         for (int64_t c = range.begin; c < range.end; ++c) {
-          const A* own = wgrads + column * panels.wgrad_size + i * panels.y_pitch + c - range.begin;
           A total = 0;
-          for (int row = 0; row < grid.rows; ++row) total += own[row * grid.columns * panels.wgrad_size];
+          for (int row = 0; row < grid.rows; ++row)
+            total += wgrads[row * grid.columns + column][i * panels.y_pitch + c - range.begin];
           p.grad_conv_weight[i * p.C + c] = total;
         }
       }

@@ -3,6 +3,42 @@
 // taken from the lines just written, as stored.
 #pragma once
 
+// Where the sums go: with the bias and dropout into the rows of `out`.
+template <class T>
+struct Conv3x3Output {
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+  Rows<T> out;
+  int64_t N;
+  A* bias;  // blocks of vectors read it from any column on
+  DropFactors<A> drop;
+
+  static int64_t bias_size(int64_t N) { return padded<A>(N) + L; }
+  Conv3x3Output(Scratch& scratch, const BnReluConv3x3<T>& p)
+      : out(p.out), N(p.N), bias(scratch.take<A>(bias_size(p.N))), drop(p.drop_rate, p.seed, p.layer, p.drop_rows) {
+    std::fill_n(bias, bias_size(p.N), A(0));
+    if (p.bias) std::copy_n(p.bias, p.N, bias);
+  }
+
+  // The outputs of some pixels from row m on, NV vectors of columns from n on: the vectors of a pixel's sums lie
+  // `distance` apart.
+  template <int NV>
+  DX_INLINE void write(int64_t n, const A* sums, int64_t distance, int64_t m, int64_t pixels) const {
+    for (int64_t r = 0; r < pixels; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        const int64_t c = n + j * L, left = N - c;
+        Vec<A> v = load_vec(sums + j * distance + r * L) + load_vec(bias + c);
+        if (drop) v *= drop.at(m + r, c);
+        T* to = out.row(m + r) + c;
+        if (left >= L)
+          store(to, v);
+        else
+          store_part(to, v, int(left));
+      }
+  }
+};
+
 template <class T, class P>
 class Conv3x3Forward {
   using A = Acc<T>;
@@ -17,13 +53,13 @@ class Conv3x3Forward {
   const LanesChoice<P> lanes;
   LineRing<P> ring;
   Scratch scratch;
+  TaskScratch task_scratch;
   const Affine<A> affine;
-  Operand *packed, *rings, *staging;
-  A* bias;
+  Operand* packed;
+  const Each<Operand> rings, staging;
+  const Conv3x3Output<T> output;
   const TaskMoments moments;
-  const DropFactors<A> drop;
 
-  int64_t bias_size() const { return padded<A>(p.N) + L; }  // blocks of lanes read it from any column on
   int64_t packed_size() const {
     return lanes.R ? LanesConv<P>::packed_size(p.C, p.N, image, lanes.R) : LineConv<P>::packed_size(p.C, p.N, image);
   }
@@ -41,20 +77,18 @@ class Conv3x3Forward {
         ring{nullptr, nullptr, stripes.lines + 2 * image.reach,
              lanes.R ? LanesConv<P>::positions_of(image.width) : LineRing<P>::positions_of(stripes.width),
              lanes.R ? depth_steps<P>(p.C) : pitch},
-        scratch(Affine<A>::bytes(norm_size) + Scratch::bytes<Operand>(packed_size()) + Scratch::bytes<A>(bias_size()) +
-                Scratch::bytes<Operand>(ring.zeros_size()) + Scratch::bytes<Operand>(pool.tasks * ring.size()) +
-                Scratch::bytes<Operand>(pool.tasks * staging_size()) + TaskMoments::bytes(pool.tasks, p.N)),
+        scratch(Affine<A>::bytes(norm_size) + Scratch::bytes<Operand>(packed_size()) +
+                Scratch::bytes<A>(Conv3x3Output<T>::bias_size(p.N)) + Scratch::bytes<Operand>(ring.zeros_size()) +
+                TaskMoments::bytes(pool.tasks, p.N)),
+        task_scratch(pool.tasks, Scratch::bytes<Operand>(ring.size()) + Scratch::bytes<Operand>(staging_size())),
         affine(scratch, p.norm, norm_size),
         packed(scratch.take<Operand>(packed_size())),
-        rings(scratch.take<Operand>(pool.tasks * ring.size())),
-        staging(scratch.take<Operand>(pool.tasks * staging_size())),
-        bias(scratch.take<A>(bias_size())),
-        moments(scratch, pool.tasks, p.N),
-        drop(p.drop_rate, p.seed, p.layer, p.drop_rows) {
+        rings(task_scratch.take<Operand>(ring.size())),
+        staging(task_scratch.take<Operand>(staging_size())),
+        output(scratch, p),
+        moments(scratch, pool.tasks, p.N) {
     ring.zeros = scratch.take<Operand>(ring.zeros_size());
     std::fill_n(ring.zeros, ring.zeros_size(), Operand{});
-    std::fill_n(bias, bias_size(), A(0));
-    if (p.bias) std::copy_n(p.bias, p.N, bias);
   }
 
   void run() {
@@ -66,8 +100,8 @@ class Conv3x3Forward {
  private:
   void run_task(int task) const {
     LineRing<P> own = ring;
-    own.data = rings + task * ring.size();
-    Operand* own_staging = staging + task * staging_size();
+    own.data = rings[task];
+    Operand* own_staging = staging[task];
     std::fill_n(own.data, own.size(), Operand{});
     std::fill_n(own_staging, staging_size(), Operand{});
     MomentsSum sum = moments[task];
@@ -90,7 +124,7 @@ class Conv3x3Forward {
       const auto ahead = [&] { next_x.step(); };
       const auto make = [&](int64_t n, auto vectors) {
         return [&, n](const A* sums, int64_t distance, int64_t at, int64_t w, int64_t pixels) {
-          write<decltype(vectors)::value>(n, sums, distance, at * image.width + band.begin + w, pixels);
+          output.template write<decltype(vectors)::value>(n, sums, distance, at * image.width + band.begin + w, pixels);
         };
       };
       if (lanes.R)
@@ -113,27 +147,4 @@ class Conv3x3Forward {
     fill_rows<A>(0, image.width, round_up(image.width, kRowGroup), p.C, source, AlongColumns<P>{own_staging, pitch});
     LanesConv<P>::turn(own_staging, image.width, pitch, ring.pitch, ring.positions, to);
   }
-
-  // The outputs of some pixels from row m on, NV vectors of columns from n on: the vectors of a pixel's sums lie
-  // `distance` apart.
-  template <int NV>
-  DX_INLINE void write(int64_t n, const A* sums, int64_t distance, int64_t m, int64_t pixels) const {
-    for (int64_t r = 0; r < pixels; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const int64_t c = n + j * L, left = p.N - c;
-        Vec<A> v = load_vec(sums + j * distance + r * L) + load_vec(bias + c);
-        if (drop) v *= drop.at(m + r, c);
-        T* out = p.out.row(m + r) + c;
-        if (left >= L)
-          store(out, v);
-        else
-          store_part(out, v, int(left));
-      }
-  }
 };
-
-template <class T, class P = Product<T>>
-void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool) {
-  Conv3x3Forward<T, P>(p, pool).run();
-}

@@ -100,6 +100,66 @@ struct InputGradColumns {
   }
 };
 
+// What the convolution's backward pass has beside the products: what they are made from, and the sums that they leave.
+template <class T>
+struct Conv3x3Gradients {
+  using A = Acc<T>;
+  const BnReluConv3x3Backward<T>& p;
+  const bool want_wgrad, want_dgrad, reads_x;  // reads_x: behind dgrad
+  const Affine<A> affine;
+  CompletedGrad<T> grad;
+  const TaskSums sums, bias_sums;
+
+  static int64_t norm_size(const BnReluConv3x3Backward<T>& p) { return p.norm.mean ? p.C : 0; }
+  static size_t bytes(const BnReluConv3x3Backward<T>& p, int tasks) {
+    return Affine<A>::bytes(norm_size(p)) + 3 * Scratch::bytes<A>(padded<A>(p.N)) + TaskSums::bytes(tasks, p.C) +
+           TaskSums::bytes(tasks, p.N);
+  }
+  Conv3x3Gradients(Scratch& scratch, const BnReluConv3x3Backward<T>& p, int tasks)
+      : p(p),
+        want_wgrad(p.grad_conv_weight),
+        want_dgrad(p.grad_x || p.grad_weight || p.grad_mean),
+        reads_x(p.scaled || p.grad_weight || p.grad_mean),
+        affine(scratch, p.norm, norm_size(p)),
+        grad(completed_grad(scratch)),
+        sums(scratch, tasks, p.C),
+        bias_sums(scratch, tasks, p.N) {}
+
+  // What follows dgrad's products for a vector of columns, and where its sums go.
+  InputGradColumns<T> columns(int64_t c) const { return InputGradColumns<T>(p, affine, reads_x, c); }
+  void add(int task, int64_t c, const InputGradColumns<T>& columns) const {
+    sums.add<A>(task, c, columns.sum, columns.sum_xc);
+  }
+
+  void finish() const {
+    if (p.grad_weight) sums.finish(p.C, affine.rstd, p.grad_weight, p.grad_bias);
+    if (p.grad_mean)
+      for (int64_t c = 0; c < p.C; ++c) {
+        const auto d = bn_statistics_grad<A>(affine.scale[c], affine.rstd[c], A(sums.dy(c)), A(sums.dy_xc(c)));
+        p.grad_mean[c] += d.mean;
+        p.grad_var[c] += d.var;
+      }
+    if (p.grad_conv_bias)
+      for (int64_t n = 0; n < p.N; ++n) p.grad_conv_bias[n] = A(bias_sums.dy(n));
+  }
+
+ private:
+  CompletedGrad<T> completed_grad(Scratch& scratch) const {
+    const int64_t Np = padded<A>(p.N);
+    A *mean = scratch.take<A>(Np), *offset = scratch.take<A>(Np), *slope = scratch.take<A>(Np);
+    std::fill_n(mean, Np, A(0));
+    std::fill_n(offset, Np, A(0));
+    std::fill_n(slope, Np, A(0));
+    const A M = A(p.images.rows());
+    for (int64_t n = 0; p.features && n < p.N; ++n) {
+      mean[n] = p.features_mean[n];
+      offset[n] = p.features_grad_mean[n] / M;
+      slope[n] = A(2) * p.features_grad_var[n] / M;
+    }
+    return {p.grad, p.features, mean, offset, slope, DropFactors<A>(p.drop_rate, p.seed, p.layer, p.drop_rows), 0};
+  }
+};
+
 template <class T, class P>
 class Conv3x3Backward {
   using A = Acc<T>;
@@ -110,18 +170,18 @@ class Conv3x3Backward {
   const BnReluConv3x3Backward<T>& p;
   const Pool& pool;
   const ImageLines image;
-  const bool want_wgrad, want_dgrad, reads_x;  // reads_x: behind dgrad
-  const int64_t norm_size, y_pitch, g_rows_pitch;
+  const bool want_wgrad, want_dgrad;
+  const int64_t y_pitch, g_rows_pitch;
   const Stripes stripes;
   LineRing<P> g, y;
   const TaskWgrad<P> wgrad;
   const int64_t g_rows_line, g_rows_size;  // g along its pixels
   Scratch scratch;
-  const Affine<A> affine;
-  CompletedGrad<T> grad;
-  Operand *packed, *operands;
-  A* wgrads;
-  const TaskSums sums, bias_sums;
+  TaskScratch task_scratch;
+  const Conv3x3Gradients<T> all;
+  Operand* packed;
+  const Each<Operand> operands;
+  const Each<A> wgrads;
 
   int64_t packed_size() const { return want_dgrad ? LineConv<P>::packed_size(p.N, p.C, image) : 0; }
   // A task's y, g along its columns, g along its pixels: each at the start of a cache line.
@@ -141,8 +201,6 @@ class Conv3x3Backward {
         image(p.images, p.window),
         want_wgrad(p.grad_conv_weight),
         want_dgrad(p.grad_x || p.grad_weight || p.grad_mean),
-        reads_x(p.scaled || p.grad_weight || p.grad_mean),
-        norm_size(p.norm.mean ? p.C : 0),
         y_pitch(padded<A>(p.C)),
         g_rows_pitch(padded<A>(p.N)),
         stripes(image, (y_pitch + LineConv<P>::pitch(p.N)) * int64_t(sizeof(Operand)), pool.tasks),
@@ -152,17 +210,13 @@ class Conv3x3Backward {
         g_rows_line(kPairs ? (g.positions - 2) / P::kDepth * g_rows_pitch : 0),
         // Tiles read some columns beyond the last row.
         g_rows_size(kPairs ? g.slots * g_rows_line + kLongRows : 0),
-        scratch(Affine<A>::bytes(norm_size) + 3 * Scratch::bytes<A>(padded<A>(p.N)) +
-                Scratch::bytes<Operand>(g.zeros_size()) + Scratch::bytes<Operand>(packed_size()) +
-                Scratch::bytes<Operand>(pool.tasks * task_operands()) + Scratch::bytes<A>(pool.tasks * wgrad_size()) +
-                TaskSums::bytes(pool.tasks, p.C) + TaskSums::bytes(pool.tasks, p.N)),
-        affine(scratch, p.norm, norm_size),
-        grad(completed_grad()),
+        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + Scratch::bytes<Operand>(g.zeros_size()) +
+                Scratch::bytes<Operand>(packed_size())),
+        task_scratch(pool.tasks, Scratch::bytes<Operand>(task_operands()) + Scratch::bytes<A>(wgrad_size())),
+        all(scratch, p, pool.tasks),
         packed(scratch.take<Operand>(packed_size())),
-        operands(scratch.take<Operand>(pool.tasks * task_operands())),
-        wgrads(scratch.take<A>(pool.tasks * wgrad_size())),
-        sums(scratch, pool.tasks, p.C),
-        bias_sums(scratch, pool.tasks, p.N) {
+        operands(task_scratch.take<Operand>(task_operands())),
+        wgrads(task_scratch.take<A>(wgrad_size())) {
     g.zeros = scratch.take<Operand>(g.zeros_size());
     std::fill_n(g.zeros, g.zeros_size(), Operand{});
   }
@@ -171,28 +225,14 @@ class Conv3x3Backward {
     const Taps<const A> turned = {p.weight.data, p.weight.input, p.weight.output, p.weight.tap};
     if (want_dgrad) pack_taps<P>(turned, p.N, p.C, wgrad.taps, true, packed, pool);
     pool.run([&](int task) { run_task(task); });
-    finish();
+    all.finish();
+    if (want_wgrad) wgrad.finish(wgrads, pool.tasks, p.grad_conv_weight, pool);
   }
 
  private:
-  CompletedGrad<T> completed_grad() {
-    const int64_t Np = padded<A>(p.N);
-    A *mean = scratch.take<A>(Np), *offset = scratch.take<A>(Np), *slope = scratch.take<A>(Np);
-    std::fill_n(mean, Np, A(0));
-    std::fill_n(offset, Np, A(0));
-    std::fill_n(slope, Np, A(0));
-    const A M = A(p.images.rows());
-    for (int64_t n = 0; p.features && n < p.N; ++n) {
-      mean[n] = p.features_mean[n];
-      offset[n] = p.features_grad_mean[n] / M;
-      slope[n] = A(2) * p.features_grad_var[n] / M;
-    }
-    return {p.grad, p.features, mean, offset, slope, DropFactors<A>(p.drop_rate, p.seed, p.layer, p.drop_rows), 0};
-  }
-
   void run_task(int task) {
-    Operand* own = operands + task * task_operands();
-    A* own_wgrad = wgrads + task * wgrad_size();
+    Operand* own = operands[task];
+    A* own_wgrad = wgrads[task];
     std::fill_n(own, task_operands(), Operand{});  // columns beyond the last one stay zero
     std::fill_n(own_wgrad, wgrad_size(), A(0));
     LineRing<P> own_g = g, own_y = y;
@@ -209,7 +249,7 @@ class Conv3x3Backward {
         if (!want_wgrad) continue;
         const Rows<const T> x = {p.x.row(filled * image.width), p.x.pitch};
         if (p.norm.mean)
-          fill_input(band, NormalisedRows<T>{x, affine}, own_y.line(filled));
+          fill_input(band, NormalisedRows<T>{x, all.affine}, own_y.line(filled));
         else
           fill_input(band, GivenPixels<T>{x}, own_y.line(filled));
       }
@@ -219,7 +259,7 @@ class Conv3x3Backward {
       // The lines of the next stripe, where those lie behind each other in memory.
       const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
       const int64_t first = std::min(filled, image.count - 1) * image.width, tiles = conv.tiles(band, lines);
-      ReadAhead next_x(p.x, first, want_wgrad || reads_x ? next : 0, p.C, tiles);
+      ReadAhead next_x(p.x, first, want_wgrad || all.reads_x ? next : 0, p.C, tiles);
       ReadAhead next_grad(p.grad, first, next, p.N, tiles);
       ReadAhead next_features(p.features ? p.features : p.grad, first, p.features ? next : 0, p.N, tiles);
       // What is added to comes from memory too, for the next stripe's outputs.
@@ -234,7 +274,7 @@ class Conv3x3Backward {
   }
 
   void fill_grad(Stripes::Band band, int64_t line, Operand* to, Operand* rows) const {
-    CompletedGrad<T> from = grad;
+    CompletedGrad<T> from = all.grad;
     from.first = line * image.width;
     from.grad.data = p.grad.row(from.first);
     if (p.features) from.features.data = p.features.row(from.first);
@@ -254,7 +294,7 @@ class Conv3x3Backward {
       Vec<A> sum = {};
       for (int64_t l = line; l < line + lines; ++l)
         for (int64_t w = 0; w < band.width; ++w) sum += P::load_along_columns(own_g.line(l) + (w + 1) * g.pitch, c);
-      bias_sums.add<A>(task, c, sum, Vec<A>{});
+      all.bias_sums.template add<A>(task, c, sum, Vec<A>{});
     }
   }
 
@@ -278,40 +318,22 @@ class Conv3x3Backward {
   // What LineConv gives for a block of columns.
   template <int NV>
   struct Columns {
-    const Conv3x3Backward& all;
+    const Conv3x3Backward& pass;
     int task;
     Stripes::Band band;
     int64_t c;
     InputGradColumns<T> columns[NV];
 
-    Columns(const Conv3x3Backward& all, int task, Stripes::Band band, int64_t c)
-        : all(all), task(task), band(band), c(c) {
-      for (int j = 0; j < NV; ++j) columns[j] = InputGradColumns<T>(all.p, all.affine, all.reads_x, c + j * L);
+    Columns(const Conv3x3Backward& pass, int task, Stripes::Band band, int64_t c)
+        : pass(pass), task(task), band(band), c(c) {
+      for (int j = 0; j < NV; ++j) columns[j] = pass.all.columns(c + j * L);
     }
     ~Columns() {
-      for (int j = 0; j < NV; ++j) all.sums.template add<A>(task, c + j * L, columns[j].sum, columns[j].sum_xc);
+      for (int j = 0; j < NV; ++j) pass.all.add(task, c + j * L, columns[j]);
     }
     DX_INLINE void operator()(const A* da, int64_t vector_distance, int64_t line, int64_t w, int64_t pixels) {
       for (int j = 0; j < NV; ++j)
-        columns[j].add(da + j * vector_distance, line * all.image.width + band.begin + w, pixels);
+        columns[j].add(da + j * vector_distance, line * pass.image.width + band.begin + w, pixels);
     }
   };
-
-  void finish() const {
-    if (p.grad_weight) sums.finish(p.C, affine.rstd, p.grad_weight, p.grad_bias);
-    if (p.grad_mean)
-      for (int64_t c = 0; c < p.C; ++c) {
-        const auto d = bn_statistics_grad<A>(affine.scale[c], affine.rstd[c], A(sums.dy(c)), A(sums.dy_xc(c)));
-        p.grad_mean[c] += d.mean;
-        p.grad_var[c] += d.var;
-      }
-    if (p.grad_conv_bias)
-      for (int64_t n = 0; n < p.N; ++n) p.grad_conv_bias[n] = A(bias_sums.dy(n));
-    if (want_wgrad) wgrad.finish(wgrads, pool.tasks, p.grad_conv_weight, pool);
-  }
 };
-
-template <class T, class P = Product<T>>
-void bn_relu_conv3x3_backward(const BnReluConv3x3Backward<T>& p, const Pool& pool) {
-  Conv3x3Backward<T, P>(p, pool).run();
-}

@@ -77,16 +77,16 @@ struct TaskWgrad {
       }
     });
   }
-  // Adds up the tasks' sums in their order, of which `all` are one after the other.
-  void finish(const A* all, int tasks, const Taps<A> to, const Pool& pool) const {
+  // Adds up the tasks' sums in their order.
+  void finish(const Each<A> all, int tasks, const Taps<A> to, const Pool& pool) const {
     pool.run([&](int task) {
       const Range channels = part(N, 1, pool.tasks, task);
       for (int64_t n = channels.begin; n < channels.end; ++n)
         for (int64_t c = 0; c < C; c += kLanes<A>)
           for (int t = 0; t < taps; ++t) {
-            const A* from = all + (t * rows() + n) * pitch() + c;
+            const int64_t at = (t * rows() + n) * pitch() + c;
             Vec<A> total = {};
-            for (int i = 0; i < tasks; ++i) total += load_vec(from + i * size());
+            for (int i = 0; i < tasks; ++i) total += load_vec(all[i] + at);
             alignas(64) A totals[kLanes<A>];
             store_vec(totals, total);
             A* out = to.data + n * to.output + c * to.input + t * to.tap;

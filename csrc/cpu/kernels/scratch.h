@@ -26,6 +26,30 @@ class Scratch {
   char *begin_, *next_;
 };
 
+// An array of each task.
+template <class A>
+struct Each {
+  char* first;
+  size_t distance;
+  DX_INLINE A* operator[](int task) const { return reinterpret_cast<A*>(first + size_t(task) * distance); }
+};
+
+// What tasks write for themselves, dealt out like Scratch. See task_memory.h.
+class TaskScratch {
+ public:
+  TaskScratch(int tasks, size_t bytes) : memory_(tasks, bytes) {}
+  template <class A>
+  Each<A> take(int64_t count) {
+    const Each<A> taken = {memory_.of_task(0) + used_, memory_.distance()};
+    used_ += Scratch::bytes<A>(count);
+    return taken;
+  }
+
+ private:
+  TaskMemory memory_;
+  size_t used_ = 0;
+};
+
 // Columns rounded up to whole vectors: per-channel scratch can then be read and written without looking at the edge.
 template <class A>
 inline int64_t padded(int64_t C) {

@@ -1,0 +1,106 @@
+// The forward pass of conv3x3.h by Winograd's products: rows of tiles are normalised and transformed on their way into
+// the cache, multiplied there, and transformed back on their way into the outputs' rows.
+#pragma once
+
+template <class T>
+class WinogradForward {
+  static constexpr int L = kLanes<float>;
+
+  const BnReluConv3x3<T>& p;
+  const Pool& pool;
+  const TileRows tiles;
+  const int slices;
+  const int64_t in_vectors, norm_size;
+  PointProducts products;
+  Scratch scratch;
+  TaskScratch task_scratch;
+  const Affine<float> affine;
+  float *taps, *points;
+  const Each<float> operands;
+  const Conv3x3Output<T> output;
+  const TaskMoments moments;
+
+  // What a task has: inputs, outputs, and two lines of the latter.
+  int64_t in_size() const { return Points::size(products.groups.most(), in_vectors); }
+  int64_t out_size() const { return Points::size(products.groups.most(), products.columns() / L); }
+  int64_t lines_size() const { return 4 * products.groups.band * L; }
+  int64_t task_size() const { return in_size() + out_size() + lines_size(); }
+
+ public:
+  static TileGroups groups(const BnReluConv3x3<T>& p, const TileRows& tiles) {
+    constexpr int64_t kKept = 400 * 1024;
+    const int64_t vectors = tiles.slices() * Points::vectors_of(p.C) + Points::vectors_of(p.N);
+    return TileGroups(tiles, p.N, vectors * Points::kTile * int64_t(sizeof(float)), kKept, false);
+  }
+  WinogradForward(const BnReluConv3x3<T>& p, const TileRows& tiles, const TileGroups& groups, const Pool& pool)
+      : p(p),
+        pool(pool),
+        tiles(tiles),
+        slices(tiles.slices()),
+        in_vectors(slices * Points::vectors_of(p.C)),
+        norm_size(p.norm.mean ? p.C : 0),
+        products{groups, p.C, p.N, slices, nullptr, nullptr},
+        scratch(Affine<float>::bytes(norm_size) + Scratch::bytes<float>(products.taps_size()) +
+                Scratch::bytes<float>(products.points_size()) +
+                Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
+        task_scratch(pool.tasks, Scratch::bytes<float>(task_size())),
+        affine(scratch, p.norm, norm_size),
+        taps(scratch.take<float>(products.taps_size())),
+        points(scratch.take<float>(products.points_size())),
+        operands(task_scratch.take<float>(task_size())),
+        output(scratch, p),
+        moments(scratch, pool.tasks, p.N) {}
+
+  void run() {
+    products.pack(p.weight, false, taps, points, pool);
+    pool.run([&](int task) {
+      if (p.norm.mean)
+        run_task(task, NormalisedRows<T>{p.x, affine});
+      else
+        run_task(task, GivenPixels<T>{p.x});
+    });
+    if (p.out_mean) moments.finish(p.N, p.out_mean, p.out_var);
+  }
+
+ private:
+  template <class Source>
+  void run_task(int task, const Source source) const {
+    float* own = operands[task];
+    const int64_t most = products.groups.most();
+    const Points in(own, most), out(own += in_size(), most);
+    own += out_size();
+    float* const lines[2] = {own, own + lines_size() / 2};
+    MomentsSum sum = moments[task];
+    products.groups.for_task(tiles, pool.tasks, task, [&](TileBand band, int64_t row, int64_t rows) {
+      const SliceRange present = present_slices(tiles, row, rows);
+      transform_rows(tiles, band, row, rows, present, p.C, source, in);
+      ReadAhead next_x = read_ahead(tiles, products.groups, p.x, p.C, row, rows, products.blocks());
+      products.run(in, out, rows * band.count, present, [&] { next_x.step(); });
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t n = 0; n < p.N; n += L) {
+          if (!transform_outputs(out.at(n / L, i * band.count), band.count, lines))
+            products.sum_directly(tiles, row + i, band, source, n, lines);
+          tiles.for_lines(row + i, band, [&](int64_t line, int64_t m, int64_t pixels) {
+            output.template write<1>(n, lines[line], 0, m, pixels);
+          });
+        }
+        if (p.out_mean)
+          tiles.for_lines(row + i, band, [&](int64_t, int64_t m, int64_t pixels) {
+            sum.add_panel(p.out.row(m), p.out.pitch, pixels, p.N);
+          });
+      }
+    });
+  }
+};
+
+template <class T, class P = Product<T>>
+void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool) {
+  if constexpr (kHasWinograd<P>) {
+    const TileRows tiles(ImageLines(p.images, p.window));
+    const TileGroups groups = WinogradForward<T>::groups(p, tiles);
+    const WinogradCost cost = {tiles, p.C, p.N, pool.tasks};
+    if (use_winograd(tiles, cost.forward(groups), cost.direct()))
+      return WinogradForward<T>(p, tiles, groups, pool).run();
+  }
+  Conv3x3Forward<T, P>(p, pool).run();
+}

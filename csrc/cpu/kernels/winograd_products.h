@@ -1,0 +1,158 @@
+// The products of Winograd's points with the weights, and where they are worth their transforms.
+#pragma once
+
+// out[j, tile] = sum over the inner dimension of in[.., tile] * weights for NV vectors of columns of all tiles; `in`
+// and `out` begin at a point of their first vectors. Each of `slices` has K channels.
+template <int R, int NV>
+__attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int64_t K, const float* in,
+                                             int64_t in_vector, const float* weights, float* out, int64_t out_vector) {
+  constexpr int L = kLanes<float>;
+  for (int64_t t = 0; t < tiles; t += R) {
+    Vec<float> acc[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[r][j] = Vec<float>{};
+    const float *a = in + t * Points::kTile, *b = weights;
+    for (int64_t slice = 0; slice < slices; ++slice)
+      for (int64_t k0 = 0; k0 < K; k0 += L, a += in_vector)
+        for (int64_t k = 0; k < std::min<int64_t>(L, K - k0); ++k, b += NV * L) {
+          Vec<float> right[NV];
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j) right[j] = load_vec(b + j * L);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const float left = a[r * Points::kTile + k];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[r][j] += left * right[j];
+          }
+        }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) store_vec(out + j * out_vector + (t + r) * Points::kTile, acc[r][j]);
+  }
+}
+
+// What the products of one pass have in common: the inner dimension is made of the slices' K channels, the columns of
+// blocks.
+struct PointProducts {
+  TileGroups groups;
+  int64_t K, N;
+  int slices;
+  const float *taps, *points;  // the weights, as packed and as transformed
+
+  int64_t columns() const { return round_up(N, groups.block()); }
+  int64_t taps_size() const { return columns() * K * slices * 9; }
+  int64_t points_size() const { return columns() * K * slices * kPoints; }
+  void pack(const Taps<const float> weight, bool backwards, float* taps, float* points, const Pool& pool) {
+    pack_taps<Fma<float>>(weight, K, N, slices * 9, backwards, taps, pool, groups.block());
+    transform_weights(taps, K, N, slices, groups.block(), points, pool);
+    this->taps = taps, this->points = points;
+  }
+
+  // out = in * weights for so many tiles, of some slices alone. Calls ahead() before each block. Products take whole
+  // tiles of rows, so that zeros are put behind the last one.
+  template <class Ahead>
+  void run(const Points in, const Points out, int64_t tiles, SliceRange range, const Ahead& ahead) const {
+    const int64_t vectors = Points::vectors_of(K), beyond = TileGroups::covered(tiles, groups.vectors) - tiles;
+    for (int64_t v = range.begin * vectors; v < range.end * vectors; ++v)
+      std::fill_n(in.at(v, tiles), beyond * Points::kTile, 0.f);
+    if (groups.vectors == 1) run_blocks<1>(in, out, tiles, range, ahead);
+    if (groups.vectors == 2) run_blocks<2>(in, out, tiles, range, ahead);
+    if constexpr (kMostVectors == 3)
+      if (groups.vectors == 3) run_blocks<3>(in, out, tiles, range, ahead);
+  }
+  int64_t blocks() const { return kPoints * columns() / groups.block(); }
+
+  // One vector of columns, from n on, of a row of tiles without Winograd's sums, which numbers that are not finite
+  // would spread in: outputs as in transform_outputs.
+  template <class Source>
+  __attribute__((noinline)) void sum_directly(const TileRows& tiles, int64_t row, TileBand band, const Source source,
+                                              int64_t n, float* const (&outputs)[2]) const {
+    constexpr int L = kLanes<float>;
+    const int64_t width = tiles.image.width, block = groups.block(), begin = n / block * block;
+    const float* weights = taps + begin * K * slices * 9 + n - begin;
+    for (int64_t i = 0; i < tiles.lines(row); ++i)
+      for (int64_t w = 2 * band.begin; w < std::min(width, 2 * (band.begin + band.count)); ++w) {
+        Vec<float> sum = {};
+        for (int tap = 0; tap < slices * 9; ++tap) {
+          const int64_t line = tiles.input_line(row, tap / 9, int(i) + tap / 3 % 3), pixel = w + tap % 3 - 1;
+          if (line < 0 || pixel < 0 || pixel >= width) continue;
+          for_columns<float>(K, [&](int64_t k, auto columns) {
+            float values[L];
+            store_vec(values, source.value(source.at(k), line * width + pixel, k, columns));
+            for (int64_t j = 0; j < std::min<int64_t>(L, K - k); ++j)
+              sum += values[j] * load_vec(weights + (tap * K + k + j) * block);
+          });
+        }
+        store_vec(outputs[i] + (w - 2 * band.begin) * L, sum);
+      }
+  }
+
+ private:
+  template <int NV, class Ahead>
+  void run_blocks(const Points in, const Points out, int64_t tiles, SliceRange range, const Ahead& ahead) const {
+    constexpr int kLong = kLongTiles<NV>, kShort = kShortTiles<NV>;
+    const auto product =
+        round_up(tiles, kLong) <= round_up(tiles, kShort) ? point_product<kLong, NV> : point_product<kShort, NV>;
+    constexpr int L = kLanes<float>;
+    const int64_t block = groups.block(), vectors = Points::vectors_of(K);
+    for (int64_t n = 0; n < N; n += block)
+      for (int p = 0; p < kPoints; ++p) {
+        ahead();
+        const float* weights = points + n * slices * kPoints * K + (p * slices + range.begin) * K * block;
+        product(tiles, range.end - range.begin, K, in.at(range.begin * vectors, 0) + p * L, in.tiles * Points::kTile,
+                weights, out.at(n / L, 0) + p * L, out.tiles * Points::kTile);
+      }
+  }
+};
+
+// Asks for the lines that the next group is made of, where they lie behind each other in memory.
+template <class T>
+inline ReadAhead read_ahead(const TileRows& tiles, const TileGroups& groups, Rows<const T> x, int64_t C, int64_t row,
+                            int64_t rows, int64_t steps) {
+  const ImageLines& image = tiles.image;
+  const int64_t first = std::min(tiles.line(row) + 2 * rows + image.reach, image.count - 1);
+  const int64_t lines = groups.bands == 1 ? std::min(2 * rows, image.count - first) : 0;
+  return ReadAhead(x, first * image.width, lines * image.width, C, steps);
+}
+
+// ---- which
+// ----------------------------------------------------------------------------------------------------------- An
+// estimate of cycles, fitted to what `python -m benchmarks.conv3x3` measured: a multiply-add of vectors is one.
+struct WinogradCost {
+  const TileRows& tiles;
+  int64_t C, N;
+  int tasks;
+
+  double vectors(int64_t columns) const { return double(Points::vectors_of(columns)); }
+  double tile_count() const { return double(tiles.count * tiles.across); }
+  // Tasks wait for the one that has the most.
+  double spread(int64_t units) const {
+    return units < tasks ? 1.0 : double((units + tasks - 1) / tasks * tasks) / double(units);
+  }
+  double direct() const {
+    const double pixels = double(tiles.image.count * tiles.image.width), columns = vectors(N);
+    const double lanes = C >= 16 ? 1.15 * double(std::min(round_up(N, 8), round_up(N, 12))) / kLanes<float> : columns;
+    return 1.08 * pixels * 9 * tiles.slices() * double(C) * std::min(columns, lanes) * spread(tiles.image.count);
+  }
+  double forward(const TileGroups& groups) const {
+    const double inner = double(tiles.slices() * C);
+    const double transforms = 200 * tiles.slices() * vectors(C) + 100 * vectors(N);
+    return (groups.work * inner + tile_count() * transforms) * spread(groups.bands * tiles.count) +
+           120 * inner * vectors(N);
+  }
+  double backward(const TileGroups& groups) const {
+    const double wgrad = double(kPoints * N) * tiles.slices() * vectors(C);
+    const double transforms = 300 * (tiles.slices() * (vectors(C) + vectors(N)) + vectors(N)) + 150 * vectors(C);
+    return (groups.work * double(tiles.slices() * N) + tile_count() * (wgrad + transforms)) *
+               spread(groups.bands * tiles.count) +
+           240 * double(tiles.slices() * N) * vectors(C);
+  }
+};
+
+inline bool use_winograd(const TileRows& tiles, double winograd, double direct) {
+  if (tiles.image.along_height == 1 || winograd_use() == WinogradUse::kNever) return false;
+  return winograd_use() == WinogradUse::kAlways || winograd < direct;
+}
