@@ -225,7 +225,16 @@ class WinogradBackward {
       const int64_t blocks = products.blocks();
       ReadAhead next_x = read_ahead(tiles, products.groups, p.x, p.C, row, rows, blocks);
       ReadAhead next_grad = read_ahead(tiles, products.groups, p.grad, p.N, row, rows, blocks);
-      products.run(of_dgrad, y, count, present_slices(tiles, row, rows), [&] { next_x.step(), next_grad.step(); });
+      ReadAhead next_features =
+          read_ahead(tiles, products.groups, p.features ? p.features : p.grad, p.N, row, p.features ? rows : 0, blocks);
+      // What is added to comes from memory too, for this group's outputs.
+      const bool adds = p.scaled && (p.grad_in || p.accumulate) && products.groups.bands == 1;
+      const Rows<const T> in = !adds ? p.x : p.grad_in ? p.grad_in : Rows<const T>{p.grad_x.data, p.grad_x.pitch};
+      const int64_t first = tiles.line(row) * tiles.image.width,
+                    own_lines = tiles.line(row + rows - 1) + tiles.lines(row + rows - 1) - tiles.line(row);
+      ReadAhead own_in(in, first, adds ? own_lines * tiles.image.width : 0, p.C, blocks);
+      products.run(of_dgrad, y, count, present_slices(tiles, row, rows),
+                   [&] { next_x.step(), next_grad.step(), next_features.step(), own_in.step(); });
       for (int64_t c = 0; c < p.C; c += L) {
         InputGradColumns<T> columns = all.columns(c);
         for (int64_t i = 0; i < rows; ++i) {
