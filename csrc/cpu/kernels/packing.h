@@ -125,6 +125,7 @@ struct Packing {
 };
 
 constexpr int kPackedSteps = 128;  // at a time: of few columns, so that few streams of memory are read at once
+constexpr int kPackedUnit = 16;    // steps that one task packs
 
 // Packs [K, N] from w, whose element (k, n) is w[k * k_stride + n * n_stride]. `parts`: the column blocks are those of
 // so many tasks side by side. The tasks share the inner dimension.
@@ -134,7 +135,7 @@ inline void pack_right(const typename P::A* w, int64_t K, int64_t N, int64_t k_s
   using A = typename P::A;
   const Packing<P> packing = {{w, n_stride, k_stride, 0}, K, N, 1, depth_steps<P>(K), packed};
   pool.run([&](int task) {
-    const Range range = part(packing.steps, kPackedSteps, pool.tasks, task);
+    const Range range = part(packing.steps, kPackedUnit, pool.tasks, task);
     for (int64_t k = range.begin; k < range.end; k += kPackedSteps)
       for (int i = 0; i < parts; ++i) {
         const Range columns = part(N, kLanes<A>, parts, i);
@@ -155,7 +156,7 @@ inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, i
   if (backwards) turned.data += (taps - 1) * w.tap, turned.tap = -w.tap;
   const Packing<P> packing = {turned, K, N, taps, depth_steps<P>(K), packed};
   pool.run([&](int task) {
-    const Range range = part(packing.steps, kPackedSteps, pool.tasks, task);
+    const Range range = part(packing.steps, kPackedUnit, pool.tasks, task);
     for (int64_t k = range.begin; k < range.end; k += kPackedSteps) {
       const int64_t end = std::min<int64_t>(k + kPackedSteps, range.end);
       if (block > 0)

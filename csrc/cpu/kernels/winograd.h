@@ -250,10 +250,10 @@ DX_INLINE bool transform_rows(const TileRows& tiles, TileBand band, int64_t row,
   return finite;
 }
 
-// Transforms weights that are packed as a direct convolution takes them, [taps, K, N] in blocks of columns, into blocks
-// of [points, slices, K] each: G w G^T, with G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1].
-inline void transform_weights(const float* taps, int64_t K, int64_t N, int slices, int64_t block, float* points,
-                              const Pool& pool) {
+// Transforms K channels of a block of columns of the weights, packed as a direct convolution takes them, [taps, K,
+// block], into [points, slices, all channels, block]: G w G^T, with G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1].
+inline void transform_weights(const float* taps, int64_t K, int slices, int64_t block, float* points,
+                              int64_t channels) {
   constexpr int L = kLanes<float>;
   const auto along = [](Vec<float> a, Vec<float> b, Vec<float> c, Vec<float>(&to)[4]) {
     const Vec<float> half = broadcast(0.5f), ends = (a + c) * half, middle = b * half;
@@ -262,25 +262,20 @@ inline void transform_weights(const float* taps, int64_t K, int64_t N, int slice
     to[2] = ends - middle;
     to[3] = c;
   };
-  pool.run([&](int task) {
-    const Range range = part(K, 1, pool.tasks, task);
-    for (int64_t n = 0; n < round_up(N, block); n += block)
-      for (int slice = 0; slice < slices; ++slice)
-        for (int64_t k = range.begin; k < range.end; ++k)
-          for (int64_t j = 0; j < block; j += L) {
-            const float* from = taps + (n * slices * 9 + slice * 9 * block) * K + k * block + j;
-            float* to = points + (n * slices * kPoints + slice * block) * K + k * block + j;
-            Vec<float> rows[3][4], w[4];
-            for (int h = 0; h < 3; ++h) {
-              const float* row = from + h * 3 * K * block;
-              along(load_vec(row), load_vec(row + K * block), load_vec(row + 2 * K * block), rows[h]);
-            }
-            for (int i = 0; i < 4; ++i) {
-              along(rows[0][i], rows[1][i], rows[2][i], w);
-              for (int h = 0; h < 4; ++h) store_vec(to + (4 * h + i) * slices * K * block, w[h]);
-            }
-          }
-  });
+  for (int slice = 0; slice < slices; ++slice)
+    for (int64_t i = 0; i < K * block; i += L) {
+      const float* from = taps + slice * 9 * K * block + i;
+      float* to = points + slice * channels * block + i;
+      Vec<float> rows[3][4], w[4];
+      for (int h = 0; h < 3; ++h) {
+        const float* row = from + h * 3 * K * block;
+        along(load_vec(row), load_vec(row + K * block), load_vec(row + 2 * K * block), rows[h]);
+      }
+      for (int j = 0; j < 4; ++j) {
+        along(rows[0][j], rows[1][j], rows[2][j], w);
+        for (int h = 0; h < 4; ++h) store_vec(to + (4 * h + j) * slices * channels * block, w[h]);
+      }
+    }
 }
 
 // Y = A^T m A for one vector of columns of a row of tiles, of which `m` is the first: outputs[line] are `count` pairs

@@ -148,8 +148,8 @@ class WinogradBackward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Conv3x3Gradients<T> all;
-  float *taps, *points;
-  const Each<float> operands, wgrads, direct;
+  float* points;
+  const Each<float> operands, wgrads, direct, strips;
   bool* used;
 
   // What a task has: inputs or outputs, the gradient for dgrad and for wgrad, and two lines of outputs.
@@ -171,26 +171,27 @@ class WinogradBackward {
         pool(pool),
         tiles(tiles),
         slices(tiles.slices()),
-        products{groups, p.N, p.C, tiles.slices(), nullptr, nullptr},
+        products(groups, p.N, p.C, tiles.slices(), {p.weight.data, p.weight.input, p.weight.output, p.weight.tap},
+                 true),
         wgrad{p.N, p.C, slices},
         y_vectors(std::max(slices * Points::vectors_of(p.C), products.columns() / L)),
-        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + Scratch::bytes<float>(products.taps_size()) +
-                Scratch::bytes<float>(products.points_size()) + Scratch::bytes<bool>(pool.tasks)),
+        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + Scratch::bytes<float>(products.points_size()) +
+                Scratch::bytes<bool>(pool.tasks)),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(wgrad.points_size()) +
-                                     Scratch::bytes<float>(wgrad.direct_size())),
+                                     Scratch::bytes<float>(wgrad.direct_size()) +
+                                     Scratch::bytes<float>(products.strip_size())),
         all(scratch, p, pool.tasks),
-        taps(scratch.take<float>(products.taps_size())),
         points(scratch.take<float>(products.points_size())),
         operands(task_scratch.take<float>(task_size())),
         wgrads(task_scratch.take<float>(wgrad.points_size())),
         direct(task_scratch.take<float>(wgrad.direct_size())),
+        strips(task_scratch.take<float>(products.strip_size())),
         used(scratch.take<bool>(pool.tasks)) {
     std::fill_n(used, pool.tasks, false);
   }
 
   void run() {
-    const Taps<const float> turned = {p.weight.data, p.weight.input, p.weight.output, p.weight.tap};
-    if (all.want_dgrad) products.pack(turned, true, taps, points, pool);
+    if (all.want_dgrad) products.transform(strips, points, pool);
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, all.affine});

@@ -15,8 +15,8 @@ class WinogradForward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<float> affine;
-  float *taps, *points;
-  const Each<float> operands;
+  float* points;
+  const Each<float> operands, strips;
   const Conv3x3Output<T> output;
   const TaskMoments moments;
 
@@ -39,20 +39,19 @@ class WinogradForward {
         slices(tiles.slices()),
         in_vectors(slices * Points::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
-        products{groups, p.C, p.N, slices, nullptr, nullptr},
-        scratch(Affine<float>::bytes(norm_size) + Scratch::bytes<float>(products.taps_size()) +
-                Scratch::bytes<float>(products.points_size()) +
+        products(groups, p.C, p.N, slices, p.weight, false),
+        scratch(Affine<float>::bytes(norm_size) + Scratch::bytes<float>(products.points_size()) +
                 Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
-        task_scratch(pool.tasks, Scratch::bytes<float>(task_size())),
+        task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(products.strip_size())),
         affine(scratch, p.norm, norm_size),
-        taps(scratch.take<float>(products.taps_size())),
         points(scratch.take<float>(products.points_size())),
         operands(task_scratch.take<float>(task_size())),
+        strips(task_scratch.take<float>(products.strip_size())),
         output(scratch, p),
         moments(scratch, pool.tasks, p.N) {}
 
   void run() {
-    products.pack(p.weight, false, taps, points, pool);
+    products.transform(strips, points, pool);
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, affine});

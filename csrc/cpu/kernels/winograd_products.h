@@ -37,18 +37,41 @@ __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int6
 // What the products of one pass have in common: the inner dimension is made of the slices' K channels, the columns of
 // blocks.
 struct PointProducts {
+  static constexpr int64_t kStrip = 16;  // channels that are packed at a time, to be transformed from the first cache
   TileGroups groups;
   int64_t K, N;
   int slices;
-  const float *taps, *points;  // the weights, as packed and as transformed
+  Taps<const float> weight;  // its `input` is the inner dimension
+  const float* points;       // the same, transformed
 
+  PointProducts(const TileGroups& groups, int64_t K, int64_t N, int slices, Taps<const float> weight, bool backwards)
+      : groups(groups), K(K), N(N), slices(slices), weight(weight), points(nullptr) {
+    if (backwards) {  // the window turned round
+      this->weight.data += (slices * 9 - 1) * weight.tap;
+      this->weight.tap = -weight.tap;
+    }
+  }
   int64_t columns() const { return round_up(N, groups.block()); }
-  int64_t taps_size() const { return columns() * K * slices * 9; }
   int64_t points_size() const { return columns() * K * slices * kPoints; }
-  void pack(const Taps<const float> weight, bool backwards, float* taps, float* points, const Pool& pool) {
-    pack_taps<Fma<float>>(weight, K, N, slices * 9, backwards, taps, pool, groups.block());
-    transform_weights(taps, K, N, slices, groups.block(), points, pool);
-    this->taps = taps, this->points = points;
+  int64_t strip_size() const { return groups.block() * kStrip * slices * 9; }
+
+  // strips: of strip_size() for each task.
+  void transform(const Each<float> strips, float* to, const Pool& pool) {
+    points = to;
+    pool.run([&](int task) {
+      const Range range = part(K, kStrip, pool.tasks, task);
+      const int64_t block = groups.block();
+      for (int64_t k = range.begin; k < range.end; k += kStrip) {
+        const int64_t channels = std::min(kStrip, range.end - k);
+        Taps<const float> from = weight;
+        from.data += k * weight.input;
+        for (int64_t n = 0; n < N; n += block, from.data += block * weight.output) {
+          const Packing<Fma<float>> packing = {from, channels, N - n, slices * 9, channels, strips[task]};
+          packing.block(0, block, 0, channels);
+          transform_weights(strips[task], channels, slices, block, to + (n * slices * kPoints * K) + k * block, K);
+        }
+      }
+    });
   }
 
   // out = in * weights for so many tiles, of some slices alone. Calls ahead() before each block. Products take whole
@@ -71,19 +94,21 @@ struct PointProducts {
   __attribute__((noinline)) void sum_directly(const TileRows& tiles, int64_t row, TileBand band, const Source source,
                                               int64_t n, float* const (&outputs)[2]) const {
     constexpr int L = kLanes<float>;
-    const int64_t width = tiles.image.width, block = groups.block(), begin = n / block * block;
-    const float* weights = taps + begin * K * slices * 9 + n - begin;
+    const int64_t width = tiles.image.width, columns = std::min<int64_t>(L, N - n);
     for (int64_t i = 0; i < tiles.lines(row); ++i)
       for (int64_t w = 2 * band.begin; w < std::min(width, 2 * (band.begin + band.count)); ++w) {
         Vec<float> sum = {};
         for (int tap = 0; tap < slices * 9; ++tap) {
           const int64_t line = tiles.input_line(row, tap / 9, int(i) + tap / 3 % 3), pixel = w + tap % 3 - 1;
           if (line < 0 || pixel < 0 || pixel >= width) continue;
-          for_columns<float>(K, [&](int64_t k, auto columns) {
-            float values[L];
-            store_vec(values, source.value(source.at(k), line * width + pixel, k, columns));
-            for (int64_t j = 0; j < std::min<int64_t>(L, K - k); ++j)
-              sum += values[j] * load_vec(weights + (tap * K + k + j) * block);
+          for_columns<float>(K, [&](int64_t k, auto of_k) {
+            float values[L], weights[L] = {};
+            store_vec(values, source.value(source.at(k), line * width + pixel, k, of_k));
+            for (int64_t j = 0; j < std::min<int64_t>(L, K - k); ++j) {
+              const float* from = weight.data + n * weight.output + (k + j) * weight.input + tap * weight.tap;
+              for (int64_t c = 0; c < columns; ++c) weights[c] = from[c * weight.output];
+              sum += values[j] * load_vec(weights);
+            }
           });
         }
         store_vec(outputs[i] + (w - 2 * band.begin) * L, sum);
