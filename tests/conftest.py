@@ -111,7 +111,7 @@ def emulated_operators() -> SimpleNamespace:
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
     torch.ops.load_library(library.compile_operators())
-    names = [name for name in (*kernels.OPS, *kernels.UNIT_OPS) if name not in kernels.CPU_OPS]
+    names = [name for name in (*kernels.OPS, *kernels.UNIT_OPS, *kernels.KEPT_OPS) if name not in kernels.CPU_OPS]
     return SimpleNamespace(**{name: getattr(torch.ops.densenet_ext_emulated, name).default for name in names})
 
 

@@ -13,8 +13,8 @@ class BasicBlockCall : public BlockCall<D, T> {
   using A = Acc<T>;
   using BlockCall<D, T>::BlockCall;
 
-  void read_layers(const std::vector<Tensor>& tensors, const std::vector<int64_t>& given) {
-    LayerTensors all(tensors, given, kBasicLayerTensors, "tensors");
+  void read_layers(const KeptLayers& kept) {
+    LayerTensors all(kept.tensors, kept.given, kBasicLayerTensors, "tensors");
     const size_t count = all.layers();
     this->options_.check(count, 1);
     STD_TORCH_CHECK(count > 0, "densenet_ext: tensors: expected at least one layer");
@@ -51,17 +51,15 @@ class BasicBlockCall : public BlockCall<D, T> {
 };
 
 template <class D>
-void basic_layers(const Tensor& x, const std::vector<int64_t>& size, const std::vector<Tensor>& tensors,
-                  const std::vector<int64_t>& given, const std::vector<bool>& batch_stats,
-                  const std::vector<double>& eps, const std::vector<double>& drop_rates,
-                  const std::vector<bool>& drop_channels, const OptionalTensor& seed, bool new_first, const Tensor& out,
-                  const OptionalTensor& mean, const OptionalTensor& var, const Tensor& scratch_memory, bool bf16) {
+void basic_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& size, const OptionalTensor& seed,
+                  const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var,
+                  const Tensor& scratch_memory, bool bf16) {
   const D at(defined(x, "x"));
+  const auto kept = Kept::find<KeptLayers>(layers, "layers");
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
-    const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, false, bf16);
-    call.read_layers(tensors, given);
+    BasicBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, true, false, bf16);
+    call.read_layers(*kept);
     const int64_t M = call.buffer.M();
     const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
     if (M == 0) return;
@@ -79,24 +77,23 @@ void basic_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
 }
 
 template <class D>
-void basic_layers_backward(const Tensor& grad, bool writable, const std::vector<int64_t>& size,
-                           const std::vector<Tensor>& tensors, const std::vector<int64_t>& given,
-                           const std::vector<bool>& batch_stats, const std::vector<double>& eps,
-                           const std::vector<double>& drop_rates, const std::vector<bool>& drop_channels,
-                           const OptionalTensor& seed, bool new_first, const Tensor& out, const OptionalTensor& mean,
-                           const OptionalTensor& var, const OptionalTensor& grad_x, const std::vector<Tensor>& grads,
-                           const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool bf16) {
+std::vector<Tensor> basic_layers_backward(const Tensor& grad, bool writable, int64_t layers,
+                                          const std::vector<int64_t>& size, const OptionalTensor& seed,
+                                          const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var,
+                                          const OptionalTensor& grad_x, const std::vector<int64_t>& asked,
+                                          const Tensor& scratch_memory, bool bf16) {
   const D at(defined(out, "out"));
+  const auto kept = Kept::find<KeptLayers>(layers, "layers");
+  std::vector<Tensor> grads;
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    BasicBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, false, bf16);
-    call.read_layers(tensors, given);
+    BasicBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, false, false, bf16);
+    call.read_layers(*kept);
     const Buffer<T>& buffer = call.buffer;
     const int64_t M = buffer.M();
+    grads = new_gradients<A>(*kept, asked);
     LayerTensors all(grads, asked, kBasicLayerTensors, "grads");
-    BlockOptions::check_length(all.layers(), call.layers.size(), "asked");
     std::vector<BasicLayerGrads<T>> own(call.layers.size());
     Asked ask = {grad_x.has_value(), std::vector<bool>(own.size())};
     StepScratch<T> scratch = {};
@@ -135,6 +132,7 @@ void basic_layers_backward(const Tensor& grad, bool writable, const std::vector<
              [&] { dx::basic_block_backward(at, buffer, gradient, writable, call.layers, own, ask, dx, scratch); });
     at.template write_weight_gradients<T>(at);
   });
+  return grads;
 }
 
 template <class D>

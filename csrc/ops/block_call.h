@@ -6,39 +6,11 @@
 #include "../blocks.h"
 #include "dropout.h"
 #include "images.h"
+#include "kept_layers.h"
 #include "taps.h"
 #include "tensors.h"
 
 namespace dx::ops {
-
-// The tensors of a block's layers as a list without the absent ones; `given` has a bit for each that is there, in the
-// order of the fields of algorithm/step.py's Parameters (or basic_block.py's).
-class LayerTensors {
- public:
-  LayerTensors(const std::vector<Tensor>& tensors, const std::vector<int64_t>& given, int per_layer, const char* name)
-      : tensors_(tensors), given_(given), per_layer_(per_layer) {
-    size_t count = 0;
-    for (const int64_t bits : given) {
-      STD_TORCH_CHECK(bits >= 0 && bits < (int64_t(1) << per_layer), "densenet_ext: ", name, ": expected bits for ",
-                      per_layer, " tensors of each layer, got ", bits);
-      count += size_t(__builtin_popcountll(uint64_t(bits)));
-    }
-    STD_TORCH_CHECK(count == tensors.size(), "densenet_ext: ", name, ": expected ", count, " tensors, got ",
-                    tensors.size());
-  }
-  size_t layers() const { return given_.size(); }
-  // Pointers to the next layer's tensors, null for those that are absent.
-  void next(const Tensor** out) {
-    for (int i = 0; i < per_layer_; ++i) out[i] = given_[layer_] >> i & 1 ? &tensors_[at_++] : nullptr;
-    ++layer_;
-  }
-
- private:
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& given_;
-  int per_layer_;
-  size_t layer_ = 0, at_ = 0;
-};
 
 // Checks parameters as tensors.h does, without noting their memory: there are hundreds, and nothing is written where
 // they are read.
@@ -101,26 +73,6 @@ class Parameters {
 
   const D& at_;
   std::deque<Tensor> kept_;  // whose elements stay where they are
-};
-
-// What is no tensor of a call, per norm and per layer.
-struct BlockOptions {
-  const std::vector<bool>& batch_stats;
-  const std::vector<double>& eps;
-  const std::vector<double>& drop_rates;
-  const std::vector<bool>& drop_channels;
-  bool new_first;
-
-  void check(size_t layers, int norms) const {
-    check_length(batch_stats.size(), layers * norms, "batch_stats");
-    check_length(eps.size(), layers * norms, "eps");
-    for (const double value : eps) check_eps(value, "eps");
-    check_length(drop_rates.size(), layers, "drop_rates");
-    check_length(drop_channels.size(), layers, "drop_channels");
-  }
-  static void check_length(size_t got, size_t expected, const char* name) {
-    STD_TORCH_CHECK(got == expected, "densenet_ext: ", name, ": expected ", expected, " entries, got ", got);
-  }
 };
 
 inline Images images_of(const std::vector<int64_t>& size) {

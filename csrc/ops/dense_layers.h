@@ -15,10 +15,10 @@ class DenseBlockCall : public BlockCall<D, T> {
   using A = Acc<T>;
   using BlockCall<D, T>::BlockCall;
 
-  void read_layers(const std::vector<Tensor>& tensors, const std::vector<int64_t>& given,
-                   const std::vector<double>& inner_drop_rates, const std::vector<bool>& inner_drop_channels,
-                   const OptionalTensor& z_mean, const OptionalTensor& z_var, bool written) {
-    LayerTensors all(tensors, given, kDenseLayerTensors, "tensors");
+  void read_layers(const KeptLayers& kept, const OptionalTensor& z_mean, const OptionalTensor& z_var, bool written) {
+    LayerTensors all(kept.tensors, kept.given, kDenseLayerTensors, "tensors");
+    const auto& inner_drop_rates = this->options_.inner_drop_rates;
+    const auto& inner_drop_channels = this->options_.inner_drop_channels;
     const size_t count = all.layers();
     this->options_.check(count, 2);
     BlockOptions::check_length(inner_drop_rates.size(), count, "inner_drop_rates");
@@ -83,20 +83,16 @@ class DenseBlockCall : public BlockCall<D, T> {
 };
 
 template <class D>
-void dense_layers(const Tensor& x, const std::vector<int64_t>& size, const std::vector<Tensor>& tensors,
-                  const std::vector<int64_t>& given, const std::vector<bool>& batch_stats,
-                  const std::vector<double>& eps, const std::vector<double>& drop_rates,
-                  const std::vector<bool>& drop_channels, const std::vector<double>& inner_drop_rates,
-                  const std::vector<bool>& inner_drop_channels, const OptionalTensor& seed, bool new_first,
+void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& size, const OptionalTensor& seed,
                   const Tensor& out, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& var,
                   const OptionalTensor& z_mean, const OptionalTensor& z_var, const Tensor& scratch_memory, bool tf32,
                   bool bf16) {
   const D at(defined(x, "x"));
+  const auto kept = Kept::find<KeptLayers>(layers, "layers");
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
-    const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, true, tf32, bf16);
-    call.read_layers(tensors, given, inner_drop_rates, inner_drop_channels, z_mean, z_var, true);
+    DenseBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, true, tf32, bf16);
+    call.read_layers(*kept, z_mean, z_var, true);
     const int64_t M = call.buffer.M();
     const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
     T* z_all = call.kept(z, true);
@@ -119,27 +115,26 @@ void dense_layers(const Tensor& x, const std::vector<int64_t>& size, const std::
 }
 
 template <class D>
-void dense_layers_backward(const Tensor& grad, bool writable, const std::vector<int64_t>& size,
-                           const std::vector<Tensor>& tensors, const std::vector<int64_t>& given,
-                           const std::vector<bool>& batch_stats, const std::vector<double>& eps,
-                           const std::vector<double>& drop_rates, const std::vector<bool>& drop_channels,
-                           const std::vector<double>& inner_drop_rates, const std::vector<bool>& inner_drop_channels,
-                           const OptionalTensor& seed, bool new_first, const Tensor& out, const OptionalTensor& z,
-                           const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& z_mean,
-                           const OptionalTensor& z_var, const OptionalTensor& grad_x, const std::vector<Tensor>& grads,
-                           const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool tf32, bool bf16) {
+std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int64_t layers,
+                                          const std::vector<int64_t>& size, const OptionalTensor& seed,
+                                          const Tensor& out, const OptionalTensor& z, const OptionalTensor& mean,
+                                          const OptionalTensor& var, const OptionalTensor& z_mean,
+                                          const OptionalTensor& z_var, const OptionalTensor& grad_x,
+                                          const std::vector<int64_t>& asked, const Tensor& scratch_memory, bool tf32,
+                                          bool bf16) {
   const D at(defined(out, "out"));
+  const auto kept = Kept::find<KeptLayers>(layers, "layers");
+  std::vector<Tensor> grads;
   for_storage_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
-    const BlockOptions options = {batch_stats, eps, drop_rates, drop_channels, new_first};
-    DenseBlockCall<D, T> call(at, size, options, seed, out, mean, var, false, tf32, bf16);
-    call.read_layers(tensors, given, inner_drop_rates, inner_drop_channels, z_mean, z_var, false);
+    DenseBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, false, tf32, bf16);
+    call.read_layers(*kept, z_mean, z_var, false);
     const Buffer<T>& buffer = call.buffer;
     const int64_t M = buffer.M();
     T* z_all = call.kept(z, false);
+    grads = new_gradients<A>(*kept, asked);
     LayerTensors all(grads, asked, kDenseLayerTensors, "grads");
-    BlockOptions::check_length(all.layers(), call.layers.size(), "asked");
     std::vector<DenseLayerGrads<T>> own(call.layers.size());
     Asked ask = {grad_x.has_value(), std::vector<bool>(own.size())};
     StepScratch<T> scratch = {};
@@ -184,6 +179,7 @@ void dense_layers_backward(const Tensor& grad, bool writable, const std::vector<
     });
     at.template write_weight_gradients<T>(at);
   });
+  return grads;
 }
 
 template <class D>

@@ -1,4 +1,5 @@
-// The operators' schemas, the same for every backend. All of them write into their (a!) arguments and return nothing.
+// The operators' schemas, the same for every backend. All of them write into their (a!) arguments and return nothing,
+// but that the backward passes of blocks also return the gradients of their layers' tensors.
 #pragma once
 
 #include "stable.h"
@@ -12,13 +13,6 @@ namespace dx::ops {
   "Tensor? mean, Tensor? var, Tensor(a!)? taken_mean, Tensor(b!)? taken_var, Tensor? weight, Tensor? bias, float " \
   "eps"
 #define MAYBE_NORM "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
-
-// What a block's call and its backward pass have in common: the tensors of its layers, those that are there, with a bit
-// for each in `given`; what is no tensor; and the results of the forward pass.
-#define LAYERS                                                                                              \
-  "int[] size, Tensor[] tensors, int[] given, bool[] batch_stats, float[] eps, float[] drop_rates, bool[] " \
-  "drop_channels, "
-#define INNER_DROPOUT "float[] inner_drop_rates, bool[] inner_drop_channels, "
 
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
@@ -76,27 +70,34 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "whole_stem_backward(Tensor grad, Tensor index, Tensor x, int[] size, int[] window, int[] stride, int[] "
       "padding, " NORM
       ", bool batch, bool sums, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_x) -> ()");
+  // Tensors that are kept (kept.h); the number stands for them in the operators below, until they are dropped.
+  m.def("kept_hold(int kept) -> bool");
+  m.def("drop_kept(int kept) -> ()");
   m.def(
-      "move_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] means, Tensor[] vars, "
-      "int[] which, int[] starts, float[] momenta, float unbiased) -> ()");
-  m.def("dense_layers(Tensor x, " LAYERS INNER_DROPOUT
-        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, Tensor(d!)? var, "
-        "Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False, bool bf16=False) -> ()");
-  m.def("dense_layers_backward(Tensor(a!) grad, bool writable, " LAYERS INNER_DROPOUT
-        "Tensor? seed, bool new_first, Tensor out, Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, "
-        "Tensor? z_var, Tensor(b!)? grad_x, Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool tf32=False, bool "
-        "bf16=False) -> ()");
-  m.def("basic_layers(Tensor x, " LAYERS
-        "Tensor? seed, bool new_first, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, Tensor(d!) scratch, bool "
-        "bf16=False) -> ()");
-  m.def("basic_layers_backward(Tensor(a!) grad, bool writable, " LAYERS
-        "Tensor? seed, bool new_first, Tensor out, Tensor? mean, Tensor? var, Tensor(b!)? grad_x, "
-        "Tensor(c!)[] grads, int[] asked, Tensor(d!) scratch, bool bf16=False) -> ()");
+      "keep_norms(Tensor[] running_means, Tensor[] running_vars, Tensor[] counters, int[] which, int[] starts, "
+      "float[] momenta) -> int");
+  m.def("move_running_stats(int norms, Tensor[] means, Tensor[] vars, float unbiased) -> ()");
+  // The layers of a block: the tensors that are there, with a bit for each in `given`, and what is no tensor.
+  m.def(
+      "keep_layers(Tensor[] tensors, int[] given, bool[] batch_stats, float[] eps, float[] drop_rates, "
+      "bool[] drop_channels, float[] inner_drop_rates, bool[] inner_drop_channels, bool new_first) -> int");
+  m.def(
+      "dense_layers(Tensor x, int layers, int[] size, Tensor? seed, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, "
+      "Tensor(d!)? var, Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False, bool bf16=False) "
+      "-> ()");
+  m.def(
+      "dense_layers_backward(Tensor(a!) grad, bool writable, int layers, int[] size, Tensor? seed, Tensor out, "
+      "Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, Tensor? z_var, Tensor(b!)? grad_x, int[] asked, "
+      "Tensor(c!) scratch, bool tf32=False, bool bf16=False) -> Tensor[]");
+  m.def(
+      "basic_layers(Tensor x, int layers, int[] size, Tensor? seed, Tensor(a!) out, Tensor(b!)? mean, "
+      "Tensor(c!)? var, Tensor(d!) scratch, bool bf16=False) -> ()");
+  m.def(
+      "basic_layers_backward(Tensor(a!) grad, bool writable, int layers, int[] size, Tensor? seed, Tensor out, "
+      "Tensor? mean, Tensor? var, Tensor(b!)? grad_x, int[] asked, Tensor(c!) scratch, bool bf16=False) -> Tensor[]");
 }
 #undef NORM
 #undef MAYBE_NORM
 #undef POOLED_NORM
-#undef LAYERS
-#undef INNER_DROPOUT
 
 }  // namespace dx::ops

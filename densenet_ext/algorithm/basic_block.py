@@ -41,6 +41,7 @@ from densenet_ext.algorithm.conversions import (
     result_dtype,
 )
 from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
+from densenet_ext.algorithm.kept import BlockCalls, Repeated, Wanted
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
@@ -69,7 +70,8 @@ class BasicLayers:
             new_first=new_first,
             drop_channels=tuple(layer.drop_channels for layer in layers),
         )
-        self.tensors = [x for layer in layers for x in (*norm_tensors(layer.norm), layer.conv, layer.bias)]
+        self.parameters = [x for layer in layers for x in (*norm_tensors(layer.norm), layer.conv, layer.bias)]
+        self.repeated = Repeated(BASIC_BLOCK, _Calls(self.parameters))
 
     def check_counts(self, size: Sequence[int]) -> None:
         """Raises PyTorch's own ValueError where a norm in training sees one value per channel of images of ``size``."""
@@ -98,7 +100,7 @@ def basic_block(
     own.check_counts(x.shape)
     dtype = torch.promote_types(x.dtype, result_dtype(x))
     config = own.config._replace(dtype=dtype, lowered=is_lowered(x, dtype))
-    tensors = [x, new_seed(config.drop_rates, x.device), *own.tensors]
+    tensors = [x, new_seed(config.drop_rates, x.device), *own.parameters]
 
     def move(results: Sequence[Tensor]) -> None:
         mean, var, count = results[1:4]
@@ -106,7 +108,7 @@ def basic_block(
         rows = [count if group else M for group in config.groups] if own.synced else M
         own.movement.move([mean], [var], rows)
 
-    out, mean, var, _, own_mean, own_var = run(BASIC_BLOCK, config, tensors, move)
+    out, mean, var, _, own_mean, own_var = run(own.repeated.operation, config, tensors, move)
     if not mean.numel() or torch.compiler.is_compiling():
         return out, None
     return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
@@ -174,43 +176,85 @@ def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
     return scratch[: M * C].view(M, C)
 
 
-def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
-    results = _allocate(config, tensors)
-    run_whole = whole.operation("basic_layers", results[0], config.groups)
-    if run_whole is None:
-        _forward_by_layers(config, tensors, results)
-    else:
+class _Calls(BlockCalls):
+    """The calls of a block over the same parameters."""
+
+    per_layer = _COUNT
+
+    def forward(self, config: Config, tensors: Tensors) -> list[Tensor]:
+        """The results, as ``_allocate`` lays them out."""
+        results = _allocate(config, tensors)
+        out = results[0]
+        run_whole = whole.operation("basic_layers", out, config.groups)
+        if run_whole is None:
+            _forward_by_layers(config, tensors, results)
+            return results
         assert tensors[0] is not None
-        a, g, _ = _scratch_sizes(tensors, results[0])
-        scratch = whole.scratch(results[0], a)
-        held = whole.results(results[0], g, elements=whole.copied(results[0], _weights(tensors)))
-        run_whole(to_rows(tensors[0].to(config.dtype)), *_call(config, tensors, results), scratch, bf16=config.lowered)
+        a, g, _ = _scratch_sizes(tensors, out)
+        scratch = whole.scratch(out, a)
+        held = whole.results(out, g, elements=whole.copied(out, _weights(tensors)))
+        rows, layers = to_rows(tensors[0].to(config.dtype)), self.layers(config, out)
+        run_whole(rows, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered)
         del held
-    return results
+        return results
+
+    def backward(
+        self, config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """One gradient or None per tensor. ``grad`` is only read."""
+        out = results[0]
+        assert out is not None
+        run_whole = whole.operation("basic_layers_backward", out, config.groups)
+        if run_whole is None:
+            return _backward_by_layers(config, grad, tensors, results, needs)
+        incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
+        layers = self.layers_again(config, out, tensors[_FIRST:])
+        wanted = Wanted(layers, out, needs[_FIRST:])
+        x_grad = None
+        if needs[0]:
+            C = _Parameters(*tensors[_FIRST : _FIRST + _COUNT]).conv.shape[1]
+            x_grad = new_features(out, (out.shape[0], C, *out.shape[2:]))
+        dx = None if x_grad is None else to_rows(x_grad)
+        a, g, last = _scratch_sizes(tensors, out)
+        alone = (
+            out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
+        )  # the first norm's gradients, not its input's
+        scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
+        held = whole.results(out, a, elements=2 * whole.copied(out, _weights(tensors)))  # and their gradients
+        found = run_whole(
+            incoming,
+            writable,
+            layers.number,
+            *_arguments(tensors, results),
+            dx,
+            wanted.bits,
+            scratch,
+            bf16=config.lowered,
+        )
+        del held
+        return [x_grad, None, *wanted.gradients(found)]
+
+
+def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
+    return _Calls(tensors[_FIRST:]).forward(config, tensors)
+
+
+def _backward(
+    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    return _Calls(tensors[_FIRST:]).backward(config, grad, tensors, results, needs)
 
 
 def _weights(tensors: Tensors) -> list[Tensor]:
     return [own.conv for own in _parameters(tensors)]
 
 
-def _call(config: Config, tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
-    """The arguments that the operations of both directions take."""
-    present, given = whole.present(tensors[_FIRST:], _COUNT)
+def _arguments(tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
+    """The arguments between the layers and the scratch that the operations of both directions take."""
     out, mean, var = results[:3]
     assert out is not None and mean is not None
-    return (
-        [out.shape[0], *out.shape[2:]],
-        present,
-        given,
-        config.batch_stats,
-        config.eps,
-        config.drop_rates,
-        config.drop_channels,
-        tensors[1],
-        config.new_first,
-        to_rows(out),
-        *((mean, var) if mean.numel() else (None, None)),
-    )
+    stats = (mean, var) if mean.numel() else (None, None)
+    return [out.shape[0], *out.shape[2:]], tensors[1], to_rows(out), *stats
 
 
 def _scratch_sizes(tensors: Tensors, out: Tensor) -> tuple[int, int, int]:
@@ -248,34 +292,6 @@ def _forward_by_layers(config: Config, tensors: Tensors, results: Sequence[Tenso
         ops.bn_relu(X[:, read], *norm, a)
         bias = None if own.bias is None else own.bias.to(out.dtype)
         append(conv_same(a, size, own.conv.to(out.dtype), bias), new, drops[l])
-
-
-def _backward(
-    config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """``grad`` is only read."""
-    out, x_grad = results[0], None
-    assert out is not None
-    run_whole = whole.operation("basic_layers_backward", out, config.groups)
-    if run_whole is None:
-        return _backward_by_layers(config, grad, tensors, results, needs)
-    incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
-    asked = whole.Gradients(tensors[_FIRST:], needs[_FIRST:], _COUNT, kernels.acc_dtype(out.dtype))
-    if needs[0]:
-        C = _Parameters(*tensors[_FIRST : _FIRST + _COUNT]).conv.shape[1]
-        x_grad = new_features(out, (out.shape[0], C, *out.shape[2:]))
-    dx = None if x_grad is None else to_rows(x_grad)
-    a, g, last = _scratch_sizes(tensors, out)
-    alone = (
-        out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
-    )  # the first norm's gradients, not its input's
-    scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
-    held = whole.results(out, a, elements=2 * whole.copied(out, _weights(tensors)))  # and their gradients
-    run_whole(
-        incoming, writable, *_call(config, tensors, results), dx, asked.found, asked.bits, scratch, bf16=config.lowered
-    )
-    del held
-    return [x_grad, None, *asked.gradients()]
 
 
 def _backward_by_layers(

@@ -35,10 +35,11 @@ from densenet_ext.algorithm.block_steps import FIRST, backward_by_steps, columns
 from densenet_ext.algorithm.columns import layer_columns
 from densenet_ext.algorithm.conversions import is_empty, is_lowered, result_dtype
 from densenet_ext.algorithm.dropout import new_seed
+from densenet_ext.algorithm.kept import BlockCalls, KeptLayers, Repeated, Wanted
 from densenet_ext.algorithm.layer import dense_block_by_layers
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
-from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.step import (
     CONV1,
     CONV2,
@@ -85,7 +86,17 @@ class Layers:
             inner_drop_rates=inner_drop_rates,
             inner_drop_channels=tuple(layer.inner_drop_channels for layer in layers),
         )
-        self.tensors = [x for layer in layers for x in parameters_of(layer)]
+        self.parameters = [x for layer in layers for x in parameters_of(layer)]
+        self._configs: dict[tuple[torch.dtype, str, bool], Config] = {}
+        self.repeated = Repeated(BLOCK, _Calls(self.parameters))
+
+    def config_of(self, dtype: torch.dtype, save: str, lowered: bool) -> Config:
+        """Returns the config of a call: three values come in few combinations, and the rest is long."""
+        found = self._configs.get((dtype, save, lowered))
+        if found is None:
+            found = self.config._replace(dtype=dtype, save=save, lowered=lowered)
+            self._configs[dtype, save, lowered] = found
+        return found
 
     def check_counts(self, size: Sequence[int]) -> None:
         """Raises PyTorch's own ValueError where a norm in training sees one value per channel of images of ``size``."""
@@ -114,8 +125,8 @@ def dense_block(
         return dense_block_by_layers(x, own.layers, save, new_first), None
     own.check_counts(x.shape)
     dtype = torch.promote_types(x.dtype, result_dtype(x))
-    config = own.config._replace(dtype=dtype, save=save, lowered=is_lowered(x, dtype))
-    tensors = [x, new_seed(own.all_drop_rates, x.device), *own.tensors]
+    config = own.config_of(dtype, kept_level(save), is_lowered(x, dtype))
+    tensors = [x, new_seed(own.all_drop_rates, x.device), *own.parameters]
 
     def move(results: Sequence[Tensor]) -> None:
         mean, var, z_mean, z_var, counts = results[2:7]
@@ -128,7 +139,7 @@ def dense_block(
             rows = [counts[i : i + 1] if group else M for i, group in zip(at, config.groups, strict=True)]
         own.movement.move([mean, z_mean], [var, z_var], rows)
 
-    out, _, mean, var, _, _, _, own_mean, own_var = run(BLOCK, config, tensors, move)
+    out, _, mean, var, _, _, _, own_mean, own_var = run(own.repeated.operation, config, tensors, move)
     if not mean.numel() or torch.compiler.is_compiling():
         return out, None
     return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
@@ -143,111 +154,147 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     With processes that share statistics also: how many rows the columns' have, and each z's; and mean and variance of
     the columns in this process alone. What is not there is empty, and may be one tensor for all.
     """
-    x = tensors[0]
-    assert x is not None
-    conv1: Any = tensors[FIRST + CONV1 :: COUNT]
-    conv2: Any = tensors[FIRST + CONV2 :: COUNT]
-    C_total, b_total = conv1[-1].shape[1] + conv2[-1].shape[0], sum(W.shape[0] for W in conv1)
-    out = new_features(x, (x.shape[0], C_total, *x.shape[2:]), config.dtype)
+    assert tensors[0] is not None
+    return _results(config, tensors[0], _sizes_of(tensors[FIRST:]))
+
+
+class _Sizes(NamedTuple):
+    """What follows from the shapes of a block's parameters."""
+
+    C: int  # features of the input
+    C_total: int
+    b_total: int  # bottleneck features of all layers
+    widest: int  # the most of one
+    growth: int  # the most features that a layer adds
+    last: int  # what the last layer reads
+    of_three: bool  # all second convolutions are as wide as our kernel's
+
+
+def _sizes_of(parameters: Tensors) -> _Sizes:
+    conv1: Any = parameters[CONV1::COUNT]
+    conv2: Any = parameters[CONV2::COUNT]
+    b, last = [W.shape[0] for W in conv1], conv1[-1].shape[1]
+    return _Sizes(
+        conv1[0].shape[1],
+        last + conv2[-1].shape[0],
+        sum(b),
+        max(b),
+        max(W.shape[0] for W in conv2),
+        last,
+        whole.are_of_three(conv2),
+    )
+
+
+def _results(config: Config, x: Tensor, sizes: _Sizes) -> list[Tensor]:
+    out = new_features(x, (x.shape[0], sizes.C_total, *x.shape[2:]), config.dtype)
     acc = kernels.acc_dtype(config.dtype)
-    counts = [C_total if any(config.batch_stats[0::2]) else 0] * 2 + [
-        b_total if any(config.batch_stats[1::2]) else 0
-    ] * 2
-    counts += [len(conv1) + 1 if any(config.groups) else 0] + [counts[0] if columns_group(config) else 0] * 2
+    counts = [sizes.C_total if any(config.batch_stats[0::2]) else 0] * 2
+    counts += [sizes.b_total if any(config.batch_stats[1::2]) else 0] * 2
+    counts += [len(config.drop_rates) + 1 if any(config.groups) else 0]
+    counts += [counts[0] if any(config.groups) and columns_group(config) else 0] * 2
     if config.save == "nothing" and not any(counts):
         return [out, *[out.new_empty(0, dtype=acc)] * (1 + len(counts))]
-    z = out.new_empty(pixels(x.shape) * b_total if config.save == "bottlenecks" else 0)
+    z = out.new_empty(pixels(x.shape) * sizes.b_total if config.save == "bottlenecks" else 0)
     return [out, z, *(out.new_empty(n, dtype=acc) for n in counts)]
+
+
+class _Calls(BlockCalls):
+    """The calls of a block over the same parameters."""
+
+    per_layer = COUNT
+
+    def __init__(self, parameters: Tensors) -> None:
+        super().__init__(parameters)
+        self._sizes: _Sizes | None = None
+
+    @property
+    def sizes(self) -> _Sizes:
+        """What follows from the parameters' shapes."""
+        if self._sizes is None:
+            self._sizes = _sizes_of(self.parameters)
+        return self._sizes
+
+    def forward(self, config: Config, tensors: Tensors) -> list[Tensor]:
+        """The buffer [N, C_total, *spatial], then the other results as ``_allocate`` lays them out."""
+        x, sizes = tensors[0], self.sizes
+        assert x is not None
+        results = _results(config, x, sizes)
+        out = results[0]
+        run_whole = whole.operation("dense_layers", out, config.groups)
+        if run_whole is None:
+            forward_by_steps(config, tensors, results)
+            return results
+        ours = sizes.of_three and whole.has_conv3x3(out)
+        rows = to_rows(x.to(config.dtype))
+        z = 0 if config.save == "bottlenecks" else sizes.widest
+        a = 0 if ours and not any(config.inner_drop_rates) else sizes.widest
+        scratch = whole.scratch(out, z, a)
+        held = whole.results(out, 0 if ours else sizes.growth, elements=self._copied(out, ours))
+        folded = _folded(config, tensors)
+        layers = self.layers(config, out) if folded is tensors else KeptLayers(out, config, folded[FIRST:], COUNT)
+        run_whole(
+            rows, layers.number, *_arguments(tensors, results), scratch, tf32=kernels.tf32(rows), bf16=config.lowered
+        )
+        del held
+        return results
+
+    def backward(
+        self, config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """One gradient or None per tensor; ``results`` as of ``forward``. ``grad`` is only read."""
+        out = results[0]
+        assert out is not None
+        run_whole = whole.operation("dense_layers_backward", out, config.groups)
+        if run_whole is None:
+            return backward_by_steps(config, grad, tensors, results, needs)
+        incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
+        sizes, layers = self.sizes, self.layers_again(config, out, tensors[FIRST:])
+        wanted = Wanted(layers, out, needs[FIRST:])
+        x_grad = new_features(out, (out.shape[0], sizes.C, *out.shape[2:])) if needs[0] else None
+        dx = None if x_grad is None else to_rows(x_grad)
+        kernel = whole.has_conv3x3(out)
+        ours = sizes.of_three and kernel
+        z = 0 if config.save == "bottlenecks" else sizes.widest
+        a, g = 0 if ours and not any(config.inner_drop_rates) else sizes.widest, 0 if ours else sizes.growth
+        scratch = whole.scratch(out, z, a, g, sizes.widest if kernel else 0, 0 if writable else sizes.last)
+        held = whole.results(out, sizes.widest if g else 0, elements=2 * self._copied(out, ours))  # and their gradients
+        found = run_whole(
+            incoming,
+            writable,
+            layers.number,
+            *_arguments(tensors, results),
+            dx,
+            wanted.bits,
+            scratch,
+            tf32=kernels.tf32(out),
+            bf16=config.lowered,
+        )
+        del held
+        return [x_grad, None, *wanted.gradients(found)]
+
+    def _copied(self, out: Tensor, ours: bool) -> int:
+        """How many elements of the second convolutions are copied for PyTorch's own, of all at once."""
+        return 0 if ours else whole.copied(out, self.parameters[CONV2::COUNT])
 
 
 def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:
     """The buffer [N, C_total, *spatial], then the other results as ``_allocate`` lays them out."""
-    results = _allocate(config, tensors)
-    run_whole = whole.operation("dense_layers", results[0], config.groups)
-    if run_whole is None:
-        forward_by_steps(config, tensors, results)
-    else:
-        assert tensors[0] is not None
-        x = to_rows(tensors[0].to(config.dtype))
-        sizes = _scratch_sizes(config, tensors, results[0])
-        scratch = whole.scratch(results[0], sizes.z, sizes.a)
-        held = whole.results(results[0], sizes.g, elements=whole.copied(results[0], tensors[FIRST + CONV2 :: COUNT]))
-        run_whole(
-            x, *_call(config, _folded(config, tensors), results), scratch, tf32=kernels.tf32(x), bf16=config.lowered
-        )
-        del held
-    return results
+    return _Calls(tensors[FIRST:]).forward(config, tensors)
 
 
 def block_backward(
     config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """One gradient or None per tensor; ``results`` as of ``block_forward``. ``grad`` is only read."""
-    out = results[0]
-    assert out is not None
-    run_whole = whole.operation("dense_layers_backward", out, config.groups)
-    if run_whole is None:
-        return backward_by_steps(config, grad, tensors, results, needs)
-    incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
-    asked = whole.Gradients(tensors[FIRST:], needs[FIRST:], COUNT, kernels.acc_dtype(out.dtype))
-    x_grad = _input_gradient(tensors, out) if needs[0] else None
-    dx = None if x_grad is None else to_rows(x_grad)
-    call, sizes = _call(config, tensors, results), _scratch_sizes(config, tensors, out)
-    own = (sizes.z, sizes.a, sizes.g, sizes.wide if whole.has_conv3x3(out) else 0, 0 if writable else sizes.last)
-    weights = 2 * whole.copied(out, tensors[FIRST + CONV2 :: COUNT])  # and their gradients
-    scratch, held = whole.scratch(out, *own), whole.results(out, sizes.wide if sizes.g else 0, elements=weights)
-    run_whole(
-        incoming, writable, *call, dx, asked.found, asked.bits, scratch, tf32=kernels.tf32(out), bf16=config.lowered
-    )
-    del held
-    return [x_grad, None, *asked.gradients()]
+    return _Calls(tensors[FIRST:]).backward(config, grad, tensors, results, needs)
 
 
-def _call(config: Config, tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
-    """The arguments that the operations of both directions take."""
-    present, given = whole.present(tensors[FIRST:], COUNT)
+def _arguments(tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
+    """The arguments between the layers and the scratch that the operations of both directions take."""
     out, *others = results[:6]
     assert out is not None
-    z, mean, var, z_mean, z_var = (x if x is not None and x.numel() else None for x in others)
-    return (
-        [out.shape[0], *out.shape[2:]],
-        present,
-        given,
-        config.batch_stats,
-        config.eps,
-        config.drop_rates,
-        config.drop_channels,
-        config.inner_drop_rates,
-        config.inner_drop_channels,
-        tensors[1],
-        config.new_first,
-        to_rows(out),
-        z,
-        mean,
-        var,
-        z_mean,
-        z_var,
-    )
-
-
-class _Sizes(NamedTuple):
-    """Columns of the pieces of scratch, as csrc/ops/dense_layers.h has them."""
-
-    z: int  # where z is not kept
-    a: int  # for PyTorch's own convolution, and z before its dropout
-    g: int  # for PyTorch's own convolution
-    wide: int  # the most bottleneck features
-    last: int  # what the last layer reads
-
-
-def _scratch_sizes(config: Config, tensors: Tensors, out: Tensor) -> _Sizes:
-    conv1: Any = tensors[FIRST + CONV1 :: COUNT]
-    conv2: Any = tensors[FIRST + CONV2 :: COUNT]
-    wide = max(W.shape[0] for W in conv1)
-    own = whole.has_kernel(out, conv2)
-    a = 0 if own and not any(config.inner_drop_rates) else wide
-    g = 0 if own else max(W.shape[0] for W in conv2)
-    return _Sizes(0 if config.save == "bottlenecks" else wide, a, g, wide, conv1[-1].shape[1])
+    z, mean, var, z_mean, z_var = [x if x is not None and x.numel() else None for x in others]
+    return [out.shape[0], *out.shape[2:]], tensors[1], to_rows(out), z, mean, var, z_mean, z_var
 
 
 def _folded(config: Config, tensors: Tensors) -> Tensors:
@@ -268,11 +315,6 @@ def _folded(config: Config, tensors: Tensors) -> Tensors:
         # the operation scales the weights, one layer's at a time
         tensors[start : start + COUNT] = layer._replace(bias1=t2, gamma2=s2, beta2=None, mean2=None, var2=None)
     return tensors
-
-
-def _input_gradient(tensors: Tensors, out: Tensor) -> Tensor:
-    first = Parameters(*tensors[FIRST : FIRST + COUNT])
-    return new_features(out, (out.shape[0], first.conv1.shape[1], *out.shape[2:]))
 
 
 def _reference(config: Config, tensors: Tensors) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import increment_version
 
 from densenet_ext import kernels
+from densenet_ext.algorithm.kept import Kept
 from densenet_ext.algorithm.values import Norm
 
 
@@ -70,34 +73,42 @@ class Movement:
         # one operation moves them all: no average over all batches, and none without statistics
         self._alike = len(self._momenta) == len(self._norms) and len(self._running) == 2 * len(self._norms)
         self._alike = self._alike and not any(norm.group for norm in self._norms)
+        self._kept: Kept | None = None
+        self._dtype: torch.dtype | None = None  # of the statistics that are kept
 
     def move(self, means: Sequence[Tensor], vars: Sequence[Tensor], counts: int | Sequence[int | Tensor]) -> None:
         """Moves them by pairs of means and biased variances in acc.
 
         counts: the values per channel behind them, one number, or one for each norm.
         """
-        if not self._norms:
+        if not self._norms or (self._alike and isinstance(means[0], FakeTensor)):  # which has nothing to move
             return
-        run = self._operation(means[0]) if isinstance(counts, int) else None
-        if run is None or not isinstance(counts, int):
+        kept = self._keep(means[0]) if isinstance(counts, int) else None
+        if kept is None or not isinstance(counts, int):
             pairs = list(zip(self._which, self._parts, strict=True))
             own = [counts] * len(pairs) if isinstance(counts, int) else [counts[i] for i in self._moving]
             batch = [means[i][part] for i, part in pairs], [vars[i][part] for i, part in pairs]
             update_running_stats(self._norms, *batch, own)
             return
-        if self._counters:
-            torch._foreach_add_(self._counters, 1)
         unbiased = counts / (counts - 1) if counts > 1 else float("nan")
-        running = self._running
-        run(running[0::2], running[1::2], means, vars, self._which, self._starts, self._momenta, unbiased)
+        kernels.select(means[0]).move_running_stats(kept.number, means, vars, unbiased)
+        if self._counters:
+            increment_version(self._counters)
 
-    def _operation(self, like: Tensor) -> Any:
-        """The compiled operation that moves them all, or None where they have to be moved one by one."""
+    def _keep(self, like: Tensor) -> Kept | None:
+        """The tensors that one compiled operation moves, or None where they have to be moved one by one."""
         if not self._alike or not like.is_cpu or torch.compiler.is_compiling():
             return None
-        if {(t.dtype, t.device) for t in self._running} != {(like.dtype, like.device)}:
+        ops = kernels.select(like)
+        if not hasattr(ops, "move_running_stats"):
             return None
-        return getattr(kernels.select(like), "move_running_stats", None)
+        if self._kept is None or self._dtype != like.dtype or not self._kept.hold():
+            self._kept, self._dtype = None, like.dtype
+            counted = all(t.dtype == torch.int64 and t.numel() == 1 and t.is_cpu for t in self._counters)
+            if counted and {(t.dtype, t.device) for t in self._running} == {(like.dtype, like.device)}:
+                lists = self._running[0::2], self._running[1::2], self._counters
+                self._kept = Kept(ops, ops.keep_norms(*lists, self._which, self._starts, self._momenta))
+        return self._kept
 
 
 _Moving = tuple[Norm, Tensor, Tensor, int | Tensor]  # norm, mean, variance, count

@@ -54,6 +54,20 @@ _SCHEMA_TYPES: dict[Any, str] = {
 _CONFIG = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Config).items())
 
 
+def check_data(tensors: Tensors) -> None:
+    """Raises ValueError where features with data meet parameters without."""
+    # A compiled operation with one argument on the meta device does nothing, without a word; other devices it refuses.
+    assert tensors[0] is not None
+    if tensors[0].is_meta:
+        return
+    for x in tensors:
+        if x is not None and x.is_meta:
+            device = tensors[0].device
+            raise ValueError(
+                f"expected all parameters on {device}, as the features, got one of {list(x.shape)} on meta"
+            )
+
+
 class Operation(NamedTuple):
     """The functions of a fused unit. ``tensors`` are its feature maps, its parameters, then ``values``.
 
@@ -61,7 +75,8 @@ class Operation(NamedTuple):
     statistics. ``forward(config, tensors)`` fills them. ``backward(config, grad, tensors, results, needs)``: one
     gradient or None per tensor. ``restore``: the unit keeps its output instead of its input, and gets the input back
     from it. ``norms(config)``: where the four ``norm_tensors`` of each norm start. ``values``: so many of the last
-    tensors are read by the forward pass only, and have no gradient.
+    tensors are read by the forward pass only, and have no gradient. ``check(tensors)`` raises for tensors that no call
+    takes.
     """
 
     name: str
@@ -72,10 +87,13 @@ class Operation(NamedTuple):
     norms: Callable[[Config], Sequence[int]]
     restore: Callable[[Config, Tensors, Tensor], Tensor] | None = None
     values: int = 0
+    check: Callable[[Tensors], None] = check_data
 
 
 def _running_stats(operation: Operation, config: Config) -> list[int]:
     """Where the running statistics of the frozen norms are among the tensors."""
+    if all(config.batch_stats):
+        return []
     starts = zip(operation.norms(config), config.batch_stats, strict=True)
     return [i for start, batch in starts if not batch for i in (start + 2, start + 3)]
 
@@ -131,6 +149,15 @@ OPERATIONS: dict[str, Operation] = {}
 _CUSTOM_OPS: dict[str, Any] = {}
 
 
+def kept_level(save: str) -> str:
+    """Returns ``save``, what is kept for a backward pass, where there can be one; else "nothing"."""
+    return save if torch.is_grad_enabled() else "nothing"
+
+
+def _is_recorded(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def run(
     operation: Operation, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]
 ) -> Sequence[Tensor]:
@@ -139,8 +166,8 @@ def run(
     ``then`` is called with them, to move running statistics: before autograd saves anything, because a recomputation
     by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and eager's norms have moved by then.
     """
-    _check_data(tensors)
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+    operation.check(tensors)
+    if config.save != "nothing" and not _is_recorded(tensors):
         config = config._replace(save="nothing")
     if torch.compiler.is_compiling():
         given = [x is not None for x in tensors]
@@ -155,19 +182,6 @@ def run(
         then(results)
         return results
     return _Fused.apply(operation, config, then, *tensors)[:-1]
-
-
-def _check_data(tensors: Tensors) -> None:
-    # A compiled operation with one argument on the meta device does nothing, without a word; other devices it refuses.
-    assert tensors[0] is not None
-    if tensors[0].is_meta:
-        return
-    for x in tensors:
-        if x is not None and x.is_meta:
-            device = tensors[0].device
-            raise ValueError(
-                f"expected all parameters on {device}, as the features, got one of {list(x.shape)} on meta"
-            )
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

@@ -25,9 +25,10 @@ from densenet_ext.algorithm.conversions import (
     norm_values,
     result_dtype,
 )
+from densenet_ext.algorithm.kept import new_gradient
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
-from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
@@ -67,7 +68,14 @@ def transition(
     if is_empty(x) and not norm.group:
         return reference.transition(x, norm, conv_weight, window, conv_bias=conv_bias)
     size = volume(x.dim() - 2, window, 1)
-    config = Config((norm.batch_stats,), (norm.eps,), result_dtype(x), window=size, groups=(norm.group,))
+    config = Config(
+        (norm.batch_stats,),
+        (norm.eps,),
+        result_dtype(x),
+        window=size,
+        save=kept_level("features"),
+        groups=(norm.group,),
+    )
     tensors = inputs_of(x, norm, stats, conv_weight, conv_bias)
     out = run(TRANSITION, config, tensors, lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
@@ -124,7 +132,7 @@ def _backward(
     pooled, C = to_rows(new_features(x, _pooled_size(config, x))), x.shape[1]
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
     dx = new_features(x, x.shape) if asked.x else None
-    dW = whole.new_gradient(own.conv, mean.dtype) if asked.conv else None
+    dW = new_gradient(own.conv, mean.dtype) if asked.conv else None
     dc = mean.new_empty(own.conv.shape[0]) if asked.conv_bias else None
     sums = needs_sums(config, asked)
     norm = norm_again(config, own, mean, var)

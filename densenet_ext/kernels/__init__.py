@@ -21,6 +21,7 @@ from densenet_ext.kernels.plain import acc_dtype
 
 __all__ = [
     "CPU_OPS",
+    "KEPT_OPS",
     "OPS",
     "UNIT_OPS",
     "acc_dtype",
@@ -66,6 +67,9 @@ UNIT_OPS = (
 )
 """The operations that run a whole unit; what they compute stands, in plain PyTorch, in ``algorithm``."""
 
+KEPT_OPS = ("keep_layers", "keep_norms", "kept_hold", "drop_kept")
+"""Those that have others keep tensors from call to call; they compute nothing, on any device."""
+
 CPU_OPS = frozenset(("move_running_stats", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
 """Those that have no kernel for GPUs."""
 
@@ -75,7 +79,9 @@ _compiled: Any = None
 # The same, with the products of float32 numbers on a GPU's tensor cores.
 _compiled_tf32: Any = None
 if _extension.module is not None:
-    _compiled = SimpleNamespace(**{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS)})
+    _compiled = SimpleNamespace(
+        **{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS, *KEPT_OPS)}
+    )
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))

@@ -17,11 +17,11 @@ def _tensors(names: Iterable[str], args: Iterable[Any]) -> Iterator[tuple[str, T
                 yield name, x
 
 
-def _check_devices(names: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
-    """Raises RuntimeError where tensors with and without data come together.
+def _check_devices(names: tuple[str, ...], result: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns ``result``; raises RuntimeError where tensors with and without data come together.
 
     The dispatcher sends a call here when one of its tensors is on the meta device, whatever the others are. Nothing
-    else is to do: the operations allocate nothing and return nothing, and shapes are what the caller made them.
+    else is to do: shapes are what the caller made them, and who wants gradients without data makes them himself.
     """
     given = list(_tensors(names, args)) + list(_tensors(kwargs, kwargs.values()))
     for name, x in given:
@@ -30,6 +30,7 @@ def _check_devices(names: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
             raise RuntimeError(
                 f"densenet_ext: {name}: expected a tensor on {expected} as the other arguments, got one on {x.device}"
             )
+    return result
 
 
 def _refuse(names: tuple[str, ...], devices: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
@@ -55,5 +56,7 @@ def register(names: Iterable[str], devices: tuple[str, ...]) -> None:
     for name in names:
         schema = getattr(torch.ops.densenet_ext, name).default._schema
         arguments = tuple(argument.name for argument in schema.arguments)
-        torch.library.register_fake(f"densenet_ext::{name}", partial(_check_devices, arguments))
+        torch.library.register_fake(
+            f"densenet_ext::{name}", partial(_check_devices, arguments, [] if schema.returns else None)
+        )
         _fragment.impl(name, partial(_refuse, arguments, devices), "CompositeExplicitAutograd")

@@ -231,8 +231,11 @@ class _Reading:
         read, alike in dtype and device."""
         if torch.compiler.is_compiling() or self._synced:
             return self._read(new_first)
-        if self._found is not None and all(record.holds() for record in self._records):
-            return self._found if self._fits() else None
+        found = self._found
+        if found is not None and all(record.holds() for record in self._records):
+            hold = found.repeated.hold()
+            if hold or (hold is None and self._fits()):
+                return found
         tensors = [entry for layer in self.layers for entry in layer.tensors()]
         settings = [entry for layer in self.layers for entry in layer.settings()]
         self._records = [record(tensors, identical=True), record(settings)]

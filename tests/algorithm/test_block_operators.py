@@ -145,21 +145,24 @@ def test_only_what_is_asked_for(asked: str, backend: str, by_layers: Any) -> Non
     assert_close(run(), by_layers(run), exact=backend == "emulated")
 
 
+LAYERS: dict[str, Any] = {
+    "tensors": [torch.ones(2), torch.ones(3, 2, 1, 1), torch.ones(2, 3, 3, 3)],
+    "given": [1 | 1 << 4 | 1 << 10],
+    "batch_stats": [True, True],
+    "eps": [1e-5, 1e-5],
+    "drop_rates": [0.0],
+    "drop_channels": [False],
+    "inner_drop_rates": [0.0],
+    "inner_drop_channels": [False],
+    "new_first": False,
+}
+
+
 def call(**changed: Any) -> None:
-    """One layer, 2 + 2 features of 4 pixels, with some of its arguments changed."""
     own = {
         "x": torch.zeros(4, 2),
         "size": [1, 2, 2],
-        "tensors": [torch.ones(2), torch.ones(3, 2, 1, 1), torch.ones(2, 3, 3, 3)],
-        "given": [1 | 1 << 4 | 1 << 10],
-        "batch_stats": [True, True],
-        "eps": [1e-5, 1e-5],
-        "drop_rates": [0.0],
-        "drop_channels": [False],
-        "inner_drop_rates": [0.0],
-        "inner_drop_channels": [False],
         "seed": None,
-        "new_first": False,
         "out": torch.zeros(4, 4),
         "z": torch.zeros(12),
         "mean": torch.zeros(4),
@@ -168,7 +171,13 @@ def call(**changed: Any) -> None:
         "z_var": torch.zeros(3),
         "scratch": torch.zeros(64),
     }
-    torch.ops.densenet_ext.dense_layers(**{**own, **changed})
+    of_layers = {name: value for name, value in changed.items() if name in LAYERS}
+    layers = torch.ops.densenet_ext.keep_layers(**{**LAYERS, **of_layers})
+    own = {"layers": layers, **own, **{name: value for name, value in changed.items() if name not in LAYERS}}
+    try:
+        torch.ops.densenet_ext.dense_layers(**own)
+    finally:
+        torch.ops.densenet_ext.drop_kept(layers)
 
 
 @pytest.mark.skipif(kernels.backend("cpu") != "compiled", reason="nothing is compiled")
@@ -178,6 +187,7 @@ def call(**changed: Any) -> None:
         ("size", [1, 2], "out: expected shape"),
         ("size", [1, 0, 2], "size: expected images of at least one pixel"),
         ("size", [4], "size: expected .N, .spatial."),
+        ("layers", -1, "layers: expected the number of tensors that are kept, got -1"),
         ("given", [1 | 1 << 4], "tensors: expected 2 tensors, got 3"),
         ("given", [1 << 12], "tensors: expected bits for 12 tensors"),
         ("given", [1 | 1 << 1 | 1 << 10], "tensors: expected the convolutions of layer 0, got None"),
@@ -230,12 +240,14 @@ def test_who_computes_a_convolution() -> None:
 
 
 @pytest.mark.skipif(kernels.backend("cpu") != "compiled", reason="nothing is compiled")
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 5, 5), (2, 3, 9)])
-def test_a_gradient_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
-    own = (torch.ones(4, 4), False, [1, 2, 2], [torch.ones(3, 2, 1, 1), torch.ones(2, 3, 3, 3)], [1 << 4 | 1 << 10])
-    options = ([True, True], [1e-5, 1e-5], [0.0], [False], [0.0], [False], None, False)
+def test_gradients_that_are_not_there_are_named() -> None:
+    ops = torch.ops.densenet_ext
+    layers = ops.keep_layers(**{**LAYERS, "tensors": LAYERS["tensors"][1:], "given": [1 << 4 | 1 << 10]})
+    own = (torch.ones(4, 4), False, layers, [1, 2, 2], None)
     results = (torch.ones(4, 4), torch.ones(12), torch.zeros(4), torch.ones(4), torch.zeros(3), torch.ones(3))
-    run = torch.ops.densenet_ext.dense_layers_backward
-    run(*own, *options, *results, None, [torch.ones(2, 3, 3, 3)], [1 << 10], torch.zeros(256))
-    with pytest.raises(RuntimeError, match="densenet_ext: grads: expected a convolution's gradient in the shape"):
-        run(*own, *options, *results, None, [torch.ones(shape)], [1 << 10], torch.zeros(256))
+    (found,) = ops.dense_layers_backward(*own, *results, None, [1 << 10], torch.zeros(256))
+    assert found.shape == (2, 3, 3, 3)
+    for asked, words in (([1], "asked: expected bits of tensors of layer 0"), ([], "asked: expected 1 entries")):
+        with pytest.raises(RuntimeError, match=f"densenet_ext: {words}"):
+            ops.dense_layers_backward(*own, *results, None, asked, torch.zeros(256))
+    ops.drop_kept(layers)

@@ -72,3 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CPU, m) {
   dx::ops::implement_basic_layers<dx::ops::Cuda>(m);
   dx::ops::implement_around<dx::ops::Cuda>(m);
 }
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CompositeExplicitAutograd, m) {
+  m.impl("kept_hold", TORCH_BOX(&dx::ops::kept_hold));
+  m.impl("drop_kept", TORCH_BOX(&dx::ops::drop_kept));
+  m.impl("keep_layers", TORCH_BOX(&dx::ops::keep_layers));
+}

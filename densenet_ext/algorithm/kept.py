@@ -1,0 +1,192 @@
+"""What the compiled operations of a unit are given once and keep: hundreds of tensors, named by a number from then on.
+
+To hand them over at every call takes longer than a small unit computes (csrc/ops/kept.h). Kept is which tensors they
+are, not what they hold: parameters change, and their memory may be another at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from densenet_ext import kernels
+from densenet_ext.algorithm.conversions import grad_like
+from densenet_ext.algorithm.operation import Config, Operation, check_data
+from densenet_ext.algorithm.values import Tensors
+
+
+class Kept:
+    """Tensors that operations have kept, until this is freed."""
+
+    def __init__(self, ops: Any, number: int) -> None:
+        self.number = number
+        """What the operations know them by."""
+        self._hold, self._drop = ops.kept_hold, ops.drop_kept
+
+    def hold(self) -> bool:
+        """Returns whether all have the dtype, the device, the sizes and the strides that they had."""
+        return bool(self._hold(self.number))
+
+    def __del__(self) -> None:
+        self._drop(self.number)
+
+
+class KeptLayers:
+    """The layers of a block, kept by the operations for feature maps like ``like``.
+
+    parameters: ``per_layer`` of each, None for those that are not there. Tensors without data are not handed over:
+    operations do nothing to them.
+    """
+
+    def __init__(self, like: Tensor, config: Config, parameters: Tensors, per_layer: int) -> None:
+        self.parameters, self.per_layer = parameters, per_layer
+        present = [x for x in parameters if x is not None]
+        self._kept: Kept | None = None
+        if not isinstance(like, FakeTensor):
+            ops, given = kernels.select(like), _bits(tuple([x is not None for x in parameters]), per_layer)
+            options = config.batch_stats, config.eps, config.drop_rates, config.drop_channels
+            inner = config.inner_drop_rates, config.inner_drop_channels
+            self._kept = Kept(ops, ops.keep_layers(present, given, *options, *inner, config.new_first))
+        dtypes = {x.dtype for x in present}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 and all(map(is_dense, present)) else None
+        """That of all parameters, where their gradients can be laid out as they are; else None."""
+
+    @property
+    def number(self) -> int:
+        """What the operations know them by."""
+        return 0 if self._kept is None else self._kept.number
+
+    def hold(self) -> bool | None:
+        """Returns whether all parameters have the dtype, the device, the sizes and the strides that they had.
+
+        None: they have no data, and nobody keeps them.
+        """
+        return None if self._kept is None else self._kept.hold()
+
+    def are(self, parameters: Tensors) -> bool:
+        """Returns whether ``parameters`` are these."""
+        return len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
+
+
+class BlockCalls:
+    """The calls of a block over the same parameters: what they have in common is found once.
+
+    Whoever calls again and again sees to it that the parameters are what they were (``hold``).
+    """
+
+    per_layer: int
+    """How many parameters a layer has, or could have."""
+
+    def __init__(self, parameters: Tensors) -> None:
+        self.parameters = parameters
+        self._layers: KeptLayers | None = None
+
+    def hold(self) -> bool | None:
+        """Returns whether the parameters are as the operations were given them; None: they were not, or have no
+        data."""
+        return None if self._layers is None else self._layers.hold()
+
+    def check(self, tensors: Tensors) -> None:
+        """Raises ValueError where features with data meet parameters without; looks at the parameters once."""
+        if self._layers is None:
+            check_data(tensors)
+
+    def forward(self, config: Config, tensors: Tensors) -> list[Tensor]:
+        """Returns what the operation's ``forward`` does."""
+        raise NotImplementedError
+
+    def backward(
+        self, config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Returns what the operation's ``backward`` does."""
+        raise NotImplementedError
+
+    def layers(self, config: Config, like: Tensor) -> KeptLayers:
+        """Returns the layers as the operations have them."""
+        if self._layers is None:
+            self._layers = KeptLayers(like, config, self.parameters, self.per_layer)
+        return self._layers
+
+    def layers_again(self, config: Config, like: Tensor, parameters: Tensors) -> KeptLayers:
+        """Returns those of the forward pass, unless autograd's hooks, or statistics of that time, are other tensors."""
+        if self._layers is not None and self._layers.are(parameters):
+            return self._layers
+        return KeptLayers(like, config, parameters, self.per_layer)
+
+
+class Repeated:
+    """The operation of a block over the same parameters, call after call."""
+
+    def __init__(self, operation: Operation, calls: BlockCalls) -> None:
+        self._plain, self._calls = operation, calls
+        self._operation: Operation | None = None
+
+    @property
+    def operation(self) -> Operation:
+        """The operation, with what its calls have in common; in compiled code as it is."""
+        if torch.compiler.is_compiling():
+            return self._plain
+        if self._operation is None:
+            calls = self._calls
+            self._operation = self._plain._replace(forward=calls.forward, backward=calls.backward, check=calls.check)
+        return self._operation
+
+    def hold(self) -> bool | None:
+        """Returns whether the parameters have the dtype, the device and the layout that they had; None: nobody
+        knows."""
+        return self._calls.hold()
+
+
+class Wanted:
+    """The gradients of a block's parameters that are asked for."""
+
+    bits: list[int]
+    """Per layer, a bit for each parameter."""
+
+    def __init__(self, layers: KeptLayers, like: Tensor, needs: Sequence[bool]) -> None:
+        """like: the block's buffer."""
+        self._parameters = layers.parameters
+        self.bits, self._places = _wanted(tuple(needs), layers.per_layer)
+        acc = kernels.acc_dtype(like.dtype)
+        self._alike = layers.dtype == acc
+        self._without_data: list[Any] = []
+        if isinstance(like, FakeTensor):  # the operation does nothing, and somebody counts memory
+            self._without_data = [new_gradient(self._parameters[i], acc) for i in self._places]
+
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns one gradient or None per parameter, in its dtype and layout; ``found``: the operation's."""
+        grads: list[Tensor | None] = [None] * len(self._parameters)
+        for i, grad in zip(self._places, self._without_data or found, strict=True):
+            grads[i] = grad if self._alike else grad_like(grad, self._parameters[i])
+        return grads
+
+
+@lru_cache(maxsize=256)
+def _wanted(needs: tuple[bool, ...], per_layer: int) -> tuple[list[int], list[int]]:
+    return _bits(needs, per_layer), [i for i, need in enumerate(needs) if need]
+
+
+@lru_cache(maxsize=256)
+def _bits(there: tuple[bool, ...], per_layer: int) -> list[int]:
+    layers = range(0, len(there), per_layer)
+    return [sum(1 << i for i in range(per_layer) if there[start + i]) for start in layers]
+
+
+def is_dense(x: Tensor) -> bool:
+    """Returns whether x is contiguous or channels_last, as kernels write gradients."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def new_gradient(x: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """A parameter's gradient, uninitialised: in the dtype of sums, in the parameter's layout or contiguous."""
+    if x is None:
+        return None
+    if is_dense(x):
+        return torch.empty_like(x, dtype=acc)
+    return torch.empty(x.shape, dtype=acc, device=x.device)
