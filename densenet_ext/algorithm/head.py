@@ -17,7 +17,7 @@ from densenet_ext.algorithm.conversions import (
 )
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
-from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
@@ -46,7 +46,7 @@ def head(x: Tensor, norm: Norm, *, stats: Stats | None = None) -> Tensor:
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
-    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, groups=(norm.group,))
+    config = Config((norm.batch_stats,), (norm.eps,), x.dtype, save=kept_level("features"), groups=(norm.group,))
     out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: move(norm, x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 

@@ -12,6 +12,11 @@ from torch._prims_common import suggest_memory_format as _suggest_memory_format
 
 def channels_last_stride(size: Sequence[int], pitch: int | None = None) -> list[int]:
     """Strides in elements of [N, C, *spatial] with channels fastest; rows lie ``pitch`` apart, C if None."""
+    if len(size) == 4:  # the usual case, without a loop
+        _, C, H, W = size
+        step = max(1, C if pitch is None else pitch)
+        line = step * max(1, W)
+        return [line * max(1, H), 1, line, step]
     stride = [0] * len(size)
     stride[1] = 1
     step = max(1, size[1] if pitch is None else pitch)

@@ -74,7 +74,10 @@ def allocate_stats(config: Config, x: Tensor, channels: int) -> tuple[Tensor, Te
 
 
 def allocate_shared_stats(config: Config, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``batch_stats``, uninitialised."""
+    """``batch_stats``, uninitialised; one tensor for all that is empty where nothing is kept."""
+    if config.save == "nothing" and not config.batch_stats[0]:
+        nothing = x.new_empty(0, dtype=kernels.acc_dtype(x.dtype))
+        return nothing, nothing, nothing
     mean, var = allocate_stats(config, x, x.shape[1])
     return mean, var, mean.new_empty(1 if config.groups[0] else 0)
 

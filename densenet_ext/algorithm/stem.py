@@ -16,7 +16,7 @@ from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
-from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
@@ -59,6 +59,7 @@ def stem(
         window=window,
         stride=volume(dims, stride, 1),
         padding=volume(dims, padding, 0),
+        save=kept_level("features"),
         groups=(norm.group,),
     )
     out = run(STEM, config, inputs_of(x, norm), lambda results: move(norm, x.shape, results))[0]

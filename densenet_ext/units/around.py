@@ -33,7 +33,7 @@ from densenet_ext.units.parts import (
     pooled_dimensions,
     submodule,
 )
-from densenet_ext.units.reading import Readings
+from densenet_ext.units.reading import Part, Readings
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,34 @@ class Stem:
 
     def step(self, module: nn.Module, flow: Flow) -> Flow | None:
         """Returns the pooled features in channels_last memory; None where they have to be computed one by one."""
-        if self.reason(module) is not None:
+
+        def read() -> tuple[nn.Module, nn.Module] | None:
+            if self.reason(module) is not None:
+                return None
+            return module._modules[self.norm], module._modules[self.pool]  # type: ignore[return-value]
+
+        # what a norm with its ReLU inside is made of is not watched
+        known = read() if torch.compiler.is_compiling() or self.relu is None else None
+        if known is None and self.relu is not None and hooks_on_all_modules() is None:
+            known = _STEMS.get(module, self, read, lambda: self._watched(module))
+        if known is None:
             return None
-        norm, pool = module._modules[self.norm], module._modules[self.pool]
-        x, settings = flow.x, norm_of(norm)  # type: ignore[arg-type]
-        if x.dim() - 2 != pooled_dimensions(pool) or x.shape[1] != norm.num_features:  # type: ignore[arg-type, union-attr]
+        norm, pool = known
+        x, settings = flow.x, norm_of(norm)
+        if x.dim() - 2 != pooled_dimensions(pool) or x.shape[1] != norm.num_features:
             return None
         if not is_usual(settings):
             return None
-        window: Any = pool.kernel_size, pool.stride, pool.padding  # type: ignore[union-attr]
+        window: Any = pool.kernel_size, pool.stride, pool.padding
         ran(module, self.kind)
         return Flow(with_metadata(lambda x: stem(x, settings, *window), x), flow.layout)
+
+    def _watched(self, module: nn.Module) -> list[Part]:
+        parts = [Part(module, hooks=False)]
+        return parts + [Part(part) for part in (module._modules[name] for name in self.names) if part is not None]
+
+
+_STEMS: Readings[tuple[nn.Module, nn.Module]] = Readings()
 
 
 @dataclass(frozen=True)
@@ -225,6 +242,7 @@ class Sequence(MapUnit):
         """Returns what the first ``stop`` children (all if None) give one after another."""
         children = [(name, child) for name, child in module._modules.items() if child is not None][:stop]
         starts = {segment.names[0]: segment for segment in self.segments}
+        units = [straight(child) for _, child in children]
         i = 0
         while i < len(children):
             name, child = children[i]
@@ -235,13 +253,10 @@ class Sequence(MapUnit):
                     flow = found
                     i += len(segment.names)
                     continue
-            follows = i + 1 < len(children) and self._takes_any_layout(children[i + 1], starts)
-            flow = _through(child, flow, follows)
+            follows = i + 1 < len(children) and (children[i + 1][0] in starts or units[i + 1] is not None)
+            flow = _through(child, units[i], flow, follows)
             i += 1
         return flow
-
-    def _takes_any_layout(self, child: tuple[str, nn.Module], starts: Any) -> bool:
-        return child[0] in starts or straight(child[1]) is not None
 
 
 def first_mismatch(module: nn.Module, x: Any) -> Mismatch | None:
@@ -255,9 +270,11 @@ def first_mismatch(module: nn.Module, x: Any) -> Mismatch | None:
     return None if words is None else Mismatch(words)
 
 
-def _through(child: nn.Module, flow: Flow, unit_follows: bool) -> Flow:
-    """Returns what ``child`` gives: straight from unit to unit where nobody looks on, else by a call like any other."""
-    unit = straight(child)
+def _through(child: nn.Module, unit: Any, flow: Flow, unit_follows: bool) -> Flow:
+    """Returns what ``child`` gives: straight from unit to unit where nobody looks on, else by a call like any other.
+
+    ``unit``: that of the child, where running it is all that a call would do.
+    """
     if isinstance(unit, MapUnit):
         for probe in child._forward_pre_hooks.values():
             probe()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -28,6 +29,7 @@ from densenet_ext.units.parts import (
     other_relu,
     submodule,
 )
+from densenet_ext.units.reading import Part, Readings
 
 OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
     "relu": lambda module, dims: other_relu(module),
@@ -35,6 +37,9 @@ OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
     "flatten": lambda module, dims: None if type(module) is nn.Identity else other_flatten(module),
 }
 """What a module is instead of what it stands for behind the last norm, by the name of that; or None."""
+
+_RUNNING: Readings[bool] = Readings()
+"""Of the models whose heads run fused."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,24 @@ class Head:
                 return f"{name} {reason}"
         return None
 
+    def _runs(self, module: nn.Module) -> bool:
+        # what a norm with its ReLU inside is made of is not watched
+        if torch.compiler.is_compiling() or self.activated:
+            return self.reason(module) is None
+        if hooks_on_all_modules() is not None:
+            return False
+        read = lambda: True if self.reason(module) is None else None  # noqa: E731
+        return bool(_RUNNING.get(module, self, read, lambda: self._watched(module)))
+
+    def _watched(self, module: nn.Module) -> list[Part]:
+        features: Any = submodule(module, self.features)
+        parts = [*self.built.watched(module), Part(features), Part(list(features._modules.values())[-1])]
+        found = (submodule(module, name) for name, _ in self.replaced)
+        return parts + [Part(part) for part in found if part is not None]
+
     def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
         """Returns what ``usual(module, x)`` does."""
-        if self.reason(module) is not None:
+        if not self._runs(module):
             return usual(module, x)
         features: Any = submodule(module, self.features)
         mismatch = first_mismatch(features, x)
