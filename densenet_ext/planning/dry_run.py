@@ -112,7 +112,9 @@ class DryRun:
         return torch.empty(tuple(shape), dtype=dtype, device=parameter_device(self.model))
 
     def _run(self, x: Tensor, saved: SavedBytes) -> list[Tensor]:
-        with torch.enable_grad(), self._autocast(x.device.type), saved, warnings.catch_warnings(), _NormStatistics():
+        # where all are of one dtype there is nothing to give, and a mode costs
+        statistics = _NormStatistics() if self.autocast else nullcontext()
+        with torch.enable_grad(), self._autocast(x.device.type), saved, warnings.catch_warnings(), statistics:
             warnings.simplefilter("ignore")
             outputs = tree_leaves(self.model(x))
         return [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
