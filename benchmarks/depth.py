@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from benchmarks import markdown, measure, peers
 from benchmarks.run import Say, machine
-from densenet_ext.planning import measuring
+from densenet_ext.memory import measuring
 from densenet_ext.training import figures
 
 OURS, THEIRS = 'densenet_ext, save="features"', "PyTorch, nothing recomputed"

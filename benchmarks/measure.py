@@ -1,6 +1,6 @@
 """What a training step takes in time: seconds in interleaved rounds. Nothing here knows a network.
 
-What it takes in memory is counted by :mod:`densenet_ext.planning.measuring`.
+What it takes in memory is counted by :mod:`densenet_ext.memory.measuring`.
 """
 
 from __future__ import annotations

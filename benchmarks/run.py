@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from benchmarks import measure, peers
 from benchmarks.peers import COMPILED, LAYOUTS, LEVELS, PLAIN, Contender, Network
-from densenet_ext.planning import measuring
+from densenet_ext.memory import measuring
 
 Say = Callable[[str], None]
 

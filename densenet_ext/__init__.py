@@ -10,6 +10,7 @@ from densenet_ext._extension import build_info
 from densenet_ext._version import __version__
 from densenet_ext.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
 from densenet_ext.fusing import fuse, unfuse, verify
+from densenet_ext.memory.plan import plan
 from densenet_ext.models import (
     DenseNet,
     densenet121,
@@ -20,7 +21,6 @@ from densenet_ext.models import (
     densenet_bc,
 )
 from densenet_ext.modules import DenseBlock, DenseLayer, Transition
-from densenet_ext.planning.plan import plan
 from densenet_ext.report import report
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import nn
 from densenet_ext import kernels
 from densenet_ext.fusing.find import Found, find_units
 from densenet_ext.fusing.install import check_module
-from densenet_ext.planning.units import kept_by_unit
+from densenet_ext.memory.units import kept_by_unit
 from densenet_ext.text import readable, table
 from densenet_ext.units.block import Block
 

@@ -22,7 +22,7 @@ ROOMS = {
     "fusing": ("fusing",),
     "kernels": ("kernels",),
     "reuse": ("training",),
-    "planning": ("memory",),
+    "memory": ("memory",),
     "units": ("units",),
     "_extension.py": ("build_backend",),
     "checks.py": ("",),

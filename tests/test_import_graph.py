@@ -59,7 +59,7 @@ def test_layers_know_only_what_is_below() -> None:
         if room in ("modules", "models"):
             assert rooms <= {"units", "modules", "checks", "state_dict"}, name
         if room == "fusing":
-            assert not rooms & {"planning", "report", "training", "cli"}, name
+            assert not rooms & {"memory", "report", "training", "cli"}, name
 
 
 def test_values_and_reference_stand_at_the_ground() -> None:

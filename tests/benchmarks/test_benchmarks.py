@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from benchmarks import measure, peers
 from benchmarks.run import copy_state
-from densenet_ext.planning import measuring
+from densenet_ext.memory import measuring
 
 TINY = peers.Network("tiny", "A tiny DenseNet", 4, (2, 2), 8, 5, True, batch=2, image=8)
 FLOAT = 4  # bytes

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import densenet_ext as dx
-from densenet_ext.planning.dry_run import checked_shape, parameter_device, parameter_dtype, refused
-from densenet_ext.planning.measuring import (
+from densenet_ext.memory.dry_run import checked_shape, parameter_device, parameter_dtype, refused
+from densenet_ext.memory.measuring import (
     FORWARD,
     device_name,
     memory_of,
@@ -16,8 +16,8 @@ from densenet_ext.planning.measuring import (
     processor_name,
     saved_bytes,
 )
-from densenet_ext.planning.plan import set_level
-from densenet_ext.planning.units import kept_by_unit
+from densenet_ext.memory.plan import set_level
+from densenet_ext.memory.units import kept_by_unit
 
 
 def test_saved_bytes_count_each_storage_once() -> None:

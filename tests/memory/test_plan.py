@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import densenet_ext as dx
 from densenet_ext import kernels
-from densenet_ext.planning.counting import Allocations, SavedBytes, storage_bytes
+from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
 from tests.support import command_line
 from tests.support.fusing_helpers import net
 from tests.support.helpers import allocations, kept_for_backward

@@ -22,7 +22,7 @@ if importlib.util.find_spec("torchvision") is None:  # its import goes through t
 
 import densenet_ext as dx
 from benchmarks import measure
-from densenet_ext.planning import measuring
+from densenet_ext.memory import measuring
 from densenet_ext.training import networks, options, running
 from densenet_ext.training.compare import command as comparing
 from densenet_ext.training.compare import comparison, lockstep

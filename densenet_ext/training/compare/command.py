@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from densenet_ext._version import __version__
-from densenet_ext.planning.measuring import device_name
+from densenet_ext.memory.measuring import device_name
 from densenet_ext.text import table
 from densenet_ext.training import metrics, options
 from densenet_ext.training.compare import comparison

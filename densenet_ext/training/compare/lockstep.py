@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from densenet_ext.planning.measuring import peak_bytes, saved_bytes
+from densenet_ext.memory.measuring import peak_bytes, saved_bytes
 from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
 from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.errors import Interrupted, SharedError

@@ -9,7 +9,7 @@ from torch import nn
 
 from densenet_ext.fusing.find import Found
 from densenet_ext.fusing.verify import make_plain
-from densenet_ext.planning.dry_run import REFUSALS, DryRun, checked_shape, refused
+from densenet_ext.memory.dry_run import REFUSALS, DryRun, checked_shape, refused
 
 
 class Kept(NamedTuple):

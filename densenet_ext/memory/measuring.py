@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from densenet_ext.planning.counting import SavedBytes
+from densenet_ext.memory.counting import SavedBytes
 
 FORWARD = "densenet_ext_forward"  # what a trace calls the part of a step in which memory is kept
 

@@ -14,8 +14,8 @@ from densenet_ext.fusing.find import Found, find_units
 from densenet_ext.fusing.install import check_module, fuse
 from densenet_ext.fusing.install import set_level as set_saving
 from densenet_ext.fusing.verify import make_plain
-from densenet_ext.planning.counting import storage_bytes
-from densenet_ext.planning.dry_run import REFUSALS, DryRun, Step, checked_shape, parameter_device, refused
+from densenet_ext.memory.counting import storage_bytes
+from densenet_ext.memory.dry_run import REFUSALS, DryRun, Step, checked_shape, parameter_device, refused
 from densenet_ext.text import readable, table
 from densenet_ext.units.block import Block
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from densenet_ext import checks
-from densenet_ext.planning.counting import Allocations, SavedBytes, storage_bytes
+from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
 from densenet_ext.units.parts import Probe
 
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
