@@ -88,36 +88,6 @@ __global__ void __launch_bounds__(ForwardShape<T, Math, CHANNELS>::kThreads, 1)
   if (p.partial.mean) output.store_moments(p, rows, n0, pivots, reinterpret_cast<A*>(shared));
 }
 
-template <class A>
-struct MergeMoments {
-  int64_t M, N, Np, blocks;
-  PartialMoments<A> partial;
-  A *mean, *var;  // [N]
-};
-
-// A warp for each channel: lane i merges the blocks i, i + 32, ..., then the lanes are merged pairwise.
-template <class A>
-__global__ void __launch_bounds__(256) merge_moments(const __grid_constant__ MergeMoments<A> p) {
-  const int64_t n = int64_t(block_x()) * 8 + thread_x() / 32;
-  Moments<double> all = {0, 0, 0};
-  if (n < p.N)
-#pragma unroll 2
-    for (int64_t b = thread_x() % 32; b < p.blocks; b += 32) {
-      const int rows = rows_from(p.M, b * p.partial.rows, p.partial.rows);
-      all = merge(all, Moments<double>{double(rows),
-                                       double(load_one(p.partial.center + b * p.Np + n)) +
-                                           double(load_one(p.partial.mean + b * p.Np + n)),
-                                       double(load_one(p.partial.m2 + b * p.Np + n))});
-    }
-  for (int by = 16; by > 0; by /= 2)
-    all =
-        merge(all, Moments<double>{shuffle_down(all.count, by), shuffle_down(all.mean, by), shuffle_down(all.m2, by)});
-  if (n < p.N && thread_x() % 32 == 0) {
-    store_one(p.mean + n, A(all.mean));
-    store_one(p.var + n, A(all.m2 / all.count));
-  }
-}
-
 template <class T, class Shape>
 struct ForwardPlan {
   Forward<T, typename Shape::S> p = {};
@@ -185,8 +155,8 @@ cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* work
     error =
         launch(kernel, grid, Shape::kThreads, Shape::shared_bytes(plan.p.resident ? plan.p.chunks : 2), stream, plan.p);
     if (error != cudaSuccess || !p.out_mean) return error;
-    const MergeMoments<A> merging = {p.M, p.N, plan.p.prepared.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var};
-    return launch(merge_moments<A>, dim3(unsigned(ceil_div(p.N, 8))), 256, 0, stream, merging);
+    return launch_merge_moments<A>({p.M, p.N, plan.p.prepared.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var},
+                                   stream);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv1x1_common.h"
+#include "partial_moments.h"
 #include "pivot.h"
 
 namespace dx::cuda {
@@ -55,12 +56,6 @@ struct ForwardShape {
 using Typical = ForwardShape<bfloat16, TensorMath<bfloat16>, 128>;
 static_assert(Typical::shared_bytes(640 / 64) <= 227 * 1024 && Typical::shared_bytes(704 / 64) > 227 * 1024,
               "the weights of 640 channels stay in an H100's shared memory");
-
-template <class A>
-struct PartialMoments {
-  int rows;               // of each block but the last
-  A *center, *mean, *m2;  // [blocks, Np], the mean as a distance from the center; or null: no statistics wanted
-};
 
 template <class T, class S>
 struct Forward {

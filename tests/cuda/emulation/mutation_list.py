@@ -150,7 +150,7 @@ MUTATIONS = [
     ),
     Mutation(
         "forward: the last block counts as a whole one",
-        "conv1x1.cu",
+        "partial_moments.h",
         "{double(rows),",
         "{double(p.partial.rows),",
         FORWARD,
