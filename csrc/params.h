@@ -171,6 +171,7 @@ struct BnReluConv3x3 {
   int64_t layer, drop_rows;  // as in AppendFeatures
   Rows<T> out;
   Acc<T>*out_mean, *out_var;  // [N] or null
+  bool tf32;                  // float on a GPU: products of TF32 numbers are allowed
   bool bf16;                  // float on a processor: products of bf16 numbers are allowed
 };
 
@@ -197,6 +198,7 @@ struct BnReluConv3x3Backward {
   Acc<T>* grad_conv_bias;          // [N] or null
   Acc<T>*grad_weight, *grad_bias;  // [C], or both null
   Acc<T>*grad_mean, *grad_var;     // [C], subtracted from; or both null
+  bool tf32;                       // float on a GPU: products of TF32 numbers are allowed
   bool bf16;                       // float on a processor: products of bf16 numbers are allowed
 };
 

@@ -74,4 +74,12 @@ size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p);
 template <class T>
 cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace);
 
+// conv3x3.cu; has_room: lines are not too long for what shared memory a block can have
+template <class T>
+bool has_room_for_conv3x3(const BnReluConv3x3<T>& p);
+template <class T>
+size_t bn_relu_conv3x3_workspace(const BnReluConv3x3<T>& p);
+template <class T>
+cudaError_t bn_relu_conv3x3(const BnReluConv3x3<T>& p, Stream stream, void* workspace);
+
 }  // namespace dx::cuda

@@ -43,6 +43,14 @@ DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
 DX_SIZE(BnReluConv1x1)
 DX_SIZE(BnReluConv1x1Backward)
 #endif
+#if defined(DX_CONV3X3)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv3x3, BnReluConv3x3)
+DX_SIZE(BnReluConv3x3)
+extern "C" bool dx_has_room_for_conv3x3(int dtype, const void* params) {
+  return for_type(
+      dtype, [&](auto tag) { return has_room_for_conv3x3(*static_cast<const BnReluConv3x3<decltype(tag)>*>(params)); });
+}
+#endif
 #if defined(DX_STATISTICS)
 DX_LAUNCHER_WITH_WORKSPACE(channel_stats, ChannelStats)
 DX_LAUNCHER_WITH_WORKSPACE(append_features, AppendFeatures)

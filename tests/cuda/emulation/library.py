@@ -26,6 +26,7 @@ FAMILIES = {  # kernel files, and the macro by which launchers.cpp knows that th
     "DX_AVG_POOL": ["avg_pool.cu"],
     "DX_MAX_POOL": ["max_pool.cu"],
     "DX_CONV1X1": ["conv1x1.cu", "conv1x1_backward.cu"],
+    "DX_CONV3X3": ["conv3x3.cu"],
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -163,6 +164,13 @@ class Library:
         array = (params.TapsCopy * len(copies))(*copies)
         assert self.c.dx_copy_taps(dtype, ctypes.c_bool(back), array, ctypes.c_size_t(len(copies))) == 0
         self.raise_error()
+
+    def has_room_for_conv3x3(self, size: Sequence[int], C: int, N: int, dims: int = 2) -> bool:
+        """Whether a block has the shared memory for bf16 images of ``size`` [N, D, H, W]."""
+        window = (ctypes.c_int64 * 3)(*[1] * (3 - dims), *[3] * dims)
+        p = params.STRUCT["BnReluConv3x3"](C=C, N=N, images=params.images(size), window=window)
+        self.c.dx_has_room_for_conv3x3.restype = ctypes.c_bool
+        return self.c.dx_has_room_for_conv3x3(DTYPES.index(torch.bfloat16), ctypes.byref(p))
 
     def __call__(self, operator: str, **arguments: object) -> None:
         """Runs an operator; arguments by the names of its schema, tensors on the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_bool, c_double, c_int64, c_void_p
 
 import torch
@@ -35,7 +36,12 @@ class TapsCopy(ctypes.Structure):
     _fields_ = [("N", c_int64), ("C", c_int64), ("taps", c_int64), ("from_", Taps), ("to", Taps)]
 
 
-_TYPES = {"r": Rows, "n": Norm, "p": Pooling, "i": c_int64, "v": c_void_p, "d": c_double, "b": c_bool}
+class Images(ctypes.Structure):
+    _fields_ = [("batch", c_int64), ("size", c_int64 * 3)]
+
+
+_TYPES = {"r": Rows, "n": Norm, "p": Pooling, "m": Images, "w": c_int64 * 3, "t": Taps}
+_TYPES |= {"i": c_int64, "v": c_void_p, "d": c_double, "b": c_bool}
 
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:
@@ -54,6 +60,8 @@ STRUCTS = {
     "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b bf16:b",
     "BnReluConv1x1Backward": "M:i C:i N:i x:r norm:n weight:v grad_out:r z:r z_norm:n z_grad_weight:v z_grad_bias:v "
     "grad_in:r accumulate:b grad_x:r grad_conv_weight:v grad_weight:v grad_bias:v grad_mean:v grad_var:v tf32:b bf16:b",
+    "BnReluConv3x3": "C:i N:i images:m window:w x:r norm:n weight:t bias:v drop_rate:d seed:v layer:i drop_rows:i out:r "
+    "out_mean:v out_var:v tf32:b bf16:b",
     "BnReluPool": "C:i pooling:p x:r norm:n out:r index:r",
     "BnReluPoolBackwardReduce": "C:i pooling:p grad_out:r index:r x:r norm:n pooled:r grad_weight:v grad_bias:v",
     "BnReluPoolBackward": "C:i pooling:p grad_out:r index:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
@@ -73,6 +81,7 @@ OPERATORS = {
         "BnReluConv1x1Backward",
         "grad_x grad_conv_weight grad_weight grad_bias grad_mean grad_var",
     ),
+    "bn_relu_conv3x3": ("BnReluConv3x3", "out out_mean out_var"),
     "bn_relu_avg_pool": ("BnReluPool", "out"),
     "bn_relu_avg_pool_backward_reduce": ("BnReluPoolBackwardReduce", "pooled grad_weight grad_bias"),
     "bn_relu_avg_pool_backward": ("BnReluPoolBackward", "grad_x"),
@@ -98,9 +107,19 @@ def norm(mean, var, weight, bias, eps) -> Norm:
     return Norm(vector(mean), vector(var), vector(weight), vector(bias), eps)
 
 
-def taps(t: torch.Tensor) -> Taps:
-    """A weight [N, C, taps]."""
-    return Taps(t.data_ptr(), *t.stride())
+def taps(t: torch.Tensor | None) -> Taps:
+    """A weight [N, C, taps] or [N, C, *window], contiguous or channels_last."""
+    return Taps(None, 0, 0, 0) if t is None else Taps(t.data_ptr(), t.stride(0), t.stride(1), t.stride(-1))
+
+
+def images(size: Sequence[int]) -> Images:
+    """Of ``size`` [N, D, H, W]."""
+    return Images(size[0], (c_int64 * 3)(*size[1:]))
+
+
+def window(weight: torch.Tensor) -> ctypes.Array:
+    sizes = weight.shape[2:]
+    return (c_int64 * 3)(*[1] * (3 - len(sizes)), *sizes)
 
 
 def pooling(size, window, stride=None, padding=(0, 0, 0)) -> Pooling:
@@ -126,10 +145,16 @@ def make(name: str, arguments: dict) -> ctypes.Structure:
             members[key] = norm(*z, a.get("z_eps", 0.0))
         elif kind == "p":
             members[key] = pooling(*(a[k] for k in ("size", "window", "stride", "padding") if k in a))
+        elif kind == "m":
+            members[key] = images(a["size"])
+        elif kind == "w":
+            members[key] = window(a["conv_weight"])
+        elif kind == "t":
+            members[key] = taps(a["conv_weight" if key == "weight" else key])
         elif kind == "r":
             members[key] = rows(a.get(key))
         elif kind == "v":
-            members[key] = vector(a.get("conv_weight" if key == "weight" else key))
+            members[key] = vector(a.get({"weight": "conv_weight", "bias": "conv_bias"}.get(key, key)))
         else:
             members[key] = a.get(key, 0)
     return STRUCT[name](**members)
