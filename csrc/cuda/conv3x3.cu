@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Forward3x3Shape<T, Math, CHANNELS, LARGE>::kTh
     Copies::copy_rows(p.of.x, p.x_alignment, p.of.C, M, step % p.chunks * Shape::Chunk::kInner, halo_begin(done, step),
                       halo_rows(done), buffer(side));
   };
-  if (p.prepared.norm) Copies::copy_norm(p.prepared.norm, p.prepared.Cp, norm);
+  if (p.prepared.norm) Copies::copy_norm(p.prepared.norm, p.prepared.norm_stride, norm);
   cp_async_commit();
   for (int i = 0; i < (p.resident ? p.steps : 1); ++i)
     Copies::template copy_panel<CHANNELS>(p.prepared, p.window.taps, i, n0, panel(i));
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(Forward3x3Shape<T, Math, CHANNELS, LARGE>::kTh
     sums.begin([&](int n) { return p.of.bias && n0 + n < p.of.N ? load_one(p.of.bias + n0 + n) : A(0); });
     for (int step = 0; step < p.steps; ++step, side ^= 1) {
       cp_async_wait<0>();
-      Copies::normalise(p.prepared.norm ? norm + step % p.chunks * Shape::Chunk::kInner : nullptr, p.prepared.Cp,
-                        halo_begin(done, step), halo_rows(done), M, buffer(side));
+      Copies::normalise(p.prepared.norm ? norm + step % p.chunks * Shape::Chunk::kInner : nullptr,
+                        p.prepared.norm_stride, halo_begin(done, step), halo_rows(done), M, buffer(side));
       sync_block();  // this step is there, and nobody reads the one before any more
       const bool last = step + 1 == p.steps;
       const int next = last ? 0 : step + 1, at = last ? done + Shape::kRows : done;
@@ -131,8 +131,9 @@ struct Forward3x3Plan {
     p.chunks = int(to.Cp / Shape::Chunk::kInner);
     p.steps = p.chunks * p.window.planes;
     to.weight = carver.take<typename Shape::S>(p.window.planes * p.window.taps * to.Np * to.Cp);
-    A* const constants = carver.take<A>(3 * to.Cp);
-    to.norm = of.norm.mean ? constants : nullptr;
+    to.norm_stride = to.Cp;
+    to.norm = carver.take<A>(of.norm.mean ? 3 * to.Cp : 0);
+    if (!of.norm.mean) to.norm = nullptr;
     const int64_t M = of.images.rows(), tiles = ceil_div(M, Shape::kRows);
     p.partial.rows = int(tiles_of_a_block(tiles, to.Np / Shape::kChannels, multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(M, p.partial.rows));
@@ -205,8 +206,8 @@ cudaError_t bn_relu_conv3x3(const BnReluConv3x3<T>& p, Stream stream, void* work
     using Math = typename decltype(choice)::Math;
     const Forward3x3Plan<T, Shape> plan(p, workspace);
     const auto& to = plan.p.prepared;
-    cudaError_t error =
-        launch_prepare<Math, A>({p.N, p.C, p.weight, plan.p.window.planes, plan.p.window.taps, p.norm, to}, stream);
+    cudaError_t error = launch_prepare<Math, A>(
+        {p.N, p.C, p.weight, plan.p.window.planes, plan.p.window.taps, p.C, p.norm, to}, stream);
     if (error != cudaSuccess) return error;
     constexpr bool large = Shape::kRows == 512;
     const dim3 grid(unsigned(to.Np / Shape::kChannels), unsigned(plan.blocks));

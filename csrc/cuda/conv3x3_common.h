@@ -71,12 +71,13 @@ struct ChunkShape {
   static_assert(kPitch / kPiece % 2 == 1, "no bank conflicts");
 };
 
-// The weights as the product takes them, and the constants of the norm in front.
+// The weights as the product takes them, and the constants of a norm.
 template <class A, class S>
 struct Prepared3x3 {
-  int64_t Np, Cp;  // output and input channels of the product, rounded up to whole tiles and chunks
-  S* weight;       // [steps, taps, Np, kInner]
-  A* norm;         // [3, Cp]: mean, scale, bias; or null
+  int64_t Np, Cp;       // output and input channels of the product, rounded up to whole tiles and chunks
+  S* weight;            // [steps, taps, Np, kInner]
+  int64_t norm_stride;  // the norm's channels, rounded up
+  A* norm;              // [3, norm_stride]: mean, scale, bias; or null
 };
 
 template <class A, class S>
@@ -84,7 +85,8 @@ struct Prepare3x3 {
   int64_t N, C;          // of the product
   Taps<const A> weight;  // `output` and `input` are the product's
   int64_t planes, taps;  // of a plane
-  Norm<A> norm;          // of C channels; mean null: none
+  int64_t normed;        // channels of the norm
+  Norm<A> norm;          // mean null: none
   Prepared3x3<A, S> to;
 };
 
@@ -117,20 +119,21 @@ __global__ void __launch_bounds__(256)
           pair.v[e] = load_one(p.weight.data + n * p.weight.output + (c + e) * p.weight.input + t * p.weight.tap);
     store_piece(to.weight + 2 * i, Math::operands(pair));
   }
-  if (to.norm && i < to.Cp) {
+  if (to.norm && i < to.norm_stride) {
     A values[3] = {A(0), A(0), A(0)};
-    if (i < p.C) {
+    if (i < p.normed) {
       values[0] = load_one(p.norm.mean + i);
       values[1] = (p.norm.weight ? load_one(p.norm.weight + i) : A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
       if (p.norm.bias) values[2] = load_one(p.norm.bias + i);
     }
-    for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.Cp + i, values[v]);
+    for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.norm_stride + i, values[v]);
   }
 }
 
 template <class Math, class A>
 cudaError_t launch_prepare(const Prepare3x3<A, typename Math::Operand>& p, Stream stream) {
-  const int64_t pairs = p.planes * p.taps * p.to.Np * p.to.Cp / 2, threads = pairs > p.to.Cp ? pairs : p.to.Cp;
+  const int64_t pairs = p.planes * p.taps * p.to.Np * p.to.Cp / 2;
+  const int64_t threads = pairs > p.to.norm_stride ? pairs : p.to.norm_stride;
   return launch(prepare_conv3x3<A, Math>, dim3(unsigned(ceil_div(threads, 256))), 256, 0, stream, p);
 }
 
@@ -168,14 +171,14 @@ struct ChunkCopies : ChunkShape<typename Math::Operand> {
         store_piece(to, load_piece<E, false>(from, valid, alignment));
     });
   }
-  // relu((x - m) s + b) of the same rows, where they lie, as operands; norm: [3, Cp] from c0 on, or null: x itself.
-  static __device__ __forceinline__ void normalise(const A* norm, int64_t Cp, int64_t first, int count, int64_t M,
+  // relu((x - m) s + b) of the same rows, where they lie, as operands; norm: [3, stride] from c0 on, or null: x itself.
+  static __device__ __forceinline__ void normalise(const A* norm, int64_t stride, int64_t first, int count, int64_t M,
                                                    T* buffer) {
     Piece<A, E> mean = {}, scale = {}, bias = {};
     if (norm) {
       mean = load_piece<E>(norm + column());
-      scale = load_piece<E>(norm + Cp + column());
-      bias = load_piece<E>(norm + 2 * Cp + column());
+      scale = load_piece<E>(norm + stride + column());
+      bias = load_piece<E>(norm + 2 * stride + column());
     } else if (std::is_same_v<Math, TensorMath<T>> || std::is_same_v<Math, PlainMath<T>>) {
       return;  // they are operands already
     }
@@ -205,9 +208,9 @@ struct ChunkCopies : ChunkShape<typename Math::Operand> {
                      column(),
                  16);
   }
-  static __device__ __forceinline__ void copy_norm(const A* norm, int64_t Cp, A* shared) {
+  static __device__ __forceinline__ void copy_norm(const A* norm, int64_t stride, A* shared) {
     constexpr int P = 16 / int(sizeof(A));
-    for (int64_t i = thread_x(); i < 3 * Cp / P; i += THREADS) cp_async16(shared + i * P, norm + i * P, 16);
+    for (int64_t i = thread_x(); i < 3 * stride / P; i += THREADS) cp_async16(shared + i * P, norm + i * P, 16);
   }
 };
 

@@ -74,6 +74,11 @@ size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p);
 template <class T>
 cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace);
 
+// conv3x3_choice.cu: whether a block calls these kernels, not PyTorch's convolution, for images, window, channels and
+// arithmetic of p
+template <class T>
+bool chooses_own_conv3x3(const BnReluConv3x3<T>& p);
+
 // conv3x3.cu; has_room: lines are not too long for what shared memory a block can have
 template <class T>
 bool has_room_for_conv3x3(const BnReluConv3x3<T>& p);
@@ -81,5 +86,13 @@ template <class T>
 size_t bn_relu_conv3x3_workspace(const BnReluConv3x3<T>& p);
 template <class T>
 cudaError_t bn_relu_conv3x3(const BnReluConv3x3<T>& p, Stream stream, void* workspace);
+
+// conv3x3_backward.cu
+template <class T>
+bool has_room_for_conv3x3(const BnReluConv3x3Backward<T>& p);
+template <class T>
+size_t bn_relu_conv3x3_backward_workspace(const BnReluConv3x3Backward<T>& p);
+template <class T>
+cudaError_t bn_relu_conv3x3_backward(const BnReluConv3x3Backward<T>& p, Stream stream, void* workspace);
 
 }  // namespace dx::cuda

@@ -14,7 +14,7 @@ import torch
 
 import densenet_ext  # noqa: F401  (registers the operators)
 from tests.cuda.emulation.conv1x1 import ARITHMETIC, BF16, F32, assert_same_kind, use
-from tests.cuda.emulation.conv3x3 import forward_of, make_window, run_forward
+from tests.cuda.emulation.conv3x3 import SUMS, forward_of, make_window, run_backward, run_forward
 from tests.cuda.emulation.library import Library, compile_library
 from tests.support.helpers import error
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 
 @pytest.fixture(scope="session")
 def kernels() -> Library:
-    return Library(compile_library())
+    return Library(compile_library(("DX_CONV3X3",)))
 
 
 # size [N, D, H, W], C, N, dimensions: images smaller than a tile, odd sizes, of one pixel, of a line, of planes
@@ -136,10 +136,77 @@ def test_infinite_and_missing_values_stay_where_they_are(kernels, dtype) -> None
     assert got.isfinite().any() and got.isnan().any() and got.isinf().any()
 
 
-def test_a_line_that_is_too_long_is_refused(kernels) -> None:
-    """The launcher says so before it launches anything; its caller asks first."""
+def test_a_line_can_be_too_long(kernels) -> None:
+    """Which the callers of the launchers ask before they launch anything."""
     assert kernels.has_room_for_conv3x3([1, 1, 2, 56], 128, 32) and kernels.has_room_for_conv3x3(
         [1, 1, 2, 250], 128, 32
     )
     assert kernels.has_room_for_conv3x3([1, 1, 1, 10**6], 128, 32, dims=1)
     assert not kernels.has_room_for_conv3x3([1, 1, 2, 2000], 128, 32)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("size", "C", "N", "dims"), SHAPES, ids=str)
+def test_backward(kernels, arithmetic, size, C, N, dims) -> None:
+    torch.manual_seed(C * N)
+    run_backward(kernels, *use(arithmetic), size, C, N, dims, channels_last=C % 2 == 0)
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
+@pytest.mark.parametrize(("pitch", "offset"), [(48, 0), (45, 1), (44, 2), (44, 4), (48, 8)])
+def test_backward_reads_any_alignment(kernels, arithmetic, pitch, offset) -> None:
+    torch.manual_seed(pitch + offset)
+    run_backward(kernels, *use(arithmetic), [1, 1, 5, 6], 36, 22, 2, pitch, offset, into="accumulate")
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"into": "nothing", "drop": 0.3},
+        {"into": "da", "features": False},
+        {"into": "da", "features": False, "drop": 0.4, "drop_rows": 30},
+        {"into": "da", "normed": False, "want": ("grad_x", "grad_conv_weight")},
+        {"into": "accumulate", "want": ("grad_x", "grad_mean", "grad_var")},
+        {"into": "da", "want": ("grad_conv_weight", "grad_conv_bias")},
+        {"into": "da", "want": SUMS},
+    ],
+    ids=str,
+)
+def test_backward_cases(kernels, arithmetic, case) -> None:
+    torch.manual_seed(9)
+    run_backward(kernels, *use(arithmetic), [2, 1, 5, 6], 20, 18, **case)
+
+
+# Tiles of 256 rows with two multiprocessors, several for each block; weights that stay in shared memory or stream; a
+# ring that is gone around several times
+@pytest.mark.parametrize("arithmetic", ["bf16", "tf32", "double"])
+@pytest.mark.parametrize(("shared", "N"), [(227, 10), (150, 44)])
+def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, N) -> None:
+    torch.manual_seed(shared)
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
+    size = [7, 1, 9, 11] if arithmetic == "bf16" else [4, 1, 7, 9]
+    run_backward(kernels, *use(arithmetic), size, 20, N, drop=0.2, orders=(5,))
+
+
+@pytest.mark.parametrize(("C", "N"), [(48, 12), (128, 32), (192, 48)])
+def test_backward_of_whole_networks(kernels, C, N) -> None:
+    torch.manual_seed(C)
+    run_backward(kernels, *use("bf16"), [1, 1, 7, 7], C, N, into="da", want=("grad_x", "grad_conv_weight", *SUMS[:2]))
+
+
+def test_backward_of_wide_channels(kernels) -> None:
+    torch.manual_seed(1)
+    run_backward(kernels, *use("bf16"), [1, 1, 3, 4], 300, 100)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "bf16"])
+def test_a_large_mean_costs_no_digits_of_the_sums(kernels, arithmetic) -> None:
+    torch.manual_seed(2)
+    dtype, tf32, tolerance = use(arithmetic)
+    mean = 300.0 if dtype == F32 else 20.0
+    run_backward(kernels, dtype, tf32, tolerance, [2, 1, 4, 5], 24, 12, mean_and_deviation=(mean, 1.0))

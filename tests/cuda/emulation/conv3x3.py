@@ -86,3 +86,56 @@ def forward_of(
     else:
         kernels("bn_relu_conv3x3", **arguments, **results, tf32=False)
     return out
+
+
+SUMS = ("grad_weight", "grad_bias", "grad_mean", "grad_var")
+
+
+def run_backward(
+    kernels: Library, dtype, tf32, tolerance, size, C, N, dims=2, pitch=0, offset=0, *, normed=True, features=True,
+    drop=0.0, drop_rows=1, into="grad_in", want=("grad_x", "grad_conv_weight", "grad_conv_bias", *SUMS), orders=(),
+    channels_last=False, mean_and_deviation=(0.0, 1.0),
+) -> None:  # fmt: skip
+    """Checks all results for images of ``size`` [N, D, H, W]. ``into``: what s dy is added to ("grad_in", "accumulate",
+    "nothing"), or "da": grad_x is the gradient of relu(bn(x)). ``want``: the results that are asked for."""
+    A, M = acc(dtype), rows_of(size)
+    x, norm = make_rows(M, C, dtype, pitch, offset), make_norm(C, dtype)
+    move(x, norm, *mean_and_deviation)
+    arguments: dict[str, object] = {"x": x, "size": list(size), **norm}
+    if not normed:
+        arguments |= dict.fromkeys(("mean", "var", "weight", "bias"))
+    arguments["conv_weight"] = make_window(N, C, dims, channels_last, A)
+    arguments["grad"] = make_rows(M, N, dtype, N + offset, offset)
+    arguments["features"] = make_rows(M, N, dtype, N + offset, offset) if features else None
+    for name in ("features_mean", "features_grad_mean", "features_grad_var"):
+        arguments[name] = torch.randn(N, dtype=A) * (1 if name == "features_mean" else M) if features else None
+    arguments |= {"drop_rate": drop, "seed": SEED if drop else None, "layer": 3, "drop_rows": drop_rows}
+    arguments["scaled"] = into != "da"
+    arguments["grad_in"] = make_rows(M, C, dtype, C + offset, offset) if into == "grad_in" else None
+    arguments["accumulate"] = into == "accumulate"
+    makers = {
+        "grad_x": lambda: make_rows(M, C, dtype, pitch, offset),
+        "grad_conv_weight": lambda: make_window(N, C, dims, not channels_last, A) * float("nan"),
+        "grad_conv_bias": lambda: torch.full((N,), float("nan"), dtype=A),
+    }
+    results: dict[str, Tensor | None] = {}
+    for name in ("grad_x", "grad_conv_weight", "grad_conv_bias", *SUMS):
+        results[name] = makers.get(name, lambda: torch.randn(C, dtype=A))() if name in want else None
+    wanted = {name: wide(value.clone()) if value is not None else None for name, value in results.items()}
+    plain.bn_relu_conv3x3_backward(*(wide(v) for v in arguments.values()), *wanted.values())
+    old = {name: value.clone() for name, value in results.items() if value is not None}
+    base = None if results["grad_x"] is None else results["grad_x"]._base
+    around = 0 if base is None else int(base.isnan().sum())
+
+    def run() -> None:
+        for name, value in old.items():
+            results[name].copy_(value)  # what is accumulated into
+        kernels("bn_relu_conv3x3_backward", **arguments, **results, tf32=tf32)
+
+    run()
+    assert_same_in_any_order(kernels, results, run, orders)
+    assert base is None or int(base.isnan().sum()) == around
+    for name, value in results.items():
+        if value is not None:
+            # da is rounded on its way, as PyTorch's own is
+            compare(name, value, wanted[name], tolerance * (1.5 if name == "grad_x" else 2))

@@ -45,7 +45,9 @@ DX_SIZE(BnReluConv1x1Backward)
 #endif
 #if defined(DX_CONV3X3)
 DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv3x3, BnReluConv3x3)
+DX_LAUNCHER_WITH_WORKSPACE(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
 DX_SIZE(BnReluConv3x3)
+DX_SIZE(BnReluConv3x3Backward)
 extern "C" bool dx_has_room_for_conv3x3(int dtype, const void* params) {
   return for_type(
       dtype, [&](auto tag) { return has_room_for_conv3x3(*static_cast<const BnReluConv3x3<decltype(tag)>*>(params)); });

@@ -26,7 +26,7 @@ FAMILIES = {  # kernel files, and the macro by which launchers.cpp knows that th
     "DX_AVG_POOL": ["avg_pool.cu"],
     "DX_MAX_POOL": ["max_pool.cu"],
     "DX_CONV1X1": ["conv1x1.cu", "conv1x1_backward.cu"],
-    "DX_CONV3X3": ["conv3x3.cu"],
+    "DX_CONV3X3": ["conv3x3.cu", "conv3x3_backward.cu", "conv3x3_choice.cu"],
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -60,8 +60,11 @@ STRUCTS = {
     "BnReluConv1x1": "M:i C:i N:i x:r norm:n weight:v out_bias:v out_relu:b out:r out_mean:v out_var:v tf32:b bf16:b",
     "BnReluConv1x1Backward": "M:i C:i N:i x:r norm:n weight:v grad_out:r z:r z_norm:n z_grad_weight:v z_grad_bias:v "
     "grad_in:r accumulate:b grad_x:r grad_conv_weight:v grad_weight:v grad_bias:v grad_mean:v grad_var:v tf32:b bf16:b",
-    "BnReluConv3x3": "C:i N:i images:m window:w x:r norm:n weight:t bias:v drop_rate:d seed:v layer:i drop_rows:i out:r "
-    "out_mean:v out_var:v tf32:b bf16:b",
+    "BnReluConv3x3": "C:i N:i images:m window:w x:r norm:n weight:t bias:v drop_rate:d seed:v layer:i drop_rows:i "
+    "out:r out_mean:v out_var:v tf32:b bf16:b",
+    "BnReluConv3x3Backward": "C:i N:i images:m window:w x:r norm:n weight:t grad:r features:r features_mean:v "
+    "features_grad_mean:v features_grad_var:v drop_rate:d seed:v layer:i drop_rows:i scaled:b grad_in:r accumulate:b "
+    "grad_x:r grad_conv_weight:t grad_conv_bias:v grad_weight:v grad_bias:v grad_mean:v grad_var:v tf32:b bf16:b",
     "BnReluPool": "C:i pooling:p x:r norm:n out:r index:r",
     "BnReluPoolBackwardReduce": "C:i pooling:p grad_out:r index:r x:r norm:n pooled:r grad_weight:v grad_bias:v",
     "BnReluPoolBackward": "C:i pooling:p grad_out:r index:r x:r norm:n grad_weight:v grad_bias:v grad_x:r",
@@ -82,6 +85,10 @@ OPERATORS = {
         "grad_x grad_conv_weight grad_weight grad_bias grad_mean grad_var",
     ),
     "bn_relu_conv3x3": ("BnReluConv3x3", "out out_mean out_var"),
+    "bn_relu_conv3x3_backward": (
+        "BnReluConv3x3Backward",
+        "grad_x grad_conv_weight grad_conv_bias grad_weight grad_bias grad_mean grad_var",
+    ),
     "bn_relu_avg_pool": ("BnReluPool", "out"),
     "bn_relu_avg_pool_backward_reduce": ("BnReluPoolBackwardReduce", "pooled grad_weight grad_bias"),
     "bn_relu_avg_pool_backward": ("BnReluPoolBackward", "grad_x"),
