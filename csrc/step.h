@@ -35,6 +35,7 @@ struct SameConvolution {
   Taps<const A> weight;  // [N, C, taps]
   const A* bias;         // [N] or null
   Taps<const T> stored;  // the weight in T and channels_last, for PyTorch's own convolution; or null
+  bool tf32 = false;     // as in BnReluConv3x3
 };
 
 // The gradients of a convolution's parameters; null where not asked.
@@ -153,6 +154,14 @@ Rows<T> dense_rows(T* data, int64_t columns) {
   return {data, columns};
 }
 
+// Whether the window is of 3 along every dimension that the convolution has.
+template <class T>
+bool has_window_of_3(const Images& images, const SameConvolution<T>& conv) {
+  for (int i = 0; i < 3; ++i)
+    if (conv.window[i] != 3 && (conv.window[i] != 1 || images.size[i] != 1)) return false;
+  return conv.window[2] == 3;
+}
+
 // Whether the backend has a kernel of ours for the convolution.
 template <class B, class T>
 bool has_kernel(const B& at, const Images& images, const SameConvolution<T>& conv) {
@@ -225,7 +234,7 @@ void second_half(const B& at, const Buffer<T>& buffer, Rows<const T> x, const No
       std::copy_n(conv.window, 3, p.window);
       p.x = x, p.norm = norm, p.weight = conv.weight, p.bias = conv.bias;
       p.drop_rate = drop.rate, p.seed = buffer.seed, p.layer = drop.site, p.drop_rows = drop.rows;
-      p.out = buffer.columns(added), p.bf16 = buffer.bf16;
+      p.out = buffer.columns(added), p.tf32 = buffer.tf32, p.bf16 = buffer.bf16;
       p.out_mean = stats ? buffer.mean + added : nullptr, p.out_var = stats ? buffer.var + added : nullptr;
       at.bn_relu_conv3x3(p, M * (conv.C + conv.N));
       return;
@@ -297,7 +306,8 @@ BnReluConv3x3Backward<T> conv3x3_backward(const Buffer<T>& buffer, const Incomin
     p.features = come.features, p.features_mean = come.mean, p.features_grad_mean = come.gm,
     p.features_grad_var = come.gv;
   p.drop_rate = come.drop.rate, p.seed = buffer.seed, p.layer = come.drop.site, p.drop_rows = come.drop.rows;
-  p.grad_conv_weight = grads.weight, p.grad_conv_bias = grads.bias, p.bf16 = buffer.bf16;
+  p.grad_conv_weight = grads.weight, p.grad_conv_bias = grads.bias;
+  p.tf32 = buffer.tf32, p.bf16 = buffer.bf16;
   return p;
 }
 

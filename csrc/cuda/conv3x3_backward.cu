@@ -5,7 +5,7 @@
 // What blocks leave is added by further kernels in the order of the blocks.
 //
 // Bytes, of 16-bit types: 6 N a row for g, which is written once, dense, for the two others; C and N once for dgrad,
-// with C for what it writes; C and N for wgrad: 6 C + 10 N. PyTorch's way moves 14 C + 10 N: da is written and read
+// with C for what it writes; C and N for wgrad: 6 C + 10 N. PyTorch's way moves 10 C + 10 N: da is written and read
 // again for its sums, relu(bn(x)) is written for dW and read.
 #include "conv3x3_dgrad.h"
 #include "conv3x3_wgrad.h"

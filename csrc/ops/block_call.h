@@ -129,7 +129,7 @@ class BlockCall {
                                  const char* bias_name) {
     STD_TORCH_CHECK(weight.dim() == window_dims_ + 2, "densenet_ext: ", weight_name, ": expected ", window_dims_ + 2,
                     " dimensions, got shape ", shape_of(weight));
-    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr, {}};
+    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr, {}, buffer.tf32};
     for (int i = 0; i < window_dims_; ++i) {
       conv.window[3 - window_dims_ + i] = weight.size(i + 2);
       STD_TORCH_CHECK(weight.size(i + 2) % 2 == 1, "densenet_ext: ", weight_name,
@@ -239,6 +239,16 @@ class Pieces {
   std::vector<std::pair<T**, int64_t>> pieces_;
   int64_t total_ = 0;
 };
+
+// Room for da [M, C] of kernels of ours, where the backend chooses them by shape: whoever made the scratch did not
+// know. What is returned has the memory; null, and nothing changed, where none is needed.
+template <class D, class T>
+OptionalTensor room_for_da(const Tensor& like, bool needed, int64_t M, int64_t C, StepScratch<T>& scratch) {
+  if (!D::kChoosesConv3x3 || !needed) return std::nullopt;
+  Tensor room = torch::stable::new_empty(like, {M * C}, Storage<T>::type);
+  scratch.da = static_cast<T*>(room.mutable_data_ptr());
+  return room;
+}
 
 // The gradients of the columns' statistics, zeros at first; and room for the sums of one layer.
 template <class A>

@@ -69,7 +69,7 @@ void bn_relu_conv3x3(const Tensor& x, const Ints& size, const OptionalTensor& me
                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
                      const OptionalTensor& conv_bias, double drop_rate, const OptionalTensor& seed, int64_t layer,
                      int64_t drop_rows, const Tensor& out, const OptionalTensor& out_mean,
-                     const OptionalTensor& out_var, bool bf16) {
+                     const OptionalTensor& out_var, bool tf32, bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -84,7 +84,7 @@ void bn_relu_conv3x3(const Tensor& x, const Ints& size, const OptionalTensor& me
     p.out = rows_out<T>(at, out, "out", M, p.N);
     p.out_mean = dense_out<A>(at, out_mean, "out_mean", p.N);
     p.out_var = dense_out<A>(at, out_var, "out_var", p.N);
-    p.bf16 = bf16;
+    p.tf32 = tf32, p.bf16 = bf16;
     at.check_apart();
     if (p.C + p.N > 0) at.bn_relu_conv3x3(p, M * (p.C + p.N));
   });
@@ -105,7 +105,7 @@ void bn_relu_conv3x3_backward(const Tensor& x, const Ints& size, const OptionalT
                               bool accumulate, const OptionalTensor& grad_x, const OptionalTensor& grad_conv_weight,
                               const OptionalTensor& grad_conv_bias, const OptionalTensor& grad_weight,
                               const OptionalTensor& grad_bias, const OptionalTensor& grad_mean,
-                              const OptionalTensor& grad_var, bool bf16) {
+                              const OptionalTensor& grad_var, bool tf32, bool bf16) {
   const D at(defined(x, "x"));
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -144,7 +144,7 @@ void bn_relu_conv3x3_backward(const Tensor& x, const Ints& size, const OptionalT
     p.grad_bias = dense_out<A>(at, grad_bias, "grad_bias", C);
     p.grad_mean = dense_out<A>(at, grad_mean, "grad_mean", C);
     p.grad_var = dense_out<A>(at, grad_var, "grad_var", C);
-    p.bf16 = bf16;
+    p.tf32 = tf32, p.bf16 = bf16;
     at.check_apart({{"grad_x", "grad_in"}});
     if (C + N > 0) at.bn_relu_conv3x3_backward(p, M * (C + N));
   });

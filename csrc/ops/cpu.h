@@ -53,13 +53,11 @@ class Cpu : public TorchCalls {
     return {{}, {}};
   }
 
-  static constexpr bool kHasConv3x3 = true;
+  static constexpr bool kHasConv3x3 = true, kChoosesConv3x3 = false;
   // Where the convolution is ours: whenever its kernel is of 3 in every dimension.
   template <class T>
   bool has_conv3x3(const Images& images, const SameConvolution<T>& conv) const {
-    for (int i = 0; i < 3; ++i)
-      if (conv.window[i] != 3 && (conv.window[i] != 1 || images.size[i] != 1)) return false;
-    return conv.window[2] == 3;
+    return has_window_of_3(images, conv);
   }
 
   // Runs f, which calls nothing but the kernels above, with threads that stay together for all of them. `elements`: of

@@ -4,6 +4,7 @@
 #include "around.h"
 #include "basic_layers.h"
 #include "conv1x1.h"
+#include "conv3x3.h"
 #include "dense_layers.h"
 #include "elementwise.h"
 #include "pool.h"
@@ -11,6 +12,7 @@
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
   dx::ops::implement_elementwise<dx::ops::Cuda>(m);
   dx::ops::implement_conv1x1<dx::ops::Cuda>(m);
+  dx::ops::implement_conv3x3<dx::ops::Cuda>(m);
   dx::ops::implement_pool<dx::ops::Cuda>(m);
   dx::ops::implement_dense_layers<dx::ops::Cuda>(m);
   dx::ops::implement_basic_layers<dx::ops::Cuda>(m);

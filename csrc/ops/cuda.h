@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -48,6 +49,19 @@ class Cuda : public TorchCalls {
   DX_RUN(bn_relu_max_pool, BnReluPool)
   DX_RUN_WITH_WORKSPACE(bn_relu_max_pool_backward_reduce, BnReluPoolBackwardReduce)
   DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
+#define DX_RUN_CONV3X3(name, Params)                                                                      \
+  template <class T>                                                                                      \
+  void name(const Params<T>& p, int64_t) const {                                                          \
+    STD_TORCH_CHECK(cuda::has_room_for_conv3x3(p),                                                        \
+                    "densenet_ext: " #name                                                                \
+                    ": size: expected lines for which a GPU's block has the shared memory, got ones of ", \
+                    p.images.size[2], " pixels");                                                         \
+    const OptionalTensor scratch = workspace(#name, cuda::name##_workspace(p));                           \
+    check_run(#name, cuda::name(p, stream_, scratch ? scratch->mutable_data_ptr() : nullptr));            \
+  }
+  DX_RUN_CONV3X3(bn_relu_conv3x3, BnReluConv3x3)
+  DX_RUN_CONV3X3(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
+#undef DX_RUN_CONV3X3
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
 
@@ -56,7 +70,16 @@ class Cuda : public TorchCalls {
     check_run("copy_taps", cuda::copy_taps(copies.data(), copies.size(), stream_));
   }
 
-  static constexpr bool kHasConv3x3 = false;
+  // A 3x3 convolution is ours where that is faster, which only the GPU's kernels know.
+  static constexpr bool kHasConv3x3 = true, kChoosesConv3x3 = true;
+  template <class T>
+  bool has_conv3x3(const Images& images, const SameConvolution<T>& conv) const {
+    if (!has_window_of_3(images, conv)) return false;
+    BnReluConv3x3<T> p = {};
+    p.C = conv.C, p.N = conv.N, p.images = images, p.tf32 = conv.tf32;
+    std::copy_n(conv.window, 3, p.window);
+    return cuda::chooses_own_conv3x3(p);
+  }
 
  private:
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only

@@ -139,6 +139,7 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
     Asked ask = {grad_x.has_value(), std::vector<bool>(own.size())};
     StepScratch<T> scratch = {};
     int64_t wide = 0, growth = 0, sums = 0, widest_a = 0;
+    bool kernels = false;
     for (size_t l = 0; l < own.size(); ++l) {
       const DenseLayer<T>& layer = call.layers[l];
       const Tensor* g[kDenseLayerTensors];
@@ -154,6 +155,7 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
       const bool kernel = has_kernel(at, buffer.images, layer.conv2);
       if (layer.inner.rate > 0 || !kernel) widest_a = std::max(widest_a, layer.b);
       if (!kernel) growth = std::max(growth, layer.k);
+      kernels |= kernel;
     }
     BufferGrad<T> gradient = {{nullptr, 0}, 0, {nullptr, 0}, nullptr, nullptr};
     if (writable) {
@@ -167,10 +169,11 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
     pieces.add(&scratch.z, z_all ? 0 : M * wide);
     pieces.add(&scratch.a, M * widest_a);
     pieces.add(&scratch.g, M * growth);
-    pieces.add(&scratch.da, D::kHasConv3x3 ? M * wide : 0);
+    pieces.add(&scratch.da, D::kChoosesConv3x3 ? 0 : M * wide);
     pieces.add(&scratch.G, writable ? 0 : M * call.layers.back().C);
     pieces.place(at, scratch_memory);
     at.check_apart();
+    const OptionalTensor da = room_for_da<D>(out, kernels, M, wide, scratch);
     const auto statistics = statistics_grad<A>(out, buffer.C, sums);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
     const OptionalTensor weights = store_weights(at, out, buffer.images, call.convolutions());

@@ -38,13 +38,13 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
         "Tensor(e!)? grad_mean, Tensor(f!)? grad_var, bool tf32=False, bool bf16=False) -> ()");
   m.def("bn_relu_conv3x3(Tensor x, int[] size, " MAYBE_NORM
         ", Tensor conv_weight, Tensor? conv_bias, float drop_rate, Tensor? seed, int layer, int drop_rows, "
-        "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, bool bf16=False) -> ()");
+        "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, bool tf32=False, bool bf16=False) -> ()");
   m.def("bn_relu_conv3x3_backward(Tensor x, int[] size, " MAYBE_NORM
         ", Tensor conv_weight, Tensor grad, Tensor? features, Tensor? features_mean, Tensor? features_grad_mean, "
         "Tensor? features_grad_var, float drop_rate, Tensor? seed, int layer, int drop_rows, bool scaled, "
         "Tensor? grad_in, bool accumulate, Tensor(a!)? grad_x, Tensor(b!)? grad_conv_weight, "
         "Tensor(c!)? grad_conv_bias, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? grad_mean, "
-        "Tensor(g!)? grad_var, bool bf16=False) -> ()");
+        "Tensor(g!)? grad_var, bool tf32=False, bool bf16=False) -> ()");
   m.def("bn_relu_avg_pool(Tensor x, int[] size, int[] window, " NORM ", Tensor(a!) out) -> ()");
   m.def("bn_relu_avg_pool_backward_reduce(Tensor grad_out, Tensor x, int[] size, int[] window, " NORM
         ", Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");

@@ -18,9 +18,13 @@ def operation(name: str, like: Tensor, groups: Sequence[str]) -> Any:
 
 
 def has_conv3x3(like: Tensor) -> bool:
-    """Returns whether there is a kernel of ours for 3x3 convolutions of feature maps like ``like``."""
+    """Returns whether 3x3 convolutions of feature maps like ``like`` are always computed by a kernel of ours.
+
+    They are on a processor. On a GPU, also on an emulated one, the operations choose by shape
+    (csrc/cuda/conv3x3_choice.cu) and take the memory for it themselves.
+    """
     ops = kernels.select(like)
-    return like.is_cpu and ops is not kernels.plain and hasattr(ops, "bn_relu_conv3x3")
+    return like.is_cpu and ops is not kernels.plain and all(hasattr(ops, name) for name in kernels.CPU_OPS)
 
 
 def has_kernel(like: Tensor, weights: Iterable[Tensor]) -> bool:

@@ -70,7 +70,7 @@ UNIT_OPS = (
 KEPT_OPS = ("keep_layers", "keep_norms", "kept_hold", "drop_kept")
 """Those that have others keep tensors from call to call; they compute nothing, on any device."""
 
-CPU_OPS = frozenset(("move_running_stats", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"))
+CPU_OPS = frozenset(("move_running_stats",))
 """Those that have no kernel for GPUs."""
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -83,7 +83,7 @@ if _extension.module is not None:
         **{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS, *KEPT_OPS)}
     )
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
-    for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
+    for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
     for _name in (*OPS, *UNIT_OPS):
         fakes.register((_name,), ("cpu", "cuda") if _extension.has_cuda and _name not in CPU_OPS else ("cpu",))

@@ -64,12 +64,14 @@ def bn_relu_conv3x3(
     out: Tensor,
     out_mean: Tensor | None,
     out_var: Tensor | None,
+    tf32: bool = False,
     bf16: bool = False,
 ) -> None:
     """out [M, k] = dropout(conv3x3(relu(bn(x [M, C]))) + conv_bias [k]); its statistics as stored.
 
-    ``drop_rows``: so many rows after each other share their factors: 1, or the pixels of a sample. ``bf16``: a
-    processor may multiply float32 as bfloat16; here it does not.
+    ``drop_rows``: so many rows after each other share their factors: 1, or the pixels of a sample. ``tf32``: a GPU may
+    multiply float32 as TF32; here PyTorch's setting for convolutions decides. ``bf16``: a processor may multiply
+    float32 as bfloat16; here it does not.
     """
     y = _images(_normalised(x, mean, var, weight, bias, eps), size)
     window = _window(conv_weight)
@@ -107,6 +109,7 @@ def bn_relu_conv3x3_backward(
     grad_bias: Tensor | None,
     grad_mean: Tensor | None,
     grad_var: Tensor | None,
+    tf32: bool = False,
     bf16: bool = False,
 ) -> None:
     """The backward pass of ``bn_relu_conv3x3``.

@@ -186,6 +186,8 @@ STORES = {
     r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, (96|128|192), .*, true, .*>": (16, 4),
     r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, 64, .*, true, .*>": (16, 2),
     r"bn_relu_conv1x1_backward_tiles<float, .*, true, (true|false)>": (16, 2),
+    r"bn_relu_conv3x3_tiles<(bf|f)loat16, .*>": (8, 1),
+    r"conv3x3_dgrad_tiles<(bf|f)loat16, .*>": (16, 1),
     r"bn_relu_kernel<(bf|f)loat16, 8>": (16, 4),
     r"bn_relu_kernel<float, 4>": (16, 4),
     r"feature_grad_kernel<(bf|f)loat16, 8>": (16, 4),

@@ -63,7 +63,7 @@ def assert_same(name: str, key: str, got: Tensor, expected: Tensor, rows: int, d
     if got.dtype == torch.uint8:
         # the window's first maximum: rounding may decide between two nearly equal ones, seldom
         assert (got != expected).double().mean() <= (0 if dtype == torch.float64 else 0.01), key
-    elif "conv1x1" in name:
+    elif "conv" in name:
         # tensor cores multiply factors rounded to dtype, the processor does not; and sums are taken in another order
         rounding, order = torch.finfo(dtype).eps, torch.finfo(kernels.acc_dtype(dtype)).eps * (rows + 256) ** 0.5
         assert error(got, expected) <= 2 * rounding + 8 * order, key

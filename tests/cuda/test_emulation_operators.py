@@ -7,13 +7,20 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from densenet_ext import kernels
 from densenet_ext.algorithm.block import dense_block
-from tests.support.helpers import make_input, make_layers
+from densenet_ext.algorithm.values import BasicLayer
+from tests.cuda.emulation.conv1x1 import TOLERANCE, compare
+from tests.cuda.emulation.conv3x3 import wide
+from tests.support import helpers
+from tests.support.helpers import F64, assert_equal, gradients, make_conv, make_input, make_layers, make_norm
+from tests.support.kernel_calls import DTYPES, MAKERS, converted
 
 ILLEGAL_ADDRESS, MEMORY_ALLOCATION = 700, 2  # cudaError_t
 
@@ -112,3 +119,109 @@ def test_3x3_weights_are_copied_once_for_all_layers(backend: str, library: ctype
     (forward, backward), (more_forward, more_backward) = asked_for(1), asked_for(3)
     assert more_forward - forward == Counter(convolution=2)
     assert more_backward - backward == Counter(convolution_backward=4)
+
+
+# ---- our 3x3 convolution, where it is asked for ----------------------------------------------------------------------
+
+BLOCKS = [
+    {},
+    {"save": "features", "drop_rate": 0.3},
+    {"batch": False, "affine": False},
+    {"batch": False, "grad": False},  # frozen norms that are folded on a GPU
+    {"dims": 1},
+    {"dims": 3, "dtype": torch.bfloat16},
+    {"basic": True, "drop_rate": 0.3},
+    {"basic": True, "grad_x": False, "dims": 3},
+]
+
+
+def run_block(
+    basic: bool = False, save: str = "bottlenecks", dims: int = 2, dtype: torch.dtype = F64, drop_rate: float = 0.0,
+    grad: bool = True, grad_x: bool = True, **norm: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The features of a small block, all gradients and running statistics; the same block and dropout in every call."""
+    torch.manual_seed(3)
+    x = make_input(2, 5, *[4, 5, 3][:dims], dtype=dtype, grad=grad and grad_x)
+    if basic:
+        layers: list[Any] = [
+            BasicLayer(make_norm(5 + 3 * i, **norm), make_conv(3, 5 + 3 * i, dims, 3), drop_rate) for i in range(3)
+        ]
+        norms = [layer.norm for layer in layers]
+        inputs = [t for layer in layers for t in (*layer.norm[:2], layer.conv) if t is not None]
+    else:
+        acc = kernels.acc_dtype(dtype)
+        layers = make_layers(dims=dims, dtype=acc, drop_rate=drop_rate, **norm)
+        norms, inputs = helpers.norms_of(layers), helpers.parameters(layers)
+    run = helpers.basic_block if basic else helpers.dense_block
+    with torch.set_grad_enabled(grad):
+        out = run(x, layers, **({} if basic else {"save": save}))
+    found = gradients(out, [x, *inputs] if grad_x else inputs, torch.ones_like(out).cumsum(1) / 9) if grad else []
+    return [t for t in (out, *found, *helpers.buffers(norms)) if t.is_floating_point()]
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_a_block_runs_our_3x3_convolution_where_it_is_asked_to(
+    backend: str, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    def convolutions() -> int:
+        return sum(library.dx_torch_calls(f"aten::convolution{name}".encode()) for name in ("", "_backward"))
+
+    before = convolutions()
+    cudnn = run_block(**case)
+    between = convolutions()
+    monkeypatch.setenv("DENSENET_EXT_CONV3X3", "ours")
+    ours = run_block(**case)
+    assert between > before and convolutions() == between
+    with kernels.force_plain():
+        plain = run_block(**case)
+    if case.get("dtype", F64) == F64:
+        assert_equal(ours, plain, 1e-9)
+    else:
+        helpers.assert_as_good(ours, cudnn, [t.to(F64) for t in run_block(**case | {"dtype": F64})], 3.0, 64.0)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_nothing_is_ours_before_it_was_measured(
+    backend: str, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of conv3x3_choice.cu is empty; what does not fit stays PyTorch's whatever is asked."""
+
+    def convolutions() -> int:
+        before = library.dx_torch_calls(b"aten::convolution")
+        dense_block(make_input(1, 5, 2, 3), make_layers(count=1))
+        return library.dx_torch_calls(b"aten::convolution") - before
+
+    assert convolutions() == 1
+    monkeypatch.setenv("DENSENET_EXT_CONV3X3", "cudnn")
+    assert convolutions() == 1
+    monkeypatch.setenv("DENSENET_EXT_CONV3X3", "ours")
+    assert convolutions() == 0
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(48 * 1024))
+    assert convolutions() == 1
+
+
+def test_an_operator_says_that_lines_are_too_long(emulated_operators: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(48 * 1024))
+    weight = torch.randn(4, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="bn_relu_conv3x3: size: expected lines for which .* got ones of 700 pixels"):
+        emulated_operators.bn_relu_conv3x3(
+            *(torch.randn(1400, 8), [1, 1, 2, 700], *[None] * 4, 1e-5, weight, None, 0.0, None, 0, 1),
+            *(torch.empty(1400, 4), None, None),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["bn_relu_conv3x3", "bn_relu_conv3x3_backward"])
+def test_every_form_of_the_3x3_convolution(emulated_operators: SimpleNamespace, name: str, dtype: torch.dtype) -> None:
+    """1-D to 3-D, slices of wider rows, without norm, statistics, dropout or any of the results."""
+    for call in MAKERS[name](0, 20, True):
+        got = converted(call, dtype)
+        exact = {key: wide(value) for key, value in converted(call, dtype).items()}
+        getattr(emulated_operators, name)(*got.values())
+        getattr(kernels.plain, name)(*exact.values())
+        if got.get("out_mean") is not None:
+            kernels.plain.channel_stats(got["out"].double(), exact["out_mean"], exact["out_var"])
+        for key in call.outputs:
+            if got[key] is not None:
+                compare(key, got[key], exact[key], 4 * TOLERANCE[dtype])

@@ -14,6 +14,7 @@ SLOW = {
     "test_emulation_conv3x3.py::test_forward_with_several_tiles_in_a_block": "the same",
     "test_emulation_conv3x3.py::test_backward_with_several_tiles_in_a_block": "the same",
     "test_emulation_conv3x3.py::test_*_of_w*": "the same",
+    "test_emulation_operators.py::test_every_form_of_the_3x3_convolution": "the same",
     "test_kernels.py::*[avx2]": "the widest SIMD level and the portable one show most",
     "test_depth_benchmark.py": "starts a process for each depth, 3 s each",
     "tests/training/test_train_resume.py": "kills and resumes runs, 35 s in all",

@@ -9,6 +9,7 @@
 #include "../../../csrc/ops/around.h"
 #include "../../../csrc/ops/basic_layers.h"
 #include "../../../csrc/ops/conv1x1.h"
+#include "../../../csrc/ops/conv3x3.h"
 #include "../../../csrc/ops/cuda.h"
 #include "../../../csrc/ops/dense_layers.h"
 #include "../../../csrc/ops/elementwise.h"
@@ -67,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CPU, m) {
   dx::cuda::emulated::trust_memory(true);
   dx::ops::implement_elementwise<dx::ops::Cuda>(m);
   dx::ops::implement_conv1x1<dx::ops::Cuda>(m);
+  dx::ops::implement_conv3x3<dx::ops::Cuda>(m);
   dx::ops::implement_pool<dx::ops::Cuda>(m);
   dx::ops::implement_dense_layers<dx::ops::Cuda>(m);
   dx::ops::implement_basic_layers<dx::ops::Cuda>(m);
