@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 
 from tests.support import pages, peers
 from tests.support.training_data import cifar, image_folder
-from tests.support.training_runs import Ended, finish, run, start
+from tests.support.training_runs import Ended, run, start
 
 SHORT = {
     "digits": ("--epochs", 1),
@@ -51,7 +51,7 @@ def execute(line: str) -> Ended:
     launcher, option, processes, m, package, *others = words
     assert (launcher, option, m, package) == ("torchrun", "--nproc-per-node", "-m", "densenet_ext"), line
     name, *arguments = shortened(others)
-    return finish(start(name, *arguments, processes=int(processes)))
+    return start(name, *arguments, processes=int(processes)).finish()
 
 
 def command_lines(block: pages.Block) -> list[str]:

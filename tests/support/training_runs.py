@@ -1,11 +1,9 @@
-"""What tests of the command line share: running it, here or in a process of its own, and comparing what it leaves."""
+"""What tests of the command line share: running it, here or in a process beside, and comparing what it leaves."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,15 @@ from unittest import mock
 import pytest
 import torch
 
-if __name__ != "__main__":  # a process of the command line says itself what it lacks
-    pytest.importorskip("lightning_fabric")
+pytest.importorskip("lightning_fabric")
 
 from densenet_ext.cli import main
 from densenet_ext.training.data import vision
 from densenet_ext.training.errors import UserError
 from tests.support import command_line
 from tests.support.command_line import Ended
+from tests.support.forks import Fork, torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--model", "densenet_bc:10,4", "--batch-size", 256)
 """The smallest network of the command line, in few steps."""
 
@@ -46,32 +43,15 @@ def run(command: str, *arguments: Any) -> Ended:
         return command_line.run(command, *arguments)
 
 
-def environment() -> dict[str, str]:
-    """Of a process of its own: this checkout, one thread."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
-def start(command: str, *arguments: Any, processes: int = 0) -> subprocess.Popen[str]:
+def start(command: str, *arguments: Any, processes: int = 0) -> Fork:
     """The command in a process of its own, or in several ones under torchrun."""
-    return start_python(__file__, command, *arguments, processes=processes)
+    words = [command, *map(str, arguments)]
+    return Fork(torchrun, processes, _command, words) if processes else Fork(_command, words)
 
 
-def start_python(*arguments: Any, processes: int = 0) -> subprocess.Popen[str]:
-    """Python with ``arguments`` in a process of its own, or in several ones under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    line = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
-    """Waits for ``process``; kills it when that takes too long."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return Ended(process.returncode, output)
+def _command(words: list[str]) -> None:
+    with made_archives():
+        main(words)
 
 
 def checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict[str, Any]:
@@ -100,8 +80,3 @@ def _differences(name: str, a: Any, b: Any) -> list[str]:
         return [text for i in range(len(a)) for text in _differences(f"{name}[{i}]", a[i], b[i])]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if same else [name]
-
-
-if __name__ == "__main__":  # the command line of a process that `start` has started
-    with made_archives():
-        main()

@@ -27,7 +27,8 @@ from densenet_ext.training.metrics import Epoch, Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
 from tests.support import command_line
-from tests.support.training_runs import MEASURED, TINY, checkpoint, differences, environment, run
+from tests.support.forks import environment
+from tests.support.training_runs import MEASURED, TINY, checkpoint, differences, run
 
 
 def test_a_run_leaves_options_metrics_and_checkpoints(tmp_path):

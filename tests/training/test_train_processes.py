@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
+from tests.support.forks import Fork, torchrun
 from tests.support.training_data import cifar
-from tests.support.training_runs import MEASURED, ROOT, checkpoint, differences, finish, run, start, start_python
+from tests.support.training_runs import MEASURED, checkpoint, differences, run, start
+from tests.training import two_processes
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +49,7 @@ def several(options, tmp_path_factory):
     @functools.cache
     def make(*how):
         folder = tmp_path_factory.mktemp("two") / "run"
-        ended = finish(start("train", *options, *how, "--out", folder, processes=2))
+        ended = start("train", *options, *how, "--out", folder, processes=2).finish()
         assert ended.code == 0, ended.output
         return folder, ended
 
@@ -82,10 +84,10 @@ def test_stopped_processes_go_on_to_the_same_bits(options, several, tmp_path):
     while not (tmp_path / "stopped" / "checkpoint.pt").exists() and stopped.poll() is None:
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)  # torchrun passes it on
-    ended = finish(stopped)
+    ended = stopped.finish()
     assert "everything is saved in" in ended.text, ended.output
     assert len(checkpoint(tmp_path / "stopped")["history"]) < 6
-    ended = finish(start("train", "--resume", "--out", tmp_path / "stopped", processes=2))
+    ended = start("train", "--resume", "--out", tmp_path / "stopped", processes=2).finish()
     assert ended.code == 0, ended.output
     assert differences(tmp_path / "stopped", several(*SHARDED)[0]) == []
 
@@ -104,7 +106,7 @@ def test_another_number_of_processes_goes_on(several, tmp_path):
 @pytest.fixture(scope="module")
 def failed():
     """What two processes of which the second one fails at the end have printed."""
-    return finish(start_python(ROOT / "tests" / "training" / "two_processes.py", processes=2))
+    return Fork(torchrun, 2, two_processes.main).finish()
 
 
 def test_what_holds_in_each_process(failed):
@@ -118,7 +120,7 @@ def test_an_error_in_one_process_ends_all_with_a_sentence(failed):
 
 
 def test_errors_are_told_once(options, tmp_path):
-    ended = finish(start("train", *options, "--batch-size", 1000, "--out", tmp_path / "run", processes=2))
+    ended = start("train", *options, "--batch-size", 1000, "--out", tmp_path / "run", processes=2).finish()
     assert ended.code != 0 and ended.text.count("--batch-size: expected") == 1, ended.output
     assert "Traceback" not in ended.text.partition("torch/distributed/elastic")[0]
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes, make_fabric
 from tests.support.training_data import cifar
-from tests.support.training_runs import TINY, checkpoint, differences, finish, run, start
+from tests.support.training_runs import TINY, checkpoint, differences, run, start
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def options(tmp_path_factory):
 def whole(options, tmp_path_factory):
     """A run that nothing stops, without workers, and with the one thread of the others."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    ended = finish(start("train", *options, "--out", out))
+    ended = start("train", *options, "--out", out).finish()
     assert ended.code == 0, ended.output
     return out
 
@@ -61,7 +61,7 @@ def wait_for_epoch(process, folder, epoch):
         if (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) > epoch:
             return
         time.sleep(0.01)
-    pytest.fail(f"ended before epoch {epoch}: {process.stdout.read()}")
+    pytest.fail(f"ended before epoch {epoch}: {process.output()}")
 
 
 @pytest.mark.slow
@@ -69,9 +69,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(options, whole, tmp_path):
     killed = start("train", *options, "--workers", 1, "--out", tmp_path)
     wait_for_epoch(killed, tmp_path, 2)
     killed.kill()
-    assert finish(killed).code == -signal.SIGKILL
+    assert killed.finish().code == -signal.SIGKILL
     assert 2 <= len(checkpoint(tmp_path)["history"]) < 8
-    ended = finish(start("train", "--resume", "--out", tmp_path))
+    ended = start("train", "--resume", "--out", tmp_path).finish()
     assert ended.code == 0 and "going on after epoch" in ended.text, ended.output
     assert differences(tmp_path, whole) == []
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
@@ -83,12 +83,12 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(options, whole, tmp_pa
     stopped = start("train", *options, "--workers", 2, "--out", tmp_path)
     wait_for_epoch(stopped, tmp_path, 1)
     stopped.send_signal(signal.SIGTERM)
-    ended = finish(stopped)
+    ended = stopped.finish()
     assert ended.code == 143
     assert "everything is saved in" in ended.text and "Traceback" not in ended.text, ended.output
     assert len(checkpoint(tmp_path)["history"]) < 8
     # With other workers, and the same threads: sums of a kernel's parts depend on how many there are.
-    ended = finish(start("train", "--resume", "--out", tmp_path, "--workers", 0))
+    ended = start("train", "--resume", "--out", tmp_path, "--workers", 0).finish()
     assert ended.code == 0, ended.output
     assert differences(tmp_path, whole) == []
 
@@ -303,7 +303,7 @@ def test_of_two_processes_that_go_on_with_one_run_only_the_first_writes(options,
     ended = run("train", "--resume", "--out", tmp_path)
     assert ended.code == 2 and f"another process is training in {tmp_path}" in ended.text, ended.output
     first.kill()
-    finish(first)
+    first.finish()
     files.locked(tmp_path / "options.json").close()  # whoever is killed leaves no lock
 
 

@@ -1,4 +1,4 @@
-"""What tests look at in two processes at once; torchrun runs this, and the second process fails at the end."""
+"""What tests look at in two processes at once; the second one fails at the end (test_train_processes.py)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,3 @@ def dropout_differs(processes: Processes) -> bool:
         images = torch.linspace(-1, 1, 4 * 256).view(4, 1, 16, 16)
         losses.append(float(learner.step(images, torch.arange(4), 8)[0]))
     return losses[0] == losses[1] and len(set(processes.gather(losses[0]))) == processes.size
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,27 @@
+"""Imports what processes of the tests need; the server of forks.py imports this, once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+from densenet_ext.training.data import vision
+from densenet_ext.training.errors import UserError
+
+for name in (
+    "lightning_fabric.strategies",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
+    "torch.nn.parallel",
+    "torch.utils.tensorboard",
+    "densenet_ext.cli",
+    "densenet_ext.training.running",
+    "densenet_ext.training.compare.command",
+):
+    with contextlib.suppress(ImportError):  # what is not installed, tests ask for themselves
+        importlib.import_module(name)
+
+with contextlib.suppress(ImportError, UserError):
+    vision.import_torchvision()
