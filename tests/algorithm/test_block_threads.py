@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +95,46 @@ def test_a_pool_of_fewer_threads_than_were_asked_for(tmp_path: Any) -> None:
     limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
     subprocess.run([sys.executable, "-c", PROGRAM, str(file)], env=limited, check=True, timeout=120)
     assert all(map(torch.equal, torch.load(file), made("dense")(4)))
+
+
+@pytest.fixture
+def openmp() -> ctypes.CDLL:
+    """The library of threads that PyTorch has loaded."""
+    loaded = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    found = re.search(r"/\S*/libg?i?omp[^/\s]*\.so\S*", loaded)
+    if found is None:
+        pytest.skip("PyTorch's threads are not OpenMP's, or it is not known where that lies")
+    return ctypes.CDLL(found[0])
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_pool_without_further_threads(openmp: ctypes.CDLL, kind: str) -> None:
+    """Four are asked for and one comes: the threads do not wait for one another, and the parts are the same ones."""
+    run = made(kind)
+    expected = run(4)
+    levels = openmp.omp_get_max_active_levels()
+    openmp.omp_set_max_active_levels(0)
+    try:
+        got = run(4)
+        assert torch.get_num_threads() == 4
+    finally:
+        openmp.omp_set_max_active_levels(levels)
+    assert all(map(torch.equal, got, expected))
+    assert all(map(torch.equal, run(4), expected))  # and together again
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_inside_of_another_parallel_region(openmp: ctypes.CDLL, kind: str) -> None:
+    """There PyTorch's pool does all of it in the thread that asks."""
+    run = made(kind)
+    expected, got, inside = run(4), [], []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_: object) -> None:
+        if openmp.omp_get_thread_num() == 0:
+            inside.append(openmp.omp_in_parallel())
+            got.extend(run(4))
+
+    openmp.GOMP_parallel(body, None, 2, 0)
+    assert inside == [1]
+    assert len(got) == len(expected) and all(map(torch.equal, got, expected))

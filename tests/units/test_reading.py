@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -93,6 +95,46 @@ def test_a_record_of_a_class_reads_its_functions(made: Any) -> None:
     known = made([(vars(Own), -1, ("act", "other"), (Own.act, ABSENT))])
     assert known.holds()
     Own.other = Own.act  # type: ignore[attr-defined]
+    assert not known.holds()
+
+
+def test_a_record_outlives_what_it_looks_at(made: Any) -> None:
+    """What is asked for ahead, dictionaries inside of dictionaries and typed objects, may be gone from its place."""
+
+    class Hooks(OrderedDict[str, int]):
+        pass
+
+    class Module:
+        pass
+
+    hooks, module = Hooks(), Module()
+    inner, thing = weakref.ref(hooks), weakref.ref(module)
+    values: dict[str, Any] = {"hooks": hooks}
+    known = made([(values, 1, ("hooks",), (OrderedDict(),))], [(module, Module)])
+    assert known.holds()
+    del hooks, module
+    for others in (Hooks(), Hooks()):  # an equal one, which the first has to make room for
+        values["hooks"] = others
+        gc.collect()
+        assert known.holds()
+    values["hooks"] = Hooks(a=1)
+    assert not known.holds()
+    values.clear()
+    assert not known.holds()
+    assert thing() is not None
+    del known
+    gc.collect()
+    assert inner() is None and thing() is None
+
+
+def test_a_record_looks_ahead_at_what_is_no_dictionary(made: Any) -> None:
+    """Numbers, None and names that are not there lie beside the dictionaries; a record of nothing holds."""
+    values: dict[str, Any] = {"a": None, "b": 3, "c": {}}
+    known = made([(values, -1, ("a", "b", "c", "d"), (None, 3, {}, ABSENT)), ({}, 0, None, ()), ({}, -1, (), ())])
+    assert known.holds() and made([]).holds()
+    values["c"][1] = 2
+    assert not known.holds()
+    values["c"] = 5
     assert not known.holds()
 
 
