@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from densenet_ext import _extension, kernels
+from tests.kernels.operator_abuse import HUGE, freed, shortened
 from tests.support.helpers import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +164,90 @@ def test_tensors_of_another_kind_are_refused_by_name(change, kind: str) -> None:
         ops.channel_stats(change(x), vector, vector.clone())
     with pytest.raises(RuntimeError, match=f"densenet_ext: features{message}"):
         ops.cat_bn_relu([x, change(x)], torch.rand(16), torch.rand(16), None, None, 1e-5, torch.empty(9, 16))
+
+
+# ---- the running statistics of many norms ----------------------------------------------------------------------------
+
+
+def moving() -> dict[str, Any]:
+    """A valid call for two norms of 4 and 2 channels; the second reads behind the first's part of a longer vector."""
+    return {
+        "running_means": [torch.zeros(4), torch.zeros(2)],
+        "running_vars": [torch.ones(4), torch.ones(2)],
+        "means": [torch.arange(4.0), torch.arange(6.0)],
+        "vars": [torch.full((4,), 3.0), torch.arange(6.0)],
+        "which": [0, 1],
+        "starts": [0, 3],
+        "momenta": [0.5, 0.25],
+        "unbiased": 2.0,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_move_by_those_of_the_batch(dtype: torch.dtype) -> None:
+    args = moving()
+    for name in ("running_means", "running_vars", "means", "vars"):
+        args[name] = [t.to(dtype) for t in args[name]]
+    ops.move_running_stats(*args.values())
+    (mean, other_mean), (var, other_var) = args["running_means"], args["running_vars"]
+    assert mean.tolist() == [0, 0.5, 1, 1.5] and var.tolist() == [0.5 + 0.5 * 6] * 4
+    assert other_mean.tolist() == [0.75, 1.0] and other_var.tolist() == [0.75 + 0.25 * 6, 0.75 + 0.25 * 8]
+
+
+def test_a_norm_that_occurs_twice_moves_twice() -> None:
+    running = torch.zeros(2), torch.ones(2)
+    batch = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]
+    ops.move_running_stats([running[0]] * 2, [running[1]] * 2, *batch, [0, 0], [0, 0], [0.5, 0.5], 1.0)
+    assert running[0].tolist() == [0.75, 1.5] and running[1].tolist() == [2.5, 3.25]
+
+
+ABSURD_VECTORS = {
+    "of another dtype": lambda x: x.double(),
+    "of integers": lambda x: x.to(torch.int32),
+    "complex": lambda x: x.to(torch.complex64),
+    "on the meta device": lambda x: x.to("meta"),
+    "with gaps": lambda x: torch.stack([x, x], 1)[:, 0],
+    "with freed storage": freed,
+    "with shortened storage": shortened,
+}
+ABSURD_LISTS = {
+    "which": [[0], [0, 1, 0], [], [0, 2], [0, -1], [HUGE, 0], [-HUGE - 1, 0]],
+    "starts": [[0], [0, 3, 0], [], [0, 5], [1, 3], [-1, 3], [0, HUGE], [0, -HUGE - 1]],
+    "momenta": [[0.5], [0.5, 0.5, 0.5], []],
+}
+
+
+@pytest.mark.parametrize("name", ["running_means", "running_vars", "means", "vars"])
+@pytest.mark.parametrize("what", ABSURD_VECTORS)
+def test_running_statistics_of_absurd_vectors_are_refused(name: str, what: str) -> None:
+    # the first of the running means says in which dtype and where the others have to be
+    args = moving()
+    args[name][1] = ABSURD_VECTORS[what](args[name][1])
+    with pytest.raises(RuntimeError, match=rf"densenet_ext: {name}: expected .*got"):
+        ops.move_running_stats(*args.values())
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ABSURD_LISTS.items() for value in values])
+def test_running_statistics_by_absurd_numbers_are_refused(name: str, value: list[Any]) -> None:
+    args = {**moving(), name: value}
+    with pytest.raises(RuntimeError, match=rf"densenet_ext: ({name}|move_running_stats): expected .*got"):
+        ops.move_running_stats(*args.values())
+
+
+@pytest.mark.parametrize("name", ["running_vars", "means", "vars"])
+def test_running_statistics_in_lists_of_other_lengths_are_refused(name: str) -> None:
+    for change in (lambda tensors: tensors[:1], lambda tensors: [*tensors, tensors[0]], lambda tensors: []):
+        args = moving()
+        args[name] = change(args[name])
+        with pytest.raises(RuntimeError, match="densenet_ext: .*expected .*got"):
+            ops.move_running_stats(*args.values())
+
+
+def test_running_statistics_of_more_channels_than_the_batch_has_are_refused() -> None:
+    for name in ("running_means", "running_vars", "means", "vars"):
+        args = moving()
+        args[name][0] = torch.zeros(5 if name.startswith("running") else 3)
+        before = [t.clone() for t in args["running_means"]]
+        with pytest.raises(RuntimeError, match="densenet_ext: .*expected .*got"):
+            ops.move_running_stats(*args.values())
+        assert all(map(torch.equal, args["running_means"], before))
