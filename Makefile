@@ -40,13 +40,14 @@ lint: $(VENV)/.dev
 	$(python) -m mypy
 	clang-format --dry-run -Werror $(cxx_files)
 
-# Two files at a time; threads that wait for others leave the processor to them.
+# Two files at a time, in the order of tests/support/order.py; threads that wait leave the processor to others.
+run_tests = OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 pytest: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+	$(run_tests) $(TEST_ARGS)
 
 # Neither what is marked slow, there or in tests/support/slow.py, nor random calls.
 test-fast: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist loadfile -m "not slow and not fuzz" $(TEST_ARGS)
+	$(run_tests) -m "not slow and not fuzz" $(TEST_ARGS)
 
 fuzz: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(python) -m pytest -n 2 -m fuzz $(TEST_ARGS)

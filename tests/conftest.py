@@ -24,7 +24,7 @@ import torch
 
 from densenet_ext import kernels
 from tests.cuda.emulation import library
-from tests.support import devices, matrix_table, slow
+from tests.support import devices, matrix_table, order, slow
 
 try:
     import hypothesis
@@ -71,6 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if slow.reason_to_wait(item.nodeid):
             item.add_marker("slow")
+    items.sort(key=lambda item: order.place(item.nodeid))
     if torch.get_default_device().type == "cpu":
         return
     left_out = [item for item in items if devices.reason_to_leave_out(item.nodeid)]

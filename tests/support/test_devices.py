@@ -1,15 +1,15 @@
-"""The lists of what does not run on a GPU and what is slow: they name tests that exist, and those alone."""
+"""The lists of what does not run on a GPU, what is slow and what takes longest: they name tests that exist."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.support import devices, slow
+from tests import conftest
+from tests.support import devices, order, slow
 from tests.support.selection import reason_of
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -47,6 +47,13 @@ def test_folders_matter_where_a_pattern_has_one() -> None:
     "device, message", [("meta", "there is no such device here"), ("gpu", "expected cpu, cuda or cuda:N, got 'gpu'")]
 )
 def test_a_device_that_is_not_there_ends_the_run(device: str, message: str) -> None:
-    command = [sys.executable, "-m", "pytest", "--device", device, __file__]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR and message in run.stderr
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(SimpleNamespace(getoption=lambda name: device))
+
+
+def test_files_that_take_long_come_first() -> None:
+    assert [name for name in order.LONGEST if not (TESTS.parent / name).is_file()] == []
+    assert list(order.LONGEST.values()) == sorted(order.LONGEST.values(), reverse=True)
+    names = ["tests/docs/test_docs.py::test_b", "tests/test_a.py::test_c[x]", "tests/docs/test_docs.py::test_a[1]"]
+    names.insert(0, "tests/test_a.py::test_b")
+    assert sorted(names, key=order.place) == [names[1], names[3], names[0], names[2]]

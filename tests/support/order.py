@@ -1,0 +1,40 @@
+"""In which order files run: those that take long come first, so that with several workers none is left with one alone.
+
+A file is a worker's work as a whole (`--dist loadfile`), since its tests share what they have compiled or trained.
+"""
+
+from __future__ import annotations
+
+# Seconds of a processor's core that a file takes; others take less than ten, or are quick one by one.
+LONGEST = {
+    "tests/cuda/test_cuda_compiles.py": 240,  # where the wheel is not there yet; minutes of the compiler
+    "tests/cuda/test_emulation_conv1x1.py": 200,
+    "tests/cuda/test_emulation.py": 150,
+    "tests/fusing/test_matrix.py": 110,
+    "tests/fusing/test_fuse_compile.py": 90,
+    "tests/docs/test_docs.py": 90,
+    "tests/kernels/test_kernels.py": 80,
+    "tests/distributed/test_distributed.py": 80,
+    "tests/docs/test_docs_commands.py": 70,
+    "tests/algorithm/test_block.py": 60,
+    "tests/memory/test_plan.py": 60,
+    "tests/peers/test_inputs.py": 45,
+    "tests/fusing/test_fuse_monai.py": 40,
+    "tests/kernels/test_operator_arguments.py": 35,
+    "tests/peers/test_attributions.py": 35,
+    "tests/training/test_train_processes.py": 30,
+    "tests/training/test_train.py": 30,
+    "tests/training/test_train_resume.py": 30,
+    "tests/training/test_train_compare.py": 25,
+    "tests/peers/test_captures.py": 20,
+    "tests/training/test_train_pictures.py": 15,
+    "tests/peers/test_hooks.py": 15,
+    "tests/training/test_train_images.py": 10,
+    "tests/peers/test_changes.py": 10,
+    "tests/fusing/test_fuse_generic.py": 10,
+}
+
+
+def place(nodeid: str) -> int:
+    """Returns the place of the test's file: low for one that takes long."""
+    return -LONGEST.get(nodeid.partition("::")[0], 0)
