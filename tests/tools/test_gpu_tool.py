@@ -195,19 +195,15 @@ def test_the_sanitizer_runs_three_tools(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("what", ["kernels", "networks"])
 def test_benchmarks_get_their_time_and_a_file(what: str, tmp_path: Path) -> None:
-    pytest.importorskip("typer")
+    testing = pytest.importorskip("typer.testing")
+    from benchmarks.__main__ import app
+
     run = Recorded(tmp_path)
     result = gpu.STAGES[what].run(run, MACHINE, 90)
     ((command, _),) = run.commands
     assert command[command.index("--seconds") + 1] == "60" and "no results" in result.remark
-    help_text = subprocess.run(
-        [sys.executable, "-m", "benchmarks", what, "--help"],
-        cwd=gpu.ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    ).stdout
-    assert all(word in help_text for word in command if word.startswith("--"))
+    shown = testing.CliRunner().invoke(app, [what, "--help"], env={"COLUMNS": "200"})
+    assert all(word in shown.output for word in command if word.startswith("--"))
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------------
