@@ -39,7 +39,8 @@ def place(mutation: Mutation, root: Path = ROOT) -> Path:
 
 
 class Workshop:
-    """A copy of the sources in a temporary folder, compiled once as they are."""
+    """A copy of the sources in a temporary folder. What they are compiled to stays in the emulator's cache, by content:
+    the same mutation of the same sources is compiled once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +50,7 @@ class Workshop:
         self.library = self.compile()
 
     def compile(self) -> Path:
-        return compile_library(FAMILIES, root=self.folder, cache=self.folder / "build")
+        return compile_library(FAMILIES, root=self.folder)
 
     def seconds(self, cases: Sequence[Case], library: Path) -> tuple[str | None, float]:
         """What the first case that failed said, or None, and how long it took."""
