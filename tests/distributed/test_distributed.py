@@ -32,7 +32,7 @@ outcomes_of = cache(outcomes)
 
 @pytest.mark.parametrize(("module", "case"), [(module, case) for module in MODULES for case in cases(module)])
 def test_processes(module: str, case: str) -> None:
-    wrong = outcomes_of(module, limit=120)[case]
+    wrong = outcomes_of(module, limit=300)[case]
     assert not wrong, wrong
 
 

@@ -7,11 +7,10 @@ step. Nothing hangs for long: collectives give up after ``PATIENCE`` seconds, an
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.forks import Fork
+
 SIZE = 2
 PATIENCE = 60
 
@@ -57,27 +57,18 @@ def cases(module: str) -> list[str]:
 
 def outcomes(module: str, limit: float) -> dict[str, str]:
     """What went wrong, per case, "" where nothing did: ``SIZE`` processes within ``limit`` seconds."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.distributed.worker", module, folder]
-        running = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(SIZE)]
+        running = [Fork(main, module, folder, rank) for rank in range(SIZE)]
         deadline = time.monotonic() + limit
-        try:
-            for process in running:
-                process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
+        for process in running:
+            with contextlib.suppress(TimeoutError):  # what did not run says so below
+                process.finish(max(0.0, deadline - time.monotonic()))
         found = dict.fromkeys(cases(module), "")
         for rank in range(SIZE):
             log = Path(folder) / f"outcome{rank}"
             told = dict(map(json.loads, log.read_text().splitlines())) if log.exists() else {}
             for name in found:
-                error = told.get(name, "did not run or did not end")
+                error = told.get(name, f"did not run or did not end: {running[rank].output()}")
                 found[name] += f"process {rank}: {error}\n" if error else ""
     return found
 
@@ -109,7 +100,3 @@ def _run(case: Any, world: World) -> str:
     except Exception:
         return traceback.format_exc()
     return ""
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

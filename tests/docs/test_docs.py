@@ -11,8 +11,8 @@ the commands in ```sh have test files of their own.
 from __future__ import annotations
 
 import functools
-import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from densenet_ext import kernels
+from tests.support.forks import Fork, environment, torchrun
 from tests.support.pages import (
     FENCE,
     PAGES,
@@ -93,14 +94,6 @@ def test_code(block: Block, folders: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert_shown(block, run_up_to(block, folders / block.page.stem, monkeypatch))
 
 
-def run_script(*arguments: str, folder: Path) -> None:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.usefixtures("surroundings")
 def test_what_is_served_needs_nothing_of_ours(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_named("compile-and-export.md")
@@ -111,7 +104,11 @@ def test_what_is_served_needs_nothing_of_ours(folders: Path, monkeypatch: pytest
     gone = "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('densenet_ext')]"
     before = f"import sys, types; {empty}; sys.modules['densenet_ext'] = ours; {IMPORT_TORCHVISION}; {gone}"
     first_line = f"{before}; sys.modules['densenet_ext'] = None"
-    run_script("-c", script([block], first_line), folder=folders / page.stem)
+    command = [sys.executable, "-c", script([block], first_line)]
+    result = subprocess.run(
+        command, env=environment(), cwd=folders / page.stem, capture_output=True, text=True, timeout=180
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -128,7 +125,7 @@ def test_command_line(block: Block) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
 @pytest.mark.parametrize("page", UNDER_TORCHRUN, ids=lambda page: page.name)
-def test_code_under_torchrun(page: Path, tmp_path: Path) -> None:
+def test_code_under_torchrun(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = programs(page)
     for block in code:
         require(block.code)
@@ -137,8 +134,9 @@ def test_code_under_torchrun(page: Path, tmp_path: Path) -> None:
         first_line += f"; {IMPORT_TORCHVISION}"
     file = tmp_path / "page.py"
     file.write_text(script(code, first_line))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run_script(*torchrun, str(file), folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ended = Fork(torchrun, 2, runpy.run_path, str(file), None, "__main__").finish(timeout=180)
+    assert ended.code == 0, ended.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

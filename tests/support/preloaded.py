@@ -12,6 +12,8 @@ for name in (
     "lightning_fabric.strategies",
     "matplotlib.pyplot",
     "sklearn.datasets",
+    "torch._dynamo",
+    "torch._functorch.aot_autograd",
     "torch.distributed.fsdp",
     "torch.distributed.launcher.api",
     "torch.nn.parallel",
