@@ -24,8 +24,8 @@ import typer
 from benchmarks import depth, gpu_table, host, kernels, networks, peers, profile, roofline, table, workloads
 from benchmarks.run import run
 from densenet_ext import kernels as dx_kernels
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.figures import check_picture
+from densenet_ext.errors import UserError
+from densenet_ext.figures import check_picture
 
 BATCH = Annotated[int, typer.Option(min=1, help="Images of a call.")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

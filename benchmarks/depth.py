@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from benchmarks import markdown, measure, peers
 from benchmarks.run import Say, machine
+from densenet_ext import figures
 from densenet_ext.memory import measuring
-from densenet_ext.training import figures
 
 OURS, THEIRS = 'densenet_ext, save="features"', "PyTorch, nothing recomputed"
 PAPER = {"usual form": 154, "memory-efficient": 478}
@@ -188,7 +188,7 @@ def earlier_of(path: Path) -> dict[str, Any] | None:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draws peak memory and time over the number of layers, and the paper's points, into ``path``.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.figures.picture`.
     """
     words = (
         f"Training steps of DenseNet-BC, k = 12, {found['image']}x{found['image']}, batch {found['batch']}, float32, "

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import depth, gpu_table, host, profile, roofline, workloads
 from benchmarks.markdown import table
-from densenet_ext.training.compare import comparison
+from densenet_ext.compare import comparison
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

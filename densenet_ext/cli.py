@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from densenet_ext import checks
-from densenet_ext.training.errors import Ended
+from densenet_ext.errors import Ended
 from densenet_ext.training.options import ASKED, flag, read
 
 _SIZES = dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201", "densenet264"), 224)
@@ -42,7 +42,7 @@ def compare(arguments: argparse.Namespace) -> None:
     densenet-ext train. Their difference, seed by seed, comes as a table, as a picture and as files.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at the first profile: PyTorch's profiler else announces it
-    from densenet_ext.training.compare import command
+    from densenet_ext.compare import command
 
     command.compare(_given(arguments), arguments.seeds, arguments.out, arguments.download)
 

@@ -16,12 +16,12 @@ import densenet_ext
 from densenet_ext import kernels
 
 PACKAGE, TESTS = Path(densenet_ext.__file__).parent, Path(__file__).parent
-# Folder or file of the package: where its tests are. The commands (cli.py, training) are tested by running them.
+# Folder or file of the package: where its tests are. The commands and their files are tested by running them.
 ROOMS = {
     "algorithm": ("algorithm",),
     "fusing": ("fusing",),
     "kernels": ("kernels",),
-    "reuse": ("training",),
+    "reuse": ("reuse", "training"),
     "memory": ("memory",),
     "units": ("units",),
     "_extension.py": ("build_backend",),
@@ -113,7 +113,8 @@ def test_what_is_tested_under_another_name_is_there_and_is_not_named(name: str) 
 
 def test_every_room_of_the_package_has_tests() -> None:
     there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    without = {"__pycache__", "__init__.py", "__main__.py", "_version.py", "cli.py", "training"}
+    commands = {"cli.py", "training", "compare", "errors.py", "files.py", "figures.py"}
+    without = {"__pycache__", "__init__.py", "__main__.py", "_version.py", *commands}
     assert there - without == ROOMS.keys()
 
 

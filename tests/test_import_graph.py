@@ -60,6 +60,13 @@ def test_layers_know_only_what_is_below() -> None:
             assert rooms <= {"units", "modules", "checks", "state_dict"}, name
         if room == "fusing":
             assert not rooms & {"memory", "report", "training", "cli"}, name
+        if room == "training":
+            assert not rooms & {"compare", "cli"}, name
+        if room == "compare":
+            inner = {other.partition(".training.")[2] for other in others if ".training." in other}
+            assert inner <= {"options", "metrics", "learner", "processes", "running", "data.datasets"}, name
+        if room == "reuse":
+            assert rooms <= {"reuse", "errors", "files", "figures", "text"}, name
 
 
 def test_values_and_reference_stand_at_the_ground() -> None:

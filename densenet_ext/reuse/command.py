@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from densenet_ext.errors import UserError
 from densenet_ext.reuse.connections import Connections, connections, shares
 from densenet_ext.reuse.drawing import draw_connections
 from densenet_ext.reuse.weights_file import read_weights_file
 from densenet_ext.text import table
-from densenet_ext.training.errors import UserError
 
 _HEADER = ("block", "reader", "from the input", "from older layers", "from the layer just before")
 _LEGEND = """\

@@ -11,7 +11,6 @@ before it have added theirs.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
 
 # Where trainers keep the network (Lightning and timm: state_dict), in the order in which they are tried.
 _ENTRIES = ("model", "state_dict", "model_state", "model_state_dict", "net", "network")
@@ -128,18 +127,9 @@ def _thirds(values: Tensor) -> list[float]:
 
 def _state_dicts(content: Mapping[Any, Any]) -> Iterator[dict[str, Tensor]]:
     """Tensors by name, of ``content`` and then of the dicts inside it, the better known entries first."""
-    waiting, seen = deque([content]), set()
-    while waiting:
-        holder = waiting.popleft()
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        tensors = {key: value for key, value in holder.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors:
-            yield tensors
-        inner = {key: value for key, value in holder.items() if isinstance(value, Mapping)}
-        waiting.extend(inner.pop(key) for key in _ENTRIES if key in inner)
-        waiting.extend(inner.values())
+    inner = [content.get(entry) for entry in _ENTRIES] + list(content.values())
+    for holder in (content, *(each for each in inner if isinstance(each, Mapping))):
+        yield {key: value for key, value in holder.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[Names, Tensor]:

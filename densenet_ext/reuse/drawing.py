@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from densenet_ext.figures import SMALL, TEXT, picture, plain
 from densenet_ext.reuse.connections import Connections
-from densenet_ext.training.figures import SMALL, TEXT, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def draw_connections(blocks: Sequence[Connections], path: Path, title: str) -> N
     Source: Huang et al. (CVPR 2017), figure 5. Colours are relative to each reader's strongest source: the norm behind
     a convolution takes the size of its weights away again, so that columns can't be compared by it.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.figures.picture`.
     """
     columns = len(blocks) if len(blocks) <= 3 else 2 if len(blocks) == 4 else 4
     rows = math.ceil(len(blocks) / columns)

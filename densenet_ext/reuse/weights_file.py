@@ -7,21 +7,14 @@ import importlib
 import warnings
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.serialization
 
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.files import check_archive
-
-# What timm's and Lightning's trainers put beside the weights: the command line, and paths. Making one does nothing.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
-    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
-]
+from densenet_ext.errors import UserError
+from densenet_ext.files import check_archive
 
 
 def read_weights_file(path: Path) -> Mapping[Any, Any]:
@@ -52,6 +45,7 @@ def read_weights_file(path: Path) -> Mapping[Any, Any]:
 def _torch_file(path: Path) -> Any:
     if zipfile.is_zipfile(path):  # not so before torch 1.6
         check_archive(path)
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
+    # Beside the weights timm keeps its command line; making one runs nothing.
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # about kinds of files that are refused in one sentence
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from densenet_ext.training.figures import BLUE, GREY, ORANGE, SMALL, picture, plain
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-History = Sequence[Mapping[str, Any]]
-"""Rows of metrics, an epoch each: epoch, lr, loss, error (percent), validation_loss and validation_error or None."""
-
-
-def curve(axes: Axes, history: History, key: str, **look: Any) -> None:
-    """Draws ``key`` by epoch, with dots where they are few."""
-    look = {"marker": "o" if len(history) <= 40 else "", "markersize": 3.5, **look}
-    axes.plot([row["epoch"] for row in history], [row[key] for row in history], **look)
-
-
-def finish(axes: Axes, kind: str, title: str, values: Sequence[float]) -> None:
-    """Sets names, scales and the legend of ``axes`` with the "loss" or the "error" by epoch, of these ``values``."""
-    from matplotlib.ticker import MaxNLocator
-
-    plain(axes, title, "epoch", "loss" if kind == "loss" else "error, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    if kind == "loss" and 0 < 10 * min(values) < max(values):
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(0, max(1.15 * max(values), 1e-3))
-    # Above the axes, where it hides nothing.
-    axes.legend(fontsize=SMALL, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=2)
+from densenet_ext.figures import BLUE, GREY, ORANGE, SMALL, History, curve, finish, picture
 
 
 def draw_curves(history: History, path: Path, title: str) -> None:
     """Draws loss and error of training and validation by epoch, where the learning rate drops, and the best epoch.
 
     ``history`` has at least one row. Raises UserError and TrainingError as
-    :func:`densenet_ext.training.figures.picture`.
+    :func:`densenet_ext.figures.picture`.
     """
     kinds = [("training", "", BLUE, "-")]
     if history[0]["validation_error"] is not None:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
+from densenet_ext.training.data.datasets import Examples
+from densenet_ext.training.data.loading import Batches
 from densenet_ext.training.metrics import Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
@@ -29,7 +31,6 @@ class Learner:
     def __init__(self, network: nn.Module, options: Options, processes: Processes) -> None:
         self.options, self.processes, self.device = options, processes, processes.device
         self.network = network.to(self.device)
-        self._fabric, self._precision = processes.fabric, processes.fabric.strategy.precision
         self._wrapped = processes.wrap(self.network, options.sync_bn)
         if options.compile:
             # In place: names of parameters stay. Each size of a batch has its own code: with one for several, the last
@@ -39,8 +40,17 @@ class Learner:
             self.network.parameters(), options.lr, MOMENTUM, weight_decay=options.weight_decay, nesterov=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda epoch: factor(epoch, options.epochs))
-        self._stepping: Any = self._fabric.setup_optimizers(self.optimizer)
+        self._stepping: Any = self.processes.setup_optimizers(self.optimizer)
         self.steps = 0
+
+    @property
+    def advice(self) -> str:
+        """What to try when the loss is no number any more."""
+        return "Try a smaller --lr" + ("" if self.options.amp == "off" else ", or --amp off")
+
+    def batches(self, examples: Examples, shuffle: bool = False) -> Batches:
+        """Returns this process's batches of ``examples``. Raises UserError as :class:`Batches`."""
+        return Batches(examples, self.options, self.processes, shuffle)
 
     @property
     def lr(self) -> float:
@@ -55,7 +65,7 @@ class Learner:
         """
         # Dropout draws from torch's generators: what it draws depends on the step alone, so that a resumed run draws it
         # again, and not the same in every process.
-        torch.manual_seed(derived(self.options.seed, "step", self.steps, self.processes.rank))
+        torch.manual_seed(derived(self.options.seed, "step", self.steps, self.processes.global_rank))
         self.steps += 1
         if not self.network.training:  # every step would go through all modules
             self.network.train()
@@ -63,7 +73,7 @@ class Learner:
         scores = self._wrapped(images)
         losses = F.cross_entropy(scores.float(), labels, reduction="sum")
         # Gradients are averaged over the processes, whose parts may differ in size: this is the whole batch's mean.
-        self._fabric.backward(losses * (self.processes.size / count))
+        self.processes.backward(losses * (self.processes.world_size / count))
         self._stepping.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _figures(losses, scores, labels)
@@ -79,7 +89,7 @@ class Learner:
         figures, count = [torch.zeros(2, device=self.device)], 0
         for images, labels in batches:
             images, labels = self._moved(images, labels)
-            with self._fabric.autocast():
+            with self.processes.autocast():
                 scores = self.network(images)
             losses = F.cross_entropy(scores.float(), labels, reduction="sum")
             figures.append(_figures(losses, scores, labels))
@@ -113,7 +123,7 @@ class Learner:
             "model": states.get_model_state_dict(self.network, options=_FULL),
             "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
-            "scaler": self._precision.state_dict(),
+            "scaler": self.processes.strategy.precision.state_dict(),
             "steps": self.steps,
         }
 
@@ -126,7 +136,7 @@ class Learner:
         if state["optimizer"]:
             states.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_FROM_FILE)
         self.schedule.load_state_dict(state["schedule"])
-        self._precision.load_state_dict(state["scaler"])
+        self.processes.strategy.precision.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
     def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

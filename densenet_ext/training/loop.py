@@ -11,28 +11,27 @@ import hashlib
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from densenet_ext.errors import Interrupted, Interruption, SharedError, UserError
 from densenet_ext.training import metrics
-from densenet_ext.training.data.datasets import Data, Examples
+from densenet_ext.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
+from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.data.loading import Batches
-from densenet_ext.training.errors import Interrupted, SharedError, UserError
-from densenet_ext.training.files import BEST, LAST, load_checkpoint, save_checkpoint
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.metrics import Epoch, Sums
-from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers import TensorBoardLogger
 
 # On a GPU the host reads the losses of so many steps at once: reading waits for the GPU.
 _READ_EVERY = 16
@@ -47,44 +46,22 @@ class Result:
     test: Sums | None  # of the last weights; None without test images
 
 
-class Interruption:
-    """While entered, notes the first Ctrl-C or SIGTERM in :attr:`number`; the second one does what it always does."""
-
-    def __init__(self) -> None:
-        self.number = 0  # of the signal; 0: none came
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
-            self._before = {name: signal.signal(name, self._note) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
-
-
 class Run:
     """The training of ``learner`` on ``data``, whose state is kept in ``folder``, which has to exist."""
 
     def __init__(self, learner: Learner, data: Data, folder: Path, shown: bool = True) -> None:
         self.learner, self.data, self.folder = learner, data, folder
-        self.options: Options = learner.options
-        self.processes: Processes = learner.processes
+        self.options, self.processes = learner.options, learner.processes
         self.history: list[Epoch] = []
         self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch's training so far
         self._every = 1 if learner.device.type == "cpu" else _READ_EVERY
-        self._shown = shown and self.processes.is_first
-        self._train = batches(data.train, self.options, self.processes, shuffle=True)
+        self._shown = shown and self.processes.is_global_zero
+        self._train = learner.batches(data.train, shuffle=True)
         self._validation, self._test = (
-            None if examples is None else batches(examples, self.options, self.processes)
-            for examples in (data.validation, data.test)
+            None if examples is None else learner.batches(examples) for examples in (data.validation, data.test)
         )
         self._interruption = Interruption()
+        self._board: TensorBoardLogger | None = None  # in the first process, while it trains
 
     def resume(self) -> None:
         """Takes the state that the folder keeps, if it has one already.
@@ -113,24 +90,20 @@ class Run:
         Raises SharedError when the loss is no number any more (the last good checkpoint stays), TrainingError when a
         file can't be written, Interrupted after Ctrl-C or SIGTERM, with the state saved.
         """
-        images = sum(self._train.count(step) for step in range(len(self._train)))
-        done = len(self.history) * images + self._sums.images
-        bar = metrics.bar(self.options.epochs * images, done, self._shown)
-        board = None
-        if self.processes.is_first:
+        done = len(self.history) * self._train.images + self._sums.images
+        bar = metrics.bar(self.options.epochs * self._train.images, done, self._shown)
+        if self.processes.is_global_zero:
             metrics.write_csv(self.history, self.folder)  # a run that was killed behind its checkpoint lacks a row
-            board = metrics.board(self.folder, self.history)
+            self._board = metrics.board(self.folder, len(self.history))
         with closing(bar), self._interruption:
             while len(self.history) < self.options.epochs:
                 row = self._epoch(bar)
                 if self._shown:
                     bar.write(f"{self._place()}: {row}")
                     sys.stdout.flush()
-                if board is not None:
-                    metrics.log(board, row)
             test = self._evaluated(self._test, 0)
-        if board is not None:
-            board.finalize("success")
+        if self._board is not None:
+            self._board.finalize("success")
         return Result(self.history, best_of(self.history), test)
 
     def _place(self, more: int = 0) -> str:
@@ -169,6 +142,8 @@ class Run:
         self.history.append(row)
         self._sums, self._step, self._seconds = Sums(), 0, 0.0
         self.learner.end_epoch()
+        if self._board is not None:  # before the checkpoint: a run that is killed in between writes the row again
+            metrics.log(self._board, row)
         self._save()
         return row
 
@@ -206,7 +181,7 @@ class Run:
 
     def _no_number(self, what: str) -> SharedError:
         saved = f"{self.folder / LAST} keeps epoch {len(self.history)}" if self.history else "no epoch was complete"
-        return SharedError(f"{what}; {saved}. {advice(self.options)}")
+        return SharedError(f"{what}; {saved}. {self.learner.advice}")
 
     def _stop_if_asked(self) -> None:
         """Saves the state within the epoch, and leaves, when any process has got a signal."""
@@ -222,7 +197,7 @@ class Run:
 
     def _save(self) -> None:
         state = self.learner.state()
-        if not self.processes.is_first:
+        if not self.processes.is_global_zero:
             return
         best = best_of(self.history)
         is_best = best is not None and best is self.history[-1] and self._step == 0
@@ -249,28 +224,6 @@ class Run:
             for name, part in parts.items()
             if part is not None
         }
-
-
-def batches(examples: Examples, options: Options, processes: Processes, shuffle: bool = False) -> Batches:
-    """Returns this process's batches of ``examples``; with ``shuffle`` for training, in a new order every epoch.
-
-    Raises UserError when they are larger than the data.
-    """
-    return Batches(
-        examples,
-        options.batch_size,
-        seed=options.seed,
-        shuffle=shuffle,
-        rank=processes.rank,
-        size=processes.size,
-        workers=options.workers,
-        pin_memory=processes.device.type == "cuda",
-    )
-
-
-def advice(options: Options) -> str:
-    """Returns what to try when the loss is no number any more."""
-    return "Try a smaller --lr" + ("" if options.amp == "off" else ", or --amp off")
 
 
 def best_of(history: list[Epoch]) -> Epoch | None:

@@ -7,14 +7,14 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from densenet_ext.training.files import write_text
+from densenet_ext.files import write_text
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
@@ -78,7 +78,7 @@ class Sums:
 
 
 def write_csv(history: Iterable[Epoch], folder: Path) -> None:
-    """Writes metrics.csv whole: what a killed run has left behind its last checkpoint is gone afterwards."""
+    """Writes metrics.csv whole: rows that a killed run has left after its last checkpoint are gone afterwards."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
@@ -97,18 +97,11 @@ _TAGS = {
 }
 
 
-def board(folder: Path, history: Sequence[Epoch]) -> TensorBoardLogger:
-    """Returns the writer of TensorBoard's scalars in ``folder``, with the epochs of ``history``; the first process's.
-
-    Rows of epochs that a killed run has shown and that are trained again now are taken back. The last epoch's row comes
-    anew: the run may have been killed between its checkpoint and this row.
-    """
+def board(folder: Path, epochs: int) -> TensorBoardLogger:
+    """Returns the writer of TensorBoard's scalars in ``folder``, which drops rows of later epochs than ``epochs``."""
     from lightning_fabric.loggers import TensorBoardLogger  # the benchmarks' tables need none
 
-    logger = TensorBoardLogger(folder, TENSORBOARD, version="", purge_step=max(1, len(history)))
-    for row in history[-1:]:
-        log(logger, row)
-    return logger
+    return TensorBoardLogger(folder, TENSORBOARD, version="", purge_step=epochs + 1)
 
 
 def log(logger: TensorBoardLogger, epoch: Epoch) -> None:

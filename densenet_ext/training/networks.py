@@ -9,24 +9,24 @@ from torch import nn
 
 import densenet_ext
 from densenet_ext import checks
+from densenet_ext.errors import UserError
 from densenet_ext.fusing.verify import make_plain
 from densenet_ext.training.data import vision
-from densenet_ext.training.errors import UserError
 
 OURS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet_bc")
 """The builders of this package."""
 
 
-def check(text: str) -> str:
-    """Returns ``text`` when it has the form of a network's name. Raises ValueError in words; no library is imported."""
+def check(option: str, text: str) -> str:
+    """Returns ``text`` when it has the form of a network's name, else raises ValueError; no library is imported."""
     name, colon, rest = text.partition(":")
     if name == "densenet_bc" and colon:
         depth, growth_rate = _depth_and_growth_rate(text, rest)
-        checks.bc_depth(f"DEPTH of {text}", depth)
-        checks.integer(f"K of {text}", growth_rate, 1)
+        checks.bc_depth(f"{option}: DEPTH of {text}", depth)
+        checks.integer(f"{option}: K of {text}", growth_rate, 1)
     elif (name not in ("timm", "torchvision") or not rest) if colon else name not in OURS:
         raise ValueError(
-            f"expected {', '.join(OURS)}, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME, got {text!r}"
+            f"{option}: expected {', '.join(OURS)}, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME, got {text!r}"
         )
     return text
 
@@ -64,12 +64,12 @@ def _depth_and_growth_rate(text: str, numbers: str) -> tuple[int, int]:
 
 
 def _of_library(library: str, name: str, classes: int, channels: int) -> nn.Module:
-    models = vision.models()  # which timm needs, too
+    torchvision = vision.import_torchvision()  # which timm needs, too
     try:
         if library == "torchvision":
             if channels != 3:
                 raise UserError(f"--model: torchvision:{name} takes images of 3 channels, these have {channels}")
-            return models.get_model(name, num_classes=classes)
+            return torchvision.models.get_model(name, num_classes=classes)
         import timm
 
         return timm.create_model(name, num_classes=classes, in_chans=channels)

@@ -11,32 +11,25 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from densenet_ext import checks
 from densenet_ext._version import __version__
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
+from densenet_ext.training import networks
 
 FILE = "options.json"
 
 
-class Defaults(NamedTuple):
-    """The options that depend on the data."""
-
-    model: str
-    epochs: int
-    batch_size: int
-
-
-DATA = {
-    "digits": Defaults("densenet_bc:22,12", 30, 64),
-    "cifar10": Defaults("densenet_bc:100,12", 300, 64),
-    "cifar100": Defaults("densenet_bc:100,12", 300, 64),
-    "imagefolder": Defaults("densenet121", 90, 256),
+DATA: dict[str, dict[str, Any]] = {
+    "digits": {"model": "densenet_bc:22,12", "epochs": 30, "batch_size": 64},
+    "cifar10": {"model": "densenet_bc:100,12", "epochs": 300, "batch_size": 64},
+    "cifar100": {"model": "densenet_bc:100,12", "epochs": 300, "batch_size": 64},
+    "imagefolder": {"model": "densenet121", "epochs": 90, "batch_size": 256},
 }
-"""The data sets of the command line."""
+"""The data sets of the command line, with the options that depend on them."""
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision, with the dtype of convolutions and products."""
 
@@ -73,22 +66,15 @@ def _option(default: Any, help: str, *, compared: bool = True, free: bool = Fals
 
 
 def _by_data(name: str, help: str, **argument: Any) -> Any:
-    """Returns the option whose default is the field ``name`` of Defaults."""
-    defaults = ", ".join(f"{getattr(each, name)} for {data}" for data, each in DATA.items())
+    """Returns an option whose default depends on the data."""
+    defaults = ", ".join(f"{each[name]} for {data}" for data, each in DATA.items())
     return _option(MISSING, f"{help} Default: {defaults}.", **argument)
 
 
-def _model(name: str, value: Any) -> str:
-    from densenet_ext.training import networks
-
-    return networks.check(value)
-
-
 def _fraction(name: str, value: Any) -> float:
-    number = checks.probability(name, value)
-    if number == 1.0:
+    if checks.probability(name, value) == 1:
         raise ValueError(f"{name}: expected a number from 0 to below 1, got 1")
-    return number
+    return float(value)
 
 
 def _integer(least: int, *most: int) -> dict[str, Any]:
@@ -108,7 +94,7 @@ class Options:
 
     data: str = _option("digits", "The images; digits are inside scikit-learn.", choices=tuple(DATA))
     root: str | None = _option(None, "Their folder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.", free=True)
-    model: str = _by_data("model", _NETWORKS, type=read(str, _model), metavar="NAME")
+    model: str = _by_data("model", _NETWORKS, type=read(str, networks.check), metavar="NAME")
     save: str = _option("bottlenecks", "What blocks keep for the backward pass.", choices=checks.LEVELS)
     fused: bool = _option(True, "One buffer per dense block, or the usual formulation.", compared=False)
     epochs: int = _by_data("epochs", "Passes over the training images.", **_integer(1))
@@ -131,7 +117,7 @@ class Options:
     def of(cls, given: Mapping[str, Any]) -> Options:
         """Returns the options that were ``given`` by name, the others at their defaults; None means not given."""
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**DATA[chosen.get("data", "digits")]._asdict(), **chosen})
+        return cls(**{**DATA[chosen.get("data", "digits")], **chosen})
 
 
 ASKED = {each.name: each.metadata for each in fields(Options) if each.metadata}

@@ -14,7 +14,6 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -27,7 +26,7 @@ from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Stra
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_ext.training.errors import Ended, SharedError, UserError
+from densenet_ext.errors import Ended, SharedError, UserError
 
 T = TypeVar("T")
 
@@ -44,8 +43,36 @@ _NO_BROADCAST: dict[str, Any] = {
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Fabric:
-    """Returns Fabric for this process on ``device``: one of torchrun's, or alone.
+class Processes(Fabric):
+    """This process among those of a run: Lightning's Fabric, with what it does not offer."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Returns the sum of ``values`` over all processes."""
+        return cast(Tensor, self.all_reduce(values, reduce_op="sum")) if self.world_size > 1 else values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every process's ``value``, in the order of ranks; all wait for the last one."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives every process the first one's buffers: the running statistics are those that it writes."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer.detach(), 0)
+
+    def wrap(self, network: nn.Module, sync_bn: bool = False) -> nn.Module:
+        """Returns what to call for a training step: ``network``, whose gradients are those of all processes."""
+        wrapped = self.setup_module(network)
+        if sync_bn and self.world_size > 1 and isinstance(self.strategy, DDPStrategy):
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return wrapped
+
+
+def make_processes(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Processes:
+    """Returns this process on ``device`` among those of torchrun, or alone.
 
     Raises UserError for ``fsdp`` without torchrun, and for a device that it can't train on.
     """
@@ -61,7 +88,7 @@ def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_
         if fsdp:
             raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
         devices = [int(index or 0)] if kind == "cuda" else 1
-        return Fabric(accelerator=kind, devices=devices, plugins=[precision, LightningEnvironment()])
+        return Processes(accelerator=kind, devices=devices, plugins=[precision, LightningEnvironment()])
     size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def shard(network: nn.Module, mesh: Any) -> nn.Module:
@@ -80,63 +107,12 @@ def make_fabric(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_
         else DDPStrategy(timeout=_TIMEOUT, **_NO_BROADCAST)
     )
     plugins: Any = [precision, TorchElasticEnvironment()]
-    return Fabric(accelerator=kind, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
+    return Processes(accelerator=kind, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
 
 
 def started_by_torchrun() -> bool:
     """Returns whether this is one of the processes that torchrun starts."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of a run; by default alone, on the CPU."""
-
-    fabric: Fabric = field(default_factory=make_fabric)
-
-    @property
-    def rank(self) -> int:
-        """The number of this process."""
-        return self.fabric.global_rank
-
-    @property
-    def size(self) -> int:
-        """The number of processes."""
-        return self.fabric.world_size
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self.fabric.device
-
-    @property
-    def is_first(self) -> bool:
-        """True in the one process that writes and prints."""
-        return self.fabric.is_global_zero
-
-    def total(self, values: Tensor) -> Tensor:
-        """Returns the sum of ``values`` over all processes."""
-        return self.fabric.all_reduce(values, reduce_op="sum") if self.size > 1 else values  # type: ignore[return-value]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Returns every process's ``value``, in the order of ranks; all wait for the last one."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def share_buffers(self, network: nn.Module) -> None:
-        """Gives every process the first one's buffers: the running statistics are those that it writes."""
-        if self.size > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer.detach(), 0)
-
-    def wrap(self, network: nn.Module, sync_bn: bool = False) -> nn.Module:
-        """Returns what to call for a training step: ``network``, whose gradients are those of all processes."""
-        wrapped = self.fabric.setup_module(network)
-        if sync_bn and self.size > 1 and isinstance(self.fabric.strategy, DDPStrategy):
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return wrapped
 
 
 def agreed(processes: Processes, find: Callable[[], T]) -> T:
@@ -159,17 +135,17 @@ def agreed(processes: Processes, find: Callable[[], T]) -> T:
 def joined(device: str | None, amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Iterator[Processes]:
     """Joins the processes that torchrun has started, or this one alone; ``device`` None is a GPU where there is one.
 
-    Raises UserError as :func:`make_fabric`, and SharedError in place of the error that a process gets when another one
-    has gone.
+    Raises UserError as :func:`make_processes`, and SharedError instead of the error that a process gets when another
+    one has gone.
     """
-    fabric = make_fabric(device or ("cuda" if torch.cuda.is_available() else "cpu"), amp, fsdp, sync_bn)
-    fabric.launch()
+    processes = make_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), amp, fsdp, sync_bn)
+    processes.launch()
     try:
-        yield Processes(fabric)
+        yield processes
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the network
         # NCCL would wait for the others, who may know nothing of an error here: torchrun ends them when this one ends.
-        if fabric.device.type != "cuda" or (isinstance(error, Ended) and error.everywhere):
+        if processes.device.type != "cuda" or (isinstance(error, Ended) and error.everywhere):
             _leave()
         # Gloo's errors are RuntimeErrors that begin with the place in its source.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import densenet_ext
+from densenet_ext.errors import UserError
+from densenet_ext.files import write_text
 from densenet_ext.reuse.connections import connections
 from densenet_ext.reuse.drawing import draw_connections
 from densenet_ext.training import curves, networks, options
+from densenet_ext.training.checkpoints import BEST, LAST, load_checkpoint, locked
 from densenet_ext.training.data import load as load_data
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.files import BEST, LAST, load_checkpoint, locked, write_text
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.loop import Result, Run
 from densenet_ext.training.metrics import FILE as METRICS
@@ -53,7 +54,7 @@ def train(given: Mapping[str, Any], out: Path | None, resume: bool = False, down
 def _train(chosen: Options, folder: Path, resume: bool, download: bool, processes: Processes) -> Result:
     def begin() -> IO[bytes] | None:
         """Makes ``folder`` that of this run, and no other's while the lock is held that it returns."""
-        if not processes.is_first:
+        if not processes.is_global_zero:
             return None
         if not resume:
             options.save(chosen, folder)
@@ -66,10 +67,10 @@ def _train(chosen: Options, folder: Path, resume: bool, download: bool, processe
     if resume:
         run.resume()
         words.append(f"going on after epoch {len(run.history)} of {chosen.epochs}")
-    if processes.is_first:
+    if processes.is_global_zero:
         print("\n".join(words), flush=True)
     result = run.train()
-    if processes.is_first:
+    if processes.is_global_zero:
         conclude(result, folder)
     if lock is not None:
         lock.close()
@@ -117,7 +118,7 @@ def announcement(network: nn.Module, data: Data, chosen: Options, processes: Pro
     size = f"{data.channels} x {data.image_size} x {data.image_size}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     form = "fused" if chosen.fused else "in the usual formulation"
-    place = str(processes.device) + (f", {processes.size} processes" if processes.size > 1 else "")
+    place = str(processes.device) + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
     # The stem of a network for small images is a single convolution: there is nothing to fuse.
     rows = [row for row in densenet_ext.report(network) if not row.fused and row.kind != "stem"]
     return [

@@ -18,7 +18,7 @@ SLOW = {
     "test_kernels.py::*[avx2]": "the widest SIMD level and the portable one show most",
     "test_depth_benchmark.py": "starts a process for each depth, 3 s each",
     "tests/training/test_train_resume.py": "kills and resumes runs, 35 s in all",
-    "tests/training/test_train_compare.py": "trains in both forms, 35 s in all",
+    "tests/compare/test_train_compare.py": "trains in both forms, 35 s in all",
     "tests/training/test_train_images.py": "trains on folders of images, 12 s in all",
     "test_train.py::test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint": "trains several times, 3 s",
     "test_train.py::test_a_run_is_repeatable_and_the_seed_matters": "the same, 2 s",

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from densenet_ext.training import errors
+from densenet_ext import errors
 from densenet_ext.training.data import datasets, load, vision
 from densenet_ext.training.options import Options
 
@@ -36,17 +37,19 @@ def needs_torchvision() -> None:
 class Process:
     """One of ``size`` processes; alone unless :func:`in_processes` made it."""
 
-    rank: int = 0
-    size: int = 1
+    global_rank: int = 0
+    world_size: int = 1
     _values: list[Any] = field(default_factory=lambda: [None])
     _barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
 
+    device = torch.device("cpu")
+
     @property
-    def is_first(self) -> bool:
-        return self.rank == 0
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        self._values[self.rank] = value
+        self._values[self.global_rank] = value
         self._barrier.wait(60)
         values = list(self._values)
         self._barrier.wait(60)

@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import densenet_ext as dx
-from densenet_ext.training import files, learner, networks, running
+from densenet_ext import files
+from densenet_ext.training import learner, networks, running
 from densenet_ext.training.loop import best_of
 from densenet_ext.training.metrics import Epoch, Sums
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes
+from densenet_ext.training.processes import make_processes
 from tests.support import command_line
 from tests.support.forks import environment
 from tests.support.training_runs import MEASURED, TINY, checkpoint, differences, run
@@ -146,7 +147,7 @@ def test_steps_and_evaluation_need_no_float64():
 
     images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
     network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
-    one = learner.Learner(network, Options.of({}), Processes())
+    one = learner.Learner(network, Options.of({}), make_processes())
     with Watching():
         one.step(images, labels, 8)
     one.evaluate(watched())
@@ -157,7 +158,7 @@ def test_evaluation_adds_up_parts_some_of_which_are_empty():
     torch.manual_seed(0)
     images, labels = torch.randn(8, 1, 16, 16), torch.randint(10, (8,))
     network = networks.build("densenet_bc:10,4", classes=10, channels=1, save="bottlenecks")
-    one = learner.Learner(network, Options.of({}), Processes())
+    one = learner.Learner(network, Options.of({}), make_processes())
     whole = one.evaluate([(images, labels)])
     parts = one.evaluate([(images[:5], labels[:5]), (images[:0], labels[:0]), (images[5:], labels[5:])])
     with torch.no_grad():

@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data import vision
-from densenet_ext.training.errors import UserError
 from tests.support.training_data import (
     cifar,
     data_of,
@@ -253,11 +253,13 @@ def test_the_missing_operators_of_torchvision_are_declared(tmp_path):
         "    torch.library.register_fake(f'torchvision::{name}')(lambda *_: None)\n"
     )
     (package / "datasets.py").write_text("where = __file__\n")
+    (package / "transforms").mkdir()
+    (package / "transforms" / "v2.py").touch()
     code = "from densenet_ext.training.data import vision; print(vision.import_torchvision().datasets.where)"
     assert str(package / "datasets.py") in in_python(code, tmp_path)
     (package / "__init__.py").write_text("raise RuntimeError('compiled for CUDA 99')")
     code = (
-        "from densenet_ext.training import errors\nfrom densenet_ext.training.data import vision\n"
+        "from densenet_ext import errors\nfrom densenet_ext.training.data import vision\n"
         "try: vision.import_torchvision()\n"
     )
     assert "(compiled for CUDA 99): pip" in in_python(f"{code}except errors.UserError as error: print(error)", tmp_path)
@@ -272,4 +274,4 @@ def in_python(code: str, path: Path) -> str:
 
 
 def test_networks_are_reachable():
-    assert vision.models().get_model("densenet121", num_classes=2).classifier.out_features == 2
+    assert vision.import_torchvision().models.get_model("densenet121", num_classes=2).classifier.out_features == 2

@@ -13,8 +13,8 @@ pytest.importorskip("tqdm")
 
 from PIL import Image
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data import vision
-from densenet_ext.training.errors import UserError
 from tests.support.training_data import (
     corrupt_files,
     data_of,
@@ -107,7 +107,7 @@ def test_other_classes_in_validation(tmp_path):
 
 def test_images_for_evaluation_are_resized_and_cropped(tmp_path):
     data = data_of("imagefolder", image_folder(tmp_path), image_size=32)
-    v2 = vision.transforms()
+    v2 = vision.import_torchvision().transforms.v2
     for index in (0, 1, 2):
         path = data.train.images.paths[index]
         image = vision.import_torchvision().datasets.folder.pil_loader(path)
@@ -172,13 +172,13 @@ def test_every_process_knows_the_corrupt_images_of_the_others(tmp_path):
 def test_processes_that_see_other_images(tmp_path):
     first, second = (image_folder(tmp_path / name / "data") for name in ("a", "b"))
     (second / "ant" / "0.jpg").rename(second / "ant" / "9.jpg")
-    found = in_processes(2, lambda process: data_of("imagefolder", (first, second)[process.rank], process))
+    found = in_processes(2, lambda process: data_of("imagefolder", (first, second)[process.global_rank], process))
     assert all("expected the same images for every process" in str(error) for error in found)
 
 
 def test_a_folder_that_one_process_does_not_see_ends_all(tmp_path):
     image_folder(tmp_path / "a")
-    found = in_processes(2, lambda process: data_of("imagefolder", tmp_path / "ab"[process.rank], process))
+    found = in_processes(2, lambda process: data_of("imagefolder", tmp_path / "ab"[process.global_rank], process))
     assert all(isinstance(error, UserError) and f"cannot read {tmp_path / 'b'}" in str(error) for error in found)
 
 

@@ -12,10 +12,11 @@ import torch
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
 from densenet_ext.training.data.loading import Batches, share
-from densenet_ext.training.errors import UserError
-from tests.support.training_data import data_of, image_folder, needs_torchvision
+from densenet_ext.training.options import Options
+from tests.support.training_data import Process, data_of, image_folder, needs_torchvision
 
 needs_torchvision()
 
@@ -51,12 +52,17 @@ def indices(batches: list) -> list[int]:
     return [int(value) for batch in batches for value in batch[:, 0]]
 
 
+def batches_of(examples: Examples, batch_size: int, seed: int, shuffle: bool, rank=0, size=1, workers=0) -> Batches:
+    options = Options.of({"batch_size": batch_size, "seed": seed, "workers": workers})
+    return Batches(examples, options, Process(rank, size), shuffle)
+
+
 def training(batch_size: int = 5, seed: int = 3, count: int = 23, **options) -> Batches:
-    return Batches(examples_of(count), batch_size, seed=seed, shuffle=True, **options)
+    return batches_of(examples_of(count), batch_size, seed=seed, shuffle=True, **options)
 
 
 def evaluation(batch_size: int = 5, count: int = 23, **options) -> Batches:
-    return Batches(examples_of(count), batch_size, seed=3, shuffle=False, **options)
+    return batches_of(examples_of(count), batch_size, seed=3, shuffle=False, **options)
 
 
 # Order
@@ -193,7 +199,7 @@ class InWorker:
 
 
 def told(tell, workers: int, count: int = 4) -> list[float]:
-    batches = Batches(examples_of(count, InWorker(tell)), 1, seed=0, shuffle=False, workers=workers)
+    batches = batches_of(examples_of(count, InWorker(tell)), 1, seed=0, shuffle=False, workers=workers)
     return [batch[0, 0].item() for batch in epochs_of(batches, [1])]
 
 
@@ -205,7 +211,7 @@ def test_workers_use_one_thread_and_ignore_ctrl_c():
 
 
 def test_a_signal_for_the_whole_group_does_not_end_workers():
-    batches = Batches(examples_of(8, InWorker(lambda _: os.getpid())), 1, seed=0, shuffle=False, workers=2)
+    batches = batches_of(examples_of(8, InWorker(lambda _: os.getpid())), 1, seed=0, shuffle=False, workers=2)
     pids = set()
     for step, (images, _) in enumerate(batches.epoch(1)):
         pid = int(images[0, 0, 0, 0])
@@ -240,8 +246,8 @@ def start_method(request):
 def test_other_ways_to_start_workers(tmp_path, start_method):
     image_folder(tmp_path)
     examples = data_of("imagefolder", tmp_path, image_size=8, validation=0).train
-    alone = Batches(examples, 6, seed=1, shuffle=True)
+    alone = batches_of(examples, 6, seed=1, shuffle=True)
     expected = [tensor for batch in alone.epoch(1) for tensor in batch]
-    batches = Batches(examples, 6, seed=1, shuffle=True, workers=1)
+    batches = batches_of(examples, 6, seed=1, shuffle=True, workers=1)
     found = [tensor for batch in batches.epoch(1) for tensor in batch]
     assert len(found) == len(expected) == 6 and all(map(torch.equal, found, expected))

@@ -10,8 +10,8 @@ from tests.support import peers
 pytest.importorskip("tqdm")
 
 import densenet_ext as dx
+from densenet_ext.errors import UserError
 from densenet_ext.training import networks
-from densenet_ext.training.errors import UserError
 
 
 @pytest.mark.parametrize("name", [*networks.OURS, "densenet_bc:16,8"])

@@ -19,11 +19,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 import densenet_ext as dx
+from densenet_ext.compare.picture import draw_comparison
+from densenet_ext.errors import TrainingError, UserError
 from densenet_ext.reuse.connections import Connections, connections
 from densenet_ext.reuse.drawing import draw_connections
-from densenet_ext.training.compare.picture import draw_comparison
 from densenet_ext.training.curves import draw_curves
-from densenet_ext.training.errors import TrainingError, UserError
 
 NAN = float("nan")
 

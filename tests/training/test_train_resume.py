@@ -16,11 +16,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 import densenet_ext as dx
-from densenet_ext.training import files, loop, running
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
+from densenet_ext.training import checkpoints, loop, running
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, make_fabric
+from densenet_ext.training.processes import make_processes
 from tests.support.training_data import cifar
 from tests.support.training_runs import TINY, checkpoint, differences, run, start
 
@@ -158,7 +158,7 @@ def test_dropout_draws_the_same_after_a_resume(amp):
     def learner():
         torch.manual_seed(0)
         network = dx.DenseNet(4, (2, 2), 8, drop_rate=0.5, num_classes=10, small_inputs=True, in_channels=1)
-        return Learner(network, options, Processes(make_fabric(amp=amp)))
+        return Learner(network, options, make_processes(amp=amp))
 
     def steps(one, indices):
         return [one.step(images[i], labels[i], 8).tolist() for i in indices]
@@ -175,14 +175,15 @@ def test_dropout_draws_the_same_after_a_resume(amp):
     assert steps(learner(), [1]) != [expected[1]]  # dropout is on, and another step draws something else
 
 
-@pytest.mark.parametrize("where", ["training", "checkpoint", "metrics"])
+@pytest.mark.parametrize("where", ["training", "tensorboard", "checkpoint", "metrics"])
 def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where):
-    """Killed in the last epoch before it is saved, between checkpoint and metrics.csv, or before TensorBoard's row."""
+    """Killed in the last epoch before anything is written, or before TensorBoard, the checkpoint or metrics.csv."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     place, name = {
         "training": (Learner, "end_epoch"),
-        "checkpoint": (loop.metrics, "write_csv"),
-        "metrics": (loop.metrics, "log"),
+        "tensorboard": (loop.metrics, "log"),
+        "checkpoint": (loop, "save_checkpoint"),
+        "metrics": (loop.metrics, "write_csv"),
     }[where]
     usual, calls = getattr(place, name), []
 
@@ -282,12 +283,12 @@ def test_flipped_bytes_are_refused_or_change_nothing(tmp_path):
     """By the archive's checksums; between its parts there is padding that nobody reads."""
     path = tmp_path / "checkpoint.pt"
     state = {"model": {"weight": torch.arange(2000.0)}, "steps": 3}
-    files.save_checkpoint(state, path)
+    checkpoints.save_checkpoint(state, path)
     whole, refused = path.read_bytes(), 0
     for place in range(0, len(whole), 97):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         try:
-            found = files.load_checkpoint(path)
+            found = checkpoints.load_checkpoint(path)
         except UserError as error:
             refused += 1
             assert "is damaged, or none of train" in str(error)
@@ -304,7 +305,7 @@ def test_of_two_processes_that_go_on_with_one_run_only_the_first_writes(options,
     assert ended.code == 2 and f"another process is training in {tmp_path}" in ended.text, ended.output
     first.kill()
     first.finish()
-    files.locked(tmp_path / "options.json").close()  # whoever is killed leaves no lock
+    checkpoints.locked(tmp_path / "options.json").close()  # whoever is killed leaves no lock
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"options": {"data": "digits"}}', '{"options": {"colour": 1}}'])

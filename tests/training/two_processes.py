@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 import densenet_ext
 from densenet_ext.cli import errors_told
-from densenet_ext.training.errors import TrainingError
+from densenet_ext.errors import TrainingError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, joined, make_fabric
+from densenet_ext.training.processes import Processes, joined, make_processes
 
 
 def main() -> None:
     """Prints in the first process what held, a line for each."""
     with errors_told(), joined("cpu") as processes:
         for check in (buffers_are_shared, overflow_skips_the_step_everywhere, dropout_differs):
-            if all(processes.gather(check(processes))) and processes.is_first:
+            if all(processes.gather(check(processes))) and processes.is_global_zero:
                 print("held:", check.__name__, flush=True)
-        if not processes.is_first:
+        if not processes.is_global_zero:
             raise TrainingError("no more images")
         processes.total(torch.ones(1))  # waits for the one that has gone
 
@@ -34,9 +34,9 @@ def learner_of(processes: Processes, drop_rate: float = 0.0, **options: object) 
 
 def buffers_are_shared(processes: Processes) -> bool:
     network = nn.BatchNorm2d(3)
-    network.running_mean.fill_(2 + processes.rank)
-    network.running_var.copy_(torch.arange(3.0) + processes.rank)
-    network.num_batches_tracked.fill_(7 * processes.rank)
+    network.running_mean.fill_(2 + processes.global_rank)
+    network.running_var.copy_(torch.arange(3.0) + processes.global_rank)
+    network.num_batches_tracked.fill_(7 * processes.global_rank)
     processes.share_buffers(network)
     state = network.state_dict()
     expected = {"running_mean": [2.0] * 3, "running_var": [0.0, 1.0, 2.0], "num_batches_tracked": 0}
@@ -46,14 +46,14 @@ def buffers_are_shared(processes: Processes) -> bool:
 def overflow_skips_the_step_everywhere(processes: Processes) -> bool:
     """An infinite gradient in the shard of one process: the others must not move on alone."""
     with mock.patch("torch._C._get_accelerator", return_value=torch.device("cuda")):  # --device cpu beside a GPU
-        fabric = make_fabric("cpu", amp="fp16", fsdp=True)
-        fabric.launch()
-        learner = learner_of(Processes(fabric))
-    scaler = fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        processes = make_processes("cpu", amp="fp16", fsdp=True)
+        processes.launch()
+        learner = learner_of(processes)
+    scaler = processes.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     weight, step = learner.network.features.conv0.weight, scaler.step
 
     def overflow(optimizer: torch.optim.Optimizer) -> object:
-        if processes.rank == 1:
+        if processes.global_rank == 1:
             weight.grad.to_local().view(-1)[0] = torch.inf
         return step(optimizer)
 
@@ -76,4 +76,4 @@ def dropout_differs(processes: Processes) -> bool:
         learner = learner_of(processes, drop_rate=0.5)
         images = torch.linspace(-1, 1, 4 * 256).view(4, 1, 16, 16)
         losses.append(float(learner.step(images, torch.arange(4), 8)[0]))
-    return losses[0] == losses[1] and len(set(processes.gather(losses[0]))) == processes.size
+    return losses[0] == losses[1] and len(set(processes.gather(losses[0]))) == processes.world_size

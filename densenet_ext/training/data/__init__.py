@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
 
 if TYPE_CHECKING:
     from densenet_ext.training.data.datasets import Data

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data import vision
-from densenet_ext.training.errors import UserError
 from densenet_ext.training.processes import agreed
 
 if TYPE_CHECKING:
     from densenet_ext.training.processes import Processes
 
-v2 = vision.transforms()  # before a spawned worker unpickles transforms
+v2 = vision.import_torchvision().transforms.v2  # before a spawned worker unpickles transforms
 
 SPLIT_SEED = 2017  # not the run's seed: every run is measured on the same images
 DIGITS_SIZE, CIFAR_SIZE = 16, 32  # height and width
@@ -127,7 +127,7 @@ def cifar(name: str, root: Path, size: int, validation: float, download: bool, p
             raise UserError(f"--root: {name} in {root / kind.base_folder}: {words} ({error})") from error
 
     if download:
-        agreed(processes, lambda: archives(True) if processes.is_first else None)
+        agreed(processes, lambda: archives(True) if processes.is_global_zero else None)
     train, test = agreed(processes, lambda: archives(False))
     images, labels = (torch.from_numpy(train.data).permute(0, 3, 1, 2), torch.tensor(train.targets))
     kept, held_out = split(len(labels), validation)

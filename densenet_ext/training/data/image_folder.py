@@ -15,10 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data import vision
 from densenet_ext.training.data.datasets import SPLIT_SEED, Data, Examples
 from densenet_ext.training.data.loading import share
-from densenet_ext.training.errors import UserError
 from densenet_ext.training.processes import agreed
 from densenet_ext.training.seeds import derived
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from densenet_ext.training.options import Options
     from densenet_ext.training.processes import Processes
 
-v2 = vision.transforms()
+v2 = vision.import_torchvision().transforms.v2
 
 SIZE = 224
 _MEANS, _DEVIATIONS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -151,29 +151,29 @@ def find(root: Path) -> dict[str, Part]:
 
 def _part(folder: Path) -> Part:
     classes = _classes(folder)
-    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name, folder)]
+    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
     return Part(folder, tuple(classes), [path for path, _ in found], [label for _, label in found]).check()
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _counts(path, folder))
+    """Names of the folders in ``folder``, but for hidden ones and links that lead back: into it or above it."""
+    home = folder.resolve()
+
+    def counts(path: Path) -> bool:
+        target = path.resolve()
+        leads_back = path.is_symlink() and (target.is_relative_to(home) or home.is_relative_to(target))
+        return path.is_dir() and not path.name.startswith(".") and not leads_back
+
+    return sorted(path.name for path in folder.iterdir() if counts(path))
 
 
-def _images(place: Path, folder: Path) -> list[str]:
+def _images(folder: Path) -> list[str]:
+    """Paths of the images in the folder of a class and below; links to other folders are not followed."""
     found = []
-    for here, folders, names in os.walk(place, followlinks=True):
-        folders[:] = [name for name in folders if _counts(Path(here, name), folder)]
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [f"{here}/{name}" for name in names if name.lower().endswith(_ENDINGS) and not name.startswith(".")]
     return sorted(found)
-
-
-def _counts(path: Path, folder: Path) -> bool:
-    """Returns whether a folder is neither hidden nor a link that leads back: to one inside ``folder`` or above it."""
-    if path.name.startswith("."):
-        return False
-    target, above = path.resolve(), (folder.resolve(), path.parent.resolve())
-    leads_back = any(target.is_relative_to(place) or place.is_relative_to(target) for place in above)
-    return not (path.is_symlink() and leads_back)
 
 
 # ---- whether they can be read ----------------------------------------------------------------------------------------
@@ -181,9 +181,9 @@ def _counts(path: Path, folder: Path) -> bool:
 
 def _corrupt(paths: list[str], workers: int, processes: Processes) -> dict[str, str]:
     """Returns which of ``paths`` can't be decoded, and why; each process looks at its share of them."""
-    mine = share(len(paths), processes.rank, processes.size)
+    mine = share(len(paths), processes.global_rank, processes.world_size)
     threads = ThreadPoolExecutor(max(1, workers))  # the decoders work without the interpreter's lock
-    hidden = None if processes.is_first else True  # None: unless on a terminal
+    hidden = None if processes.is_global_zero else True  # None: unless on a terminal
     try:
         reasons = threads.map(_reason, (paths[i] for i in mine))
         shown = tqdm(reasons, "checking", len(mine), unit="img", delay=2, leave=False, disable=hidden)

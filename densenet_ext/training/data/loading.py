@@ -9,62 +9,60 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
+from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
-from densenet_ext.training.errors import UserError
 from densenet_ext.training.seeds import derived
+
+if TYPE_CHECKING:
+    from densenet_ext.training.options import Options
+    from densenet_ext.training.processes import Processes
 
 _Key = int | tuple[int, int]
 
 
 class Batches:
-    """One process's part of the batches of ``examples``.
+    """This one of the ``processes``' part of the batches of ``examples``, as ``options`` ask for them.
 
-    ``batch_size`` is that of the whole batch, over all processes; process ``rank`` of ``size`` gets a contiguous part
-    of each, and parts differ by at most one image. With ``shuffle`` (training) every epoch has its own order, images
-    are augmented, and a last batch with fewer than two images per process is dropped: BatchNorm can't learn from one.
-    Without it (evaluation) the images come in their own order, as they are, and a part may be empty.
+    The batch size is that of the whole batch, over all processes; each gets a contiguous part of it, and parts differ
+    by at most one image. With ``shuffle`` (training) every epoch has its own order, images are augmented, and a last
+    batch with fewer than two images per process is dropped: BatchNorm can't learn from one. Without it (evaluation) the
+    images come in their own order, as they are, and a part may be empty.
 
-    Raises UserError when ``batch_size`` is more than the training images or less than the processes.
+    Raises UserError when the batch size is more than the training images or less than the processes.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        batch_size: int,
-        *,
-        seed: int,
-        shuffle: bool,
-        rank: int = 0,
-        size: int = 1,
-        workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        images = len(examples)
+    def __init__(self, examples: Examples, options: Options, processes: Processes, shuffle: bool = False) -> None:
+        images, batch_size, size = len(examples), options.batch_size, processes.world_size
         if shuffle and batch_size > images:
             raise UserError(f"--batch-size: expected at most {images}, the training images, got {batch_size}")
         if shuffle and batch_size < size:
             raise UserError(f"--batch-size: expected at least {size}, an image for each process, got {batch_size}")
-        self._order = _Order(images, batch_size, seed, shuffle, rank, size)
+        self._order = _Order(images, batch_size, options.seed, shuffle, processes.global_rank, size)
         self._loader = DataLoader(
             examples,
             batch_sampler=self._order,
-            num_workers=workers,
+            num_workers=options.workers,
             collate_fn=functools.partial(_collated, examples.shape),
-            pin_memory=pin_memory,
+            pin_memory=processes.device.type == "cuda",
             worker_init_fn=_ignore_signals,
-            persistent_workers=workers > 0,
+            persistent_workers=options.workers > 0,
             generator=torch.Generator(),  # otherwise every epoch draws a number from the global one
         )
 
     def __len__(self) -> int:
         """Returns the steps of an epoch."""
         return self._order.steps
+
+    @property
+    def images(self) -> int:
+        """How many images an epoch has, over all processes."""
+        return sum(map(self.count, range(len(self))))
 
     def count(self, step: int) -> int:
         """Returns how many images the whole batch of ``step`` has, over all processes."""

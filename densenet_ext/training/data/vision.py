@@ -10,38 +10,28 @@ from typing import Any
 
 import torch
 
-from densenet_ext.training.errors import UserError
+from densenet_ext.errors import UserError
 
 _KEPT: list[Any] = []  # a Library withdraws what it declared when it is collected
 
 
 @functools.cache
 def import_torchvision() -> ModuleType:
-    """Returns the module torchvision with its parts ``datasets``, ``models`` and ``transforms``.
+    """Returns the module torchvision with its parts ``datasets``, ``models`` and ``transforms.v2``.
 
     Those need none of its compiled operators, which don't load beside every build of torch. Raises UserError, with what
     to install, where it can't be imported all the same.
     """
     try:
-        return _import()
+        torchvision = _import()
+        importlib.import_module("torchvision.transforms.v2")
+        return torchvision
     except ModuleNotFoundError as error:
         missing = "is not installed" if error.name == "torchvision" else f"needs {error.name}, which is not installed"
         raise UserError(f"torchvision {missing}: {_install()}") from error
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"torchvision doesn't go with torch {torch.__version__} ({reason}): {_install()}") from error
-
-
-def transforms() -> ModuleType:
-    """Returns the module torchvision.transforms.v2. Raises UserError as :func:`import_torchvision`."""
-    import_torchvision()
-    return importlib.import_module("torchvision.transforms.v2")
-
-
-def models() -> ModuleType:
-    """Returns the module torchvision.models, with ``get_model``. Raises UserError as :func:`import_torchvision`."""
-    import_torchvision()
-    return importlib.import_module("torchvision.models")
 
 
 def _import() -> ModuleType:

@@ -14,20 +14,19 @@ from typing import Any
 import torch
 
 from densenet_ext._version import __version__
+from densenet_ext.compare import comparison
+from densenet_ext.compare.comparison import FORMS, SeedRun, StepBytes
+from densenet_ext.compare.lockstep import step_bytes, train_in_lockstep
+from densenet_ext.compare.picture import draw_comparison
+from densenet_ext.errors import Ended, Interruption, UserError
+from densenet_ext.files import write_text
 from densenet_ext.memory.measuring import device_name
 from densenet_ext.text import table
 from densenet_ext.training import metrics, options
-from densenet_ext.training.compare import comparison
-from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
-from densenet_ext.training.compare.lockstep import step_bytes, train_in_lockstep
-from densenet_ext.training.compare.picture import draw_comparison
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.errors import Ended, UserError
-from densenet_ext.training.files import write_text
 from densenet_ext.training.learner import Learner
-from densenet_ext.training.loop import Interruption, batches
 from densenet_ext.training.options import Options
-from densenet_ext.training.processes import Processes, joined, make_fabric, started_by_torchrun
+from densenet_ext.training.processes import Processes, joined, make_processes, started_by_torchrun
 from densenet_ext.training.running import announcement, built, new_folder, prepared
 
 FIGURES, ROWS, PICTURE = "comparison.json", "comparison.csv", "comparison.png"
@@ -49,12 +48,12 @@ def compare(given: Mapping[str, Any], seeds: int, out: Path | None, download: bo
     options.check_new(folder)
     with joined(chosen.device, chosen.amp) as processes:
         data, network = prepared(chosen, processes, download)
-        comparer = Comparer(chosen, data, processes, seeds, folder)
-        batches(data.train, chosen, processes, shuffle=True)  # refuses too large ones before there is a folder
+        words = announcement(network, data, chosen, processes, folder)
+        images = Learner(network, chosen, processes).batches(data.train, shuffle=True).images  # or refuses
         options.save(chosen, folder)
-        print("\n".join(announcement(network, data, chosen, processes, folder)))
+        print("\n".join(words))
         print(f"fused and unfused side by side, from the same weights through the same batches, seeds: {seeds}")
-        return comparer.compare()
+        return Comparer(chosen, data, processes, seeds, folder).compare(images)
 
 
 class Comparer:
@@ -65,11 +64,10 @@ class Comparer:
         self.runs: list[SeedRun] = []  # the complete ones
         self.taken: dict[str, StepBytes] = {}
 
-    def compare(self) -> dict[str, Any]:
-        """Trains seed after seed; what is complete is shown and kept whatever ends it."""
+    def compare(self, images: int) -> dict[str, Any]:
+        """Trains seed after seed, on so many ``images`` an epoch; the files of complete ones stay whatever ends it."""
         self.taken = self._bytes()
-        train = batches(self.data.train, self.chosen, self.processes, shuffle=True)
-        bar = metrics.bar(self.seeds * self.chosen.epochs * sum(train.count(step) for step in range(len(train))))
+        bar = metrics.bar(self.seeds * self.chosen.epochs * images)
 
         def show(run: SeedRun, images: int) -> None:
             done = len(run.forms["fused"].history)
@@ -89,11 +87,15 @@ class Comparer:
                     del learners
                     self._forget()
         except Ended as error:
-            self._conclude()
             error.args = (f"{error}; {self.folder} keeps {len(self.runs)} of {self.seeds} seeds",)
             raise
-        self._conclude()
-        return self.found()
+        found = self.found()
+        print("\n".join(["", table(comparison.cells(found)), "", *comparison.sentences(found)]))
+        title = f"Fused and unfused training: {found['model']} on {found['data']}, seeds: {len(self.runs)}"
+        histories = {form: [[asdict(row) for row in run.forms[form].history] for run in self.runs] for form in FORMS}
+        draw_comparison(histories, found["step"], self.folder / PICTURE, title)
+        print(f"{self.folder}: {FIGURES}, {ROWS}, {PICTURE}")
+        return found
 
     def found(self) -> dict[str, Any]:
         """Returns the figures of the complete seeds, with what they depend on; no paths."""
@@ -118,13 +120,15 @@ class Comparer:
         """Returns one form, with the weights of ``seed``: both forms start from the same ones."""
         chosen = replace(self.chosen, seed=seed, fused=form == "fused")
         # Each with a scaler of its own, where the precision has one.
-        alone = Processes(make_fabric(str(self.processes.device), self.chosen.amp))
+        alone = make_processes(str(self.processes.device), self.chosen.amp)
         return Learner(built(chosen, self.data, seed), chosen, alone)
 
     def _bytes(self) -> dict[str, StepBytes]:
         """Counts a step's bytes on networks of their own: those that are compared know nothing of it."""
-        images, labels = next(batches(self.data.train, self.chosen, self.processes, shuffle=True).epoch(1))
-        taken = {form: step_bytes(self.learner(form, 0), images, labels) for form in FORMS}
+        learners = {form: self.learner(form, 0) for form in FORMS}
+        images, labels = next(learners["fused"].batches(self.data.train, shuffle=True).epoch(1))
+        taken = {form: step_bytes(learner, images, labels) for form, learner in learners.items()}
+        del learners
         self._forget()
         return taken
 
@@ -133,14 +137,3 @@ class Comparer:
         if self.chosen.compile:
             torch.compiler.reset()
         gc.collect()
-
-    def _conclude(self) -> None:
-        """Prints and draws what is complete."""
-        if not self.runs:
-            return
-        found = self.found()
-        print("\n".join(["", table(comparison.cells(found)), "", *comparison.sentences(found)]))
-        title = f"Fused and unfused training: {found['model']} on {found['data']}, seeds: {len(self.runs)}"
-        histories = {form: [[asdict(row) for row in run.forms[form].history] for run in self.runs] for form in FORMS}
-        draw_comparison(histories, found["step"], self.folder / PICTURE, title)
-        print(f"{self.folder}: {FIGURES}, {ROWS}, {PICTURE}")

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("tqdm")
 
-from densenet_ext.training.compare import comparison
-from densenet_ext.training.compare.comparison import FORMS, FormRun, SeedRun, StepBytes
+from densenet_ext.compare import comparison
+from densenet_ext.compare.comparison import FORMS, FormRun, SeedRun, StepBytes
 from densenet_ext.training.metrics import Row, Sums
 
 

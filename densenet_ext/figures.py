@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densenet_ext.training.errors import UserError
-from densenet_ext.training.files import replace_file
+from densenet_ext.errors import UserError
+from densenet_ext.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,9 @@ KINDS = (".png", ".svg", ".pdf")
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
 TEXT, SMALL = 10, 9  # points
 _LETTERS = 12.5  # per inch
+
+History = Sequence[Mapping[str, Any]]
+"""Rows of metrics, an epoch each: epoch, lr, loss, error (percent), validation_loss and validation_error or None."""
 
 
 def check_picture(path: Path) -> None:
@@ -60,3 +63,24 @@ def plain(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=TEXT)
     axes.tick_params(labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes: Axes, history: History, key: str, **look: Any) -> None:
+    """Draws ``key`` by epoch, with dots where they are few."""
+    look = {"marker": "o" if len(history) <= 40 else "", "markersize": 3.5, **look}
+    axes.plot([row["epoch"] for row in history], [row[key] for row in history], **look)
+
+
+def finish(axes: Axes, kind: str, title: str, values: Sequence[float]) -> None:
+    """Sets names, scales and the legend of ``axes`` with the "loss" or the "error" by epoch, of these ``values``."""
+    from matplotlib.ticker import MaxNLocator
+
+    plain(axes, title, "epoch", "loss" if kind == "loss" else "error, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    if kind == "loss" and 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, max(1.15 * max(values), 1e-3))
+    # Above the axes, where it hides nothing.
+    axes.legend(fontsize=SMALL, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=2)

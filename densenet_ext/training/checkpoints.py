@@ -1,53 +1,19 @@
-"""The files of a run: either the new one or the old one, never half of one; checkpoints, and who may write them."""
+"""The checkpoints of a run, and the lock that lets one process write them."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import io
-import os
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from densenet_ext.training.errors import TrainingError, UserError
+from densenet_ext.errors import UserError
+from densenet_ext.files import check_archive, replace_file
 
 LAST, BEST = "checkpoint.pt", "best.pt"
-
-
-def replace_file(data: bytes | memoryview, path: Path) -> None:
-    """Writes ``data`` beside ``path``, waits until it is on the disk, and renames it.
-
-    Raises TrainingError when it can't, as on a full disk; ``path`` then holds what it held.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # an interrupt, too, has to leave no file behind
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            kept = "; what it held before is kept" if path.exists() else ""
-            raise TrainingError(f"cannot write {path}: {error.strerror or error}{kept}") from error
-        raise
-    # The rename itself lasts when the directory is on the disk, too; not every file system can be asked for that.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in one step. Raises TrainingError as :func:`replace_file`."""
-    replace_file(text.encode("utf-8"), path)
 
 
 def locked(path: Path) -> IO[bytes]:
@@ -77,14 +43,6 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     torch.save(state, buffer)
     for path in paths:
         replace_file(buffer.getbuffer(), path)
-
-
-def check_archive(path: Path) -> None:
-    """Raises zipfile.BadZipFile when a part of the archive of torch.save is not what was written, by its checksum."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

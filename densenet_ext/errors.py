@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
+from typing import Any
+
 
 class Ended(Exception):
     """Ends a command with a sentence instead of a traceback."""
@@ -34,3 +38,23 @@ class Interrupted(Ended):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number  # as a shell reports a process that a signal has ended
+
+
+class Interruption:
+    """While entered, notes the first Ctrl-C or SIGTERM in :attr:`number`; the second one does what it always does."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal; 0: none came
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {name: signal.signal(name, self._note) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()

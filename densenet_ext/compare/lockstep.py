@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from densenet_ext.compare.comparison import FORMS, SeedRun, StepBytes
+from densenet_ext.errors import Interrupted, Interruption, SharedError
 from densenet_ext.memory.measuring import peak_bytes, saved_bytes
-from densenet_ext.training.compare.comparison import FORMS, SeedRun, StepBytes
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.errors import Interrupted, SharedError
 from densenet_ext.training.learner import Learner
-from densenet_ext.training.loop import Interruption, advice, batches
 from densenet_ext.training.metrics import Row, Sums
 
 WARM_UP = 3  # steps of a seed that are not timed: they allocate, and choose algorithms
@@ -51,15 +50,15 @@ def train_in_lockstep(
     """
     learner = learners[FORMS[0]]
     options, run = learner.options, SeedRun(learner.options.seed)
-    train = batches(data.train, options, learner.processes, shuffle=True)
+    train = learner.batches(data.train, shuffle=True)
     # torch.compile meets the last, smaller batch and evaluation at the end of the first epoch.
     warm_up = max(WARM_UP, len(train) if options.compile and options.epochs > 1 else 0)
 
     def no_number(form: str, what: str) -> SharedError:
-        return SharedError(f"seed {run.seed}, {form}: {what}. {advice(options)}")
+        return SharedError(f"seed {run.seed}, {form}: {what}. {learner.advice}")
 
     parts = {part: getattr(data, part) for part in ("validation", "test")}
-    others = {part: batches(held, options, learner.processes) for part, held in parts.items() if held is not None}
+    others = {part: learner.batches(held) for part, held in parts.items() if held is not None}
 
     def evaluated(form: str, part: str) -> Sums | None:
         return learners[form].evaluate(others[part].epoch(0)) if part in others else None

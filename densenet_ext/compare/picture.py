@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from densenet_ext.figures import BLUE, ORANGE, SMALL, History, curve, finish, picture, plain
 from densenet_ext.text import readable
-from densenet_ext.training.curves import History, curve, finish
-from densenet_ext.training.figures import BLUE, ORANGE, SMALL, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +37,7 @@ def draw_comparison(histories: Histories, step: Mapping[str, Any], path: Path, t
 
     The loss is that of training; the error is that of validation, or without one that of training.
 
-    Raises UserError and TrainingError as :func:`densenet_ext.training.figures.picture`.
+    Raises UserError and TrainingError as :func:`densenet_ext.figures.picture`.
     """
     everything = [row for runs in histories.values() for history in runs for row in history]
     validated = everything[0]["validation_error"] is not None

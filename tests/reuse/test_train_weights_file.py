@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import densenet_ext as dx
+from densenet_ext.errors import UserError
 from densenet_ext.reuse.weights_file import read_weights_file
-from densenet_ext.training.errors import UserError
 
 
 def small() -> dict[str, Tensor]:
@@ -39,12 +39,9 @@ def test_a_file_of_torch_save(tmp_path: Path, zipped: bool) -> None:
 
 
 def test_what_trainers_put_beside_the_weights(tmp_path: Path) -> None:
-    arguments = argparse.Namespace(lr=0.1, folder=tmp_path)
+    arguments = argparse.Namespace(lr=0.1, folder="here")
     torch.save({"args": arguments, "epoch": 3, "state_dict": small()}, tmp_path / "last.pth.tar")  # timm
-    hyper = {"root": tmp_path}
-    torch.save({"hyper_parameters": hyper, "state_dict": small()}, tmp_path / "last.ckpt")  # Lightning
-    for name in ("last.pth.tar", "last.ckpt"):
-        assert_holds(read_weights_file(tmp_path / name)["state_dict"], small())
+    assert_holds(read_weights_file(tmp_path / "last.pth.tar")["state_dict"], small())
 
 
 def test_a_file_of_safetensors(tmp_path: Path) -> None:

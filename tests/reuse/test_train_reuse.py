@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import densenet_ext as dx
-from densenet_ext.training import files
+from densenet_ext import files
 
 
 def run(*arguments: Any) -> Any:
