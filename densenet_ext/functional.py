@@ -36,13 +36,11 @@ def cat_bn_relu(
         momentum: how far the running statistics move.
         eps: added to the variance.
 
-    Returns:
-        [N, C, *spatial] in the dtype and the memory format that ``torch.cat`` gives: channels_last when all features
-        are, which costs one copy less. Computed in float32, or float64.
+    Returns [N, C, *spatial] in the dtype and the memory format that ``torch.cat`` gives: channels_last when all
+    features are, which costs one copy less. Computed in float32, or float64.
 
-    Raises:
-        TypeError, ValueError: name the argument, what was expected and what came; PyTorch's own ValueError for one
-            value per channel in training.
+    Raises TypeError or ValueError that name the argument, what was expected and what came; PyTorch's own ValueError for
+    one value per channel in training.
 
     Source: Pleiss et al., "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3.
     """
@@ -73,12 +71,8 @@ def bottleneck(
         conv_weight: [b, C, 1, ...] with as many ones as there are spatial dimensions.
         features, running_mean, running_var, weight, bias, training, momentum, eps: as in `cat_bn_relu`.
 
-    Returns:
-        [N, b, *spatial] in the memory format of PyTorch's own convolution: channels_last when all features or the
-        weight are.
-
-    Raises:
-        TypeError, ValueError: as in `cat_bn_relu`.
+    Returns [N, b, *spatial] in the memory format of PyTorch's own convolution: channels_last when all features or the
+    weight are. Raises TypeError or ValueError as `cat_bn_relu` does.
     """
     maps = _checked_features(features)
     norm = _checked_norm(maps, running_mean, running_var, weight, bias, training, momentum, eps)

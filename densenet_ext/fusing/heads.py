@@ -133,7 +133,7 @@ def _probe(module: nn.Module, name: str, features: str, record: _Record, maps: T
 
 
 def _parse(model: nn.Module, features: str, steps: list[Step], dims: int, activated: bool) -> Head | str:
-    """Returns the head that ``steps`` are, or in words what they do else."""
+    """Returns the head that ``steps`` are, or a phrase that says what else they do."""
     chain = [step for step in steps if not _is_nothing(model, step)]
     words = f"its forward runs {_words(step.what for step in chain)}"
     if not chain or chain[0].what != features:

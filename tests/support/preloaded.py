@@ -20,7 +20,7 @@ for name in (
     "torch.utils.tensorboard",
     "densenet_ext.cli",
     "densenet_ext.training.running",
-    "densenet_ext.training.compare.command",
+    "densenet_ext.compare.command",
 ):
     with contextlib.suppress(ImportError):  # what is not installed, tests ask for themselves
         importlib.import_module(name)
