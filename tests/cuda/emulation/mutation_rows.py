@@ -1,4 +1,5 @@
-"""Further faults, in the kernels that go over rows once and in the copies of weights, with the calls that see them."""
+"""Faults for the emulated kernels that go over rows once, for the accesses that all share and for the copies of
+weights, and the calls that see them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 
 from . import compare
 from .library import Library
-from .mutation_cases import statistics
+from .mutation_cases import FORWARD, backward_unaligned, bn_relu, forward_odd, forward_unaligned, statistics
 from .mutation_list import Mutation
 
 
@@ -42,6 +43,55 @@ def weights(kernels: Library) -> None:
 
 
 MUTATIONS = [
+    Mutation(
+        "pieces: 16 bytes at an address of 8",
+        "pieces.h",
+        "(WHOLE || alignment >= (P::kBytes < 16 ? P::kBytes : 16))",
+        "(WHOLE || alignment >= 8)",
+        FORWARD,
+    ),
+    Mutation(
+        "pieces: rows that are not whole taken for whole",
+        "pieces.h",
+        "return columns % E == 0 &&",
+        "return columns >= E &&",
+        (forward_unaligned, backward_unaligned, forward_odd),
+    ),
+    Mutation(
+        "pieces: the last store goes over the edge",
+        "pieces.h",
+        "if (e < valid) store_one(p + e, piece.raw(e));",
+        "store_one(p + e, piece.raw(e));",
+        (forward_unaligned, backward_unaligned),
+    ),
+    Mutation(
+        "rows: a block's threads read sums that are not there",
+        "sums.h",
+        "    sync_block();\n    if (patch.any && patch.y % (2",
+        "    if (patch.any && patch.y % (2",
+        (statistics, bn_relu),
+    ),
+    Mutation(
+        "rows: a block's threads overwrite sums that are still read",
+        "sums.h",
+        "shared[(V + v) * kThreads + other]);\n    }\n    sync_block();\n",
+        "shared[(V + v) * kThreads + other]);\n    }\n",
+        (statistics, bn_relu),
+    ),
+    Mutation(
+        "rows: a row beyond the slab",
+        "rows.h",
+        "rows += r * step < within;",
+        "rows += r * step <= within;",
+        (statistics,),
+    ),
+    Mutation(
+        "statistics: the last slab counts as a whole one",
+        "statistics.cu",
+        "(i == last ? rest : whole) * delta * delta",
+        "whole * delta * delta",
+        (statistics,),
+    ),
     Mutation(
         "rows: a thread's mean counts as the others'",
         "sums.h",
