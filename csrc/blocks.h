@@ -23,7 +23,8 @@ void dense_block(const B& at, const Buffer<T>& buffer, Rows<const T> x, const st
   for (const DenseLayer<T>& layer : layers) {
     const Rows<T> z = dense_rows(z_all ? z_all + buffer.M() * layer.z : scratch.z, layer.b);
     first_half(at, buffer, layer, z, layer.batch2, scratch.a);
-    second_half(at, buffer, read_only(z), layer.norm2, layer.conv2, layer.added, layer.drop, scratch.a);
+    T* a = z_all ? scratch.a : z.data;  // in place of z where nobody reads it again
+    second_half(at, buffer, read_only(z), layer.norm2, layer.conv2, layer.added, layer.drop, a);
   }
 }
 

@@ -26,16 +26,21 @@ struct DropoutSite {
   int64_t site, rows;
 };
 
+namespace ops {
+template <class T>
+class WeightCopies;
+}
+
 // A convolution that keeps the size of its images, of C channels to N.
 template <class T>
 struct SameConvolution {
   using A = Acc<T>;
   int64_t C, N;
-  int64_t window[3];     // ones in front
-  Taps<const A> weight;  // [N, C, taps]
-  const A* bias;         // [N] or null
-  Taps<const T> stored;  // the weight in T and channels_last, for PyTorch's own convolution; or null
-  bool tf32 = false;     // as in BnReluConv3x3
+  int64_t window[3];             // ones in front
+  Taps<const A> weight;          // [N, C, taps]
+  const A* bias;                 // [N] or null
+  ops::WeightCopies<T>* copies;  // has the weight as PyTorch's own convolution reads it; null for kernels of ours
+  bool tf32 = false;             // as in BnReluConv3x3
 };
 
 // The gradients of a convolution's parameters; null where not asked.

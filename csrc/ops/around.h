@@ -36,11 +36,11 @@ class AroundCall {
 
   SameConvolution<T> convolution(const OptionalTensor& weight, const OptionalTensor& bias) {
     STD_TORCH_CHECK(weight || !bias, "densenet_ext: conv_bias: expected None, as conv is, got a tensor");
-    if (!weight) return {unit.C, unit.C, {1, 1, 1}, {}, nullptr, {}};
+    if (!weight) return {unit.C, unit.C, {1, 1, 1}, {}, nullptr, nullptr};
     check_convolution(*weight);
     const int64_t N = weight->size(0);
     const A* data = parameters_.template matrix<A>(*weight, "conv", N, unit.C);
-    return {unit.C, N, {1, 1, 1}, {data, unit.C, 1, 1}, vector(bias, "conv_bias", N), {}};
+    return {unit.C, N, {1, 1, 1}, {data, unit.C, 1, 1}, vector(bias, "conv_bias", N), nullptr};
   }
   SameConvolutionGrads<T> convolution_grads(const OptionalTensor& weight, const OptionalTensor& bias, int64_t N) {
     A* data = matrix_out<A>(at_, weight, "grad_conv", N, unit.C);
@@ -115,10 +115,10 @@ void transition_backward(const Tensor& grad, const Tensor& x, const Ints& size, 
     const auto grads = call.grads(batch, sums, grad_weight, grad_bias, grad_x);
     at.check_apart();
     if (M == 0) return;
-    OptionalTensor stored;
-    if (conv.weight) stored = store_weights<D, T>(at, x, call.unit.pooled(), {&conv});
+    WeightCopies<T> copies(at, x, 0);
+    copies.add(conv, conv_grads.weight.data);
     dx::transition_backward(at, call.unit, conv, g, conv_grads, grads, average_rows);
-    at.template write_weight_gradients<T>(at);
+    copies.write();
   });
 }
 

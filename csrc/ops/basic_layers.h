@@ -1,6 +1,8 @@
 // basic_layers and its backward pass: one call for all layers.
 #pragma once
 
+#include <utility>
+
 #include "block_call.h"
 
 namespace dx::ops {
@@ -41,12 +43,6 @@ class BasicBlockCall : public BlockCall<D, T> {
     STD_TORCH_CHECK(C_next == this->buffer.C, "densenet_ext: out: expected ", C_next, " columns, got ", this->buffer.C);
   }
 
-  std::vector<SameConvolution<T>*> convolutions() {
-    std::vector<SameConvolution<T>*> all;
-    for (BasicLayer<T>& layer : layers) all.push_back(&layer.conv);
-    return all;
-  }
-
   std::vector<BasicLayer<T>> layers;
 };
 
@@ -64,14 +60,19 @@ void basic_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
     const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
     if (M == 0) return;
     StepScratch<T> scratch = {};
-    int64_t widest_a = 0;
-    for (const BasicLayer<T>& layer : call.layers)
-      if (!has_kernel(at, call.buffer.images, layer.conv)) widest_a = std::max(widest_a, layer.C);
+    WeightCopies<T> copies(at, x, 0);
+    int64_t widest_a = 0, before_last = 0;
+    for (BasicLayer<T>& layer : call.layers) {
+      if (has_kernel(at, call.buffer.images, layer.conv)) continue;
+      copies.add(layer.conv, nullptr);
+      before_last = std::exchange(widest_a, layer.C);
+    }
     Pieces<T> pieces;
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
-    const OptionalTensor weights = store_weights(at, x, call.buffer.images, call.convolutions());
+    // what the layers before the last do not take
+    copies.lend(scratch.a + M * before_last, M * (widest_a - before_last), 1);
     call.run(call.layers, [&] { dx::basic_block(at, call.buffer, input, call.layers, scratch); });
   });
 }
@@ -129,10 +130,12 @@ std::vector<Tensor> basic_layers_backward(const Tensor& grad, bool writable, int
         room_for_da<D>(out, alone && has_kernel(at, buffer.images, call.layers[0].conv), M, call.layers[0].C, scratch);
     const auto statistics = statistics_grad<A>(out, buffer.C, 2 * buffer.C);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
-    const OptionalTensor weights = store_weights(at, out, buffer.images, call.convolutions());
+    WeightCopies<T> copies(at, out, M * widest_a / 2);
+    for (size_t l = 0; l < own.size(); ++l)
+      if (!has_kernel(at, buffer.images, call.layers[l].conv)) copies.add(call.layers[l].conv, own[l].conv.weight.data);
     call.run(call.layers,
              [&] { dx::basic_block_backward(at, buffer, gradient, writable, call.layers, own, ask, dx, scratch); });
-    at.template write_weight_gradients<T>(at);
+    copies.write();
   });
   return grads;
 }

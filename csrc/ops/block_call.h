@@ -129,7 +129,7 @@ class BlockCall {
                                  const char* bias_name) {
     STD_TORCH_CHECK(weight.dim() == window_dims_ + 2, "densenet_ext: ", weight_name, ": expected ", window_dims_ + 2,
                     " dimensions, got shape ", shape_of(weight));
-    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr, {}, buffer.tf32};
+    SameConvolution<T> conv = {weight.size(1), weight.size(0), {1, 1, 1}, {}, nullptr, nullptr, buffer.tf32};
     for (int i = 0; i < window_dims_; ++i) {
       conv.window[3 - window_dims_ + i] = weight.size(i + 2);
       STD_TORCH_CHECK(weight.size(i + 2) % 2 == 1, "densenet_ext: ", weight_name,

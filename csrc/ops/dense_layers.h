@@ -72,10 +72,9 @@ class DenseBlockCall : public BlockCall<D, T> {
     return checked_vector<T>(this->at_, *z, "z", this->buffer.M() * bottlenecks, written);
   }
 
-  std::vector<SameConvolution<T>*> convolutions() {
-    std::vector<SameConvolution<T>*> all;
-    for (DenseLayer<T>& layer : layers) all.push_back(&layer.conv2);
-    return all;
+  // Whether z is written twice: before its dropout into scratch.a.
+  bool drops_inside() const {
+    return std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer.inner.rate > 0; });
   }
 
   std::vector<DenseLayer<T>> layers;
@@ -109,7 +108,14 @@ void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
     pieces.add(&scratch.a, M * widest_a);
     pieces.place(at, scratch_memory);
     at.check_apart();
-    const OptionalTensor weights = store_weights(at, x, call.buffer.images, call.convolutions());
+    WeightCopies<T> copies(at, x, 0);
+    for (DenseLayer<T>& layer : call.layers)
+      if (!has_kernel(at, call.buffer.images, layer.conv2)) copies.add(layer.conv2, nullptr);
+    const DenseLayer<T>& last = call.layers.back();
+    if (z_all)  // which the last layer writes
+      copies.lend(z_all + M * last.z, M * last.b, 1);
+    else if (!call.drops_inside())
+      copies.lend(scratch.a, M * widest_a, 0);
     call.run(call.layers, [&] { dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch); });
   });
 }
@@ -176,11 +182,14 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
     const OptionalTensor da = room_for_da<D>(out, kernels, M, wide, scratch);
     const auto statistics = statistics_grad<A>(out, buffer.C, sums);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
-    const OptionalTensor weights = store_weights(at, out, buffer.images, call.convolutions());
+    WeightCopies<T> copies(at, out, M * widest_a / 2);
+    for (size_t l = 0; l < own.size(); ++l)
+      if (!has_kernel(at, buffer.images, call.layers[l].conv2))
+        copies.add(call.layers[l].conv2, own[l].conv2.weight.data);
     call.run(call.layers, [&] {
       dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
     });
-    at.template write_weight_gradients<T>(at);
+    copies.write();
   });
   return grads;
 }

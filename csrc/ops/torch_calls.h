@@ -48,8 +48,8 @@ class TorchCalls : public Place {
     const Geometry g(images, conv.window);
     OptionalTensor bias;
     if (conv.bias) bias = stored<T>(vector(conv.bias, conv.N));
-    Tensor out = call<Tensor>("aten::convolution", "", image(g, x, conv.C), weight(g, conv.stored, conv), bias,
-                              g.ones(), g.padding(), g.ones(), false, g.zeros(), int64_t(1));
+    Tensor out = call<Tensor>("aten::convolution", "", image(g, x, conv.C), weight(g, conv.copies->of(conv), conv),
+                              bias, g.ones(), g.padding(), g.ones(), false, g.zeros(), int64_t(1));
     return as_rows<T>(g, images, std::move(out), conv.N);
   }
 
@@ -60,16 +60,11 @@ class TorchCalls : public Place {
     const Geometry g(images, conv.window);
     return as_rows<T>(g, images, convolution_gradient(g, grad, x, conv, 0), conv.C);
   }
-  // The gradient of the weight, found; write_weight_gradients writes those of a call.
+  // The gradient of the weight, which is written with others.
   template <class T>
   void convolution_weight_gradient(const Images& images, Rows<const T> grad, Rows<const T> x,
                                    const SameConvolution<T>& conv, const Taps<Acc<T>>& grad_weight) const {
-    weight_gradients_.add(convolution_gradient(Geometry(images, conv.window), grad, x, conv, 1), conv, grad_weight);
-  }
-  // at: this backend.
-  template <class T, class D>
-  void write_weight_gradients(const D& at) const {
-    weight_gradients_.template write<T>(at);
+    conv.copies->write_later(convolution_gradient(Geometry(images, conv.window), grad, x, conv, 1), conv, grad_weight);
   }
 
   template <class From, class To>
@@ -187,9 +182,10 @@ class TorchCalls : public Place {
                               size_t which) const {
     const std::array<bool, 3> mask = {which == 0, which == 1, false};
     const std::optional<std::vector<int64_t>> no_bias;
-    std::array<StableIValue, 11> stack = boxed(
-        image(g, grad, conv.N), image(g, x, conv.C), weight(g, conv.stored, conv), no_bias, g.ones(), g.padding(),
-        g.ones(), false, g.zeros(), int64_t(1), torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    std::array<StableIValue, 11> stack =
+        boxed(image(g, grad, conv.N), image(g, x, conv.C), weight(g, conv.copies->of(conv), conv), no_bias, g.ones(),
+              g.padding(), g.ones(), false, g.zeros(), int64_t(1),
+              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
     std::array<Tensor, 3> gradients = {unboxed<Tensor>(stack[0]), unboxed<Tensor>(stack[1]), unboxed<Tensor>(stack[2])};
     return std::move(gradients[which]);
@@ -260,8 +256,6 @@ class TorchCalls : public Place {
     Tensor target = vector(from, t.size(0));
     torch::stable::copy_(target, torch::stable::subtract(target, t, factor));
   }
-
-  mutable FoundWeightGradients weight_gradients_;
 
   template <class T>
   static T unboxed(StableIValue value) {

@@ -220,7 +220,7 @@ class _Calls(BlockCalls):
             out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
         )  # the first norm's gradients, not its input's
         scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
-        held = whole.results(out, a, elements=2 * whole.copied(out, _weights(tensors)))  # and their gradients
+        held = whole.results(out, a, elements=whole.copied(out, _weights(tensors), a))
         found = run_whole(
             incoming,
             writable,

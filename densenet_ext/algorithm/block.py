@@ -257,7 +257,7 @@ class _Calls(BlockCalls):
         z = 0 if config.save == "bottlenecks" else sizes.widest
         a, g = 0 if ours and not any(config.inner_drop_rates) else sizes.widest, 0 if ours else sizes.growth
         scratch = whole.scratch(out, z, a, g, sizes.widest if kernel else 0, 0 if writable else sizes.last)
-        held = whole.results(out, sizes.widest if g else 0, elements=2 * self._copied(out, ours))  # and their gradients
+        held = whole.results(out, sizes.widest if g else 0, elements=self._copied(out, ours, a))
         found = run_whole(
             incoming,
             writable,
@@ -272,9 +272,9 @@ class _Calls(BlockCalls):
         del held
         return [x_grad, None, *wanted.gradients(found)]
 
-    def _copied(self, out: Tensor, ours: bool) -> int:
-        """How many elements of the second convolutions are copied for PyTorch's own, of all at once."""
-        return 0 if ours else whole.copied(out, self.parameters[CONV2::COUNT])
+    def _copied(self, out: Tensor, ours: bool, waiting: int = 0) -> int:
+        """How many elements of the second convolutions are copied for PyTorch's own; ``waiting`` as of ``copied``."""
+        return 0 if ours else whole.copied(out, self.parameters[CONV2::COUNT], waiting)
 
 
 def block_forward(config: Config, tensors: Tensors) -> list[Tensor]:

@@ -53,6 +53,17 @@ def results(out: Tensor, *columns: int, elements: int = 0) -> list[Tensor]:
     return [out.new_empty(pixels(out.shape) * count) for count in columns] + [out.new_empty(elements)]
 
 
-def copied(like: Tensor, weights: Iterable[Any]) -> int:
-    """Returns how many elements of convolutions' weights are copied for PyTorch's own, of a whole block at once."""
-    return sum(W.numel() for W in weights if not has_kernel(like, [W]))
+_MOST_WAITING = 2**20  # bytes; csrc/ops/taps.h
+
+
+def copied(like: Tensor, weights: Iterable[Any], waiting: int = 0) -> int:
+    """Returns how many elements the copies of convolutions' weights that PyTorch's own read, and their gradients, take
+    at most beside memory that is there anyway: one weight, and of gradients what may wait to be written together.
+
+    ``waiting``: columns of the scratch [M, waiting], of which these take half at most; 0 forward.
+    """
+    own = [W.numel() for W in weights if not has_kernel(like, [W])]
+    if not own or not waiting:
+        return max(own, default=0)
+    most = min(pixels(like.shape) * waiting // 2, _MOST_WAITING // like.element_size())
+    return max(own) + min(sum(own), max(most, max(own)))

@@ -121,6 +121,45 @@ def test_3x3_weights_are_copied_once_for_all_layers(backend: str, library: ctype
     assert more_backward - backward == Counter(convolution_backward=4)
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    ("save", "size", "copies", "writes"),
+    [
+        ("bottlenecks", 8, 2, 2),  # all but the last where the last z will be, and the last; three gradients wait
+        ("features", 8, 1, 2),
+        ("bottlenecks", 2, 4, 4),  # nowhere is room, and no gradient waits for another
+        ("features", 2, 4, 4),
+    ],
+)
+def test_3x3_weights_are_copied_by_few_kernels_and_take_no_memory_of_their_own(
+    backend: str, library: ctypes.CDLL, save: str, size: int, copies: int, writes: int
+) -> None:
+    """Held against weights that need no copy, as they are channels_last and float32: the same bits."""
+    layers = make_layers(16, 8, 32, 4, dtype=torch.float32)
+    x = make_input(8, 16, size, size, dtype=torch.float32)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def run(format: torch.memory_format, frozen: bool) -> tuple[int, int, list[Tensor]]:
+        """Kernels forward and backward; the output and the gradients."""
+        own = [layer.conv2.detach().contiguous(memory_format=format).requires_grad_(not frozen) for layer in layers]
+        before = library.dx_launches()
+        out, _ = dense_block(x, [layer._replace(conv2=w) for layer, w in zip(layers, own, strict=True)], save)
+        between = library.dx_launches()
+        wanted = [x, *(layer.conv1 for layer in layers), *(() if frozen else own)]
+        grads = torch.autograd.grad(out.square().sum(), wanted)
+        return between - before, library.dx_launches() - between, [out.detach(), *grads]
+
+    asked, frozen = run(torch.contiguous_format, False), run(torch.contiguous_format, True)
+    no_copies, no_gradients = run(torch.channels_last, False), run(torch.channels_last, True)
+    assert asked[0] - no_copies[0] == frozen[0] - no_gradients[0] == copies
+    assert asked[1] - no_copies[1] == 1  # all where their gradients will be
+    assert frozen[1] - no_gradients[1] == 4  # one at a time
+    assert no_copies[1] - no_gradients[1] == writes
+    for found, expected in ((asked, no_copies), (frozen, no_gradients)):
+        for mine, theirs in zip(found[2], expected[2], strict=True):
+            assert torch.equal(mine, theirs)
+
+
 # ---- our 3x3 convolution, where it is asked for ----------------------------------------------------------------------
 
 BLOCKS = [
