@@ -5,6 +5,7 @@
 // which hold on a GPU as in emulation.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
@@ -17,26 +18,37 @@ inline int64_t of_test(const char* variable, int64_t usual) {
   return wanted ? std::atoll(wanted) : usual;
 }
 
+#if !defined(DX_EMULATE)
+// An attribute of the current device, or `otherwise`. It never changes and is wanted several times a call: the driver
+// is asked once.
+template <cudaDeviceAttr ATTRIBUTE>
+int attribute_of_device(int otherwise) {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+  if (device < kMostDevices) value = known[device].load(std::memory_order_relaxed);
+  if (value > 0) return value;
+  if (cudaDeviceGetAttribute(&value, ATTRIBUTE, device) != cudaSuccess) return otherwise;
+  if (device < kMostDevices) known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+#endif
+
 // Shared memory that a block can ask for, in bytes.
 inline int most_shared_bytes() {
 #if defined(DX_EMULATE)
-  int bytes = 227 * 1024;  // compute capability 9.0
+  const int bytes = 227 * 1024;  // compute capability 9.0
 #else
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    bytes = int(kSharedBytesByDefault);
+  const int bytes = attribute_of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(int(kSharedBytesByDefault));
 #endif
   return int(of_test("DENSENET_EXT_TEST_SHARED", bytes));
 }
 inline int64_t multiprocessors() {
 #if defined(DX_EMULATE)
-  int count = 132;  // an H100's
+  const int count = 132;  // an H100's
 #else
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    count = 1;
+  const int count = attribute_of_device<cudaDevAttrMultiProcessorCount>(1);
 #endif
   return of_test("DENSENET_EXT_TEST_MULTIPROCESSORS", count);
 }

@@ -29,11 +29,11 @@ class Cuda : public TorchCalls {
   void name(const Params<T>& p, int64_t) const { \
     check_run(#name, cuda::name(p, stream_));    \
   }
-#define DX_RUN_WITH_WORKSPACE(name, Params)                                                    \
-  template <class T>                                                                           \
-  void name(const Params<T>& p, int64_t) const {                                               \
-    const OptionalTensor scratch = workspace(#name, cuda::name##_workspace(p));                \
-    check_run(#name, cuda::name(p, stream_, scratch ? scratch->mutable_data_ptr() : nullptr)); \
+#define DX_RUN_WITH_WORKSPACE(name, Params)                                               \
+  template <class T>                                                                      \
+  void name(const Params<T>& p, int64_t) const {                                          \
+    const Workspace scratch = workspace(#name, cuda::name##_workspace(p), written_by(p)); \
+    check_run(#name, cuda::name(p, stream_, scratch.data));                               \
   }
   DX_RUN_WITH_WORKSPACE(channel_stats, ChannelStats)
   DX_RUN_WITH_WORKSPACE(append_features, AppendFeatures)
@@ -56,8 +56,8 @@ class Cuda : public TorchCalls {
                     "densenet_ext: " #name                                                                \
                     ": size: expected lines for which a GPU's block has the shared memory, got ones of ", \
                     p.images.size[2], " pixels");                                                         \
-    const OptionalTensor scratch = workspace(#name, cuda::name##_workspace(p));                           \
-    check_run(#name, cuda::name(p, stream_, scratch ? scratch->mutable_data_ptr() : nullptr));            \
+    const Workspace scratch = workspace(#name, cuda::name##_workspace(p), written_by(p));                 \
+    check_run(#name, cuda::name(p, stream_, scratch.data));                                               \
   }
   DX_RUN_CONV3X3(bn_relu_conv3x3, BnReluConv3x3)
   DX_RUN_CONV3X3(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
@@ -81,13 +81,36 @@ class Cuda : public TorchCalls {
     return cuda::chooses_own_conv3x3(p);
   }
 
+  // Memory of the call that workspaces may take for as long as this lives: nobody else uses it while a kernel runs that
+  // has one, unless it is that kernel's own result.
+  void lend(void* memory, int64_t bytes) const {
+    constexpr uintptr_t kAlignment = 256;
+    const uintptr_t skipped = (kAlignment - reinterpret_cast<uintptr_t>(memory) % kAlignment) % kAlignment;
+    if (bytes <= int64_t(skipped)) return;
+    lent_ = static_cast<char*>(memory) + skipped, lent_bytes_ = size_t(bytes) - skipped, lender_ = memory;
+  }
+
  private:
+  struct Workspace {
+    void* data;  // or null
+    OptionalTensor owner;
+  };
+  template <class P>
+  static const void* written_by(const P&) {
+    return nullptr;
+  }
+  template <class T>
+  static const void* written_by(const BnReluBackwardReduce<T>& p) {
+    return p.out.data;
+  }
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only
-  // behind the kernels that were launched by then.
-  OptionalTensor workspace(const char* name, size_t bytes) const {
-    if (bytes == 0) return std::nullopt;
+  // behind the kernels that were launched by then. written: the kernel's result that may lie in lent memory.
+  Workspace workspace(const char* name, size_t bytes, const void* written) const {
+    if (bytes == 0) return {nullptr, std::nullopt};
+    if (bytes <= lent_bytes_ && written != lender_) return {lent_, std::nullopt};
     try {
-      return torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
+      Tensor memory = torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
+      return {memory.mutable_data_ptr(), std::move(memory)};
     } catch (const std::exception&) {
       report_no_workspace(name, bytes);  // the stable ABI drops the kind of the exception
     }
@@ -117,6 +140,9 @@ class Cuda : public TorchCalls {
   const Tensor& first_;
   torch::stable::accelerator::DeviceGuard guard_;
   cuda::Stream stream_;
+  mutable void* lent_ = nullptr;
+  mutable size_t lent_bytes_ = 0;
+  mutable const void* lender_ = nullptr;  // where the lent memory begins, before it is aligned
 };
 
 }  // namespace dx::ops

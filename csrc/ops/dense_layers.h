@@ -116,6 +116,8 @@ void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
       copies.lend(z_all + M * last.z, M * last.b, 1);
     else if (!call.drops_inside())
       copies.lend(scratch.a, M * widest_a, 0);
+    // relu(bn2(z)) is there from one kernel without a workspace to PyTorch's convolution
+    if (z_all && !call.drops_inside()) at.lend(scratch.a, M * widest_a * int64_t(sizeof(T)));
     call.run(call.layers, [&] { dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch); });
   });
 }
@@ -186,6 +188,7 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
     for (size_t l = 0; l < own.size(); ++l)
       if (!has_kernel(at, buffer.images, call.layers[l].conv2))
         copies.add(call.layers[l].conv2, own[l].conv2.weight.data);
+    if (!call.drops_inside()) at.lend(scratch.a, M * widest_a * int64_t(sizeof(T)));
     call.run(call.layers, [&] {
       dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
     });

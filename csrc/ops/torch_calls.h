@@ -34,6 +34,9 @@ class TorchCalls : public Place {
     return MaybeOwned<T>(rows);
   }
 
+  // Memory that kernels may take for their workspaces: where a backend has such kernels, it does.
+  void lend(void*, int64_t) const {}
+
   // Runs f, which calls nothing but kernels: where a backend can make ready for many of them, it does.
   template <class F>
   void together(int64_t, const F& f) const {

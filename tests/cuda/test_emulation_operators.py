@@ -160,6 +160,44 @@ def test_3x3_weights_are_copied_by_few_kernels_and_take_no_memory_of_their_own(
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    ("size", "forward", "backward"),
+    [
+        # Many rows for each multiprocessor, as in training: workspaces lie in the scratch for relu(bn2(z)), but the one
+        # of the kernel that writes that.
+        (24, {"aten::convolution": 1}, {"aten::convolution_backward": 2, "aten::new_empty": 1}),
+        # Few rows: the 1x1 convolution's take more than that scratch, sums need none.
+        (2, {"aten::convolution": 1, "aten::new_empty": 2}, {"aten::convolution_backward": 2, "aten::new_empty": 1}),
+    ],
+)
+def test_what_a_layer_asks_of_torch(
+    backend: str, library: ctypes.CDLL, size: int, forward: dict[str, int], backward: dict[str, int], monkeypatch
+) -> None:
+    """Calls through the dispatcher, each some microseconds of the host, and kernels, for every further layer."""
+    monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
+    names = ("convolution", "convolution_backward", "new_empty", "new_zeros", "copy_", "to", "contiguous", "mul")
+
+    def state() -> Counter[str]:
+        calls = {f"aten::{name}": library.dx_torch_calls(f"aten::{name}".encode()) for name in names}
+        return Counter(calls, kernels=library.dx_launches())
+
+    def asked_for(count: int) -> tuple[Counter[str], Counter[str]]:
+        layers = make_layers(8, 4, 16, count, dtype=torch.float32)
+        x = make_input(8, 8, size, size, dtype=torch.float32)
+        before = state()
+        out, _ = dense_block(x, layers)
+        between = state()
+        torch.autograd.grad(out.sum(), [x, *(t for layer in layers for t in (layer.conv1, layer.conv2))])
+        return between - before, state() - between
+
+    (few_forward, few_backward), (more_forward, more_backward) = asked_for(2), asked_for(4)
+    one_forward = {name: calls / 2 for name, calls in (more_forward - few_forward).items()}
+    one_backward = {name: calls / 2 for name, calls in (more_backward - few_backward).items()}
+    assert one_forward.pop("kernels") <= 7 and one_backward.pop("kernels") <= 7
+    assert one_forward == forward and one_backward == backward
+
+
 # ---- our 3x3 convolution, where it is asked for ----------------------------------------------------------------------
 
 BLOCKS = [
