@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.choice3x3 import table_rows
 from benchmarks.markdown import table
 
 Results = Mapping[str, Any]
@@ -16,6 +17,7 @@ _NETWORKS = (
     *("fastest eager peer", "images / s", "its time over ours", "CUDA graph: ours", "eager"),
     *("`torch.compile`", "max-autotune", "peak, GiB: ours", "`features`", "eager", "`memory_efficient`"),
 )
+_CONV3X3 = ("network", "precision", "width", "pixels", "C", "k", "ours, us", "PyTorch's, us", "its time over ours")
 _KERNELS = ("operator", "shapes", "ms, all", "GB / s", "share of a copy", "lowest to highest", "TFLOP / s")
 
 
@@ -39,7 +41,24 @@ def kernels(found: Results) -> str:
         lines = [_operator(name, each, found["copy_bytes_per_second"]) for name, each in rows.items()]
         shown = table(_KERNELS, lines, "l" + "r" * (len(_KERNELS) - 1))
         parts += [f"**{network}**, batch {batch}, {precision}", shown]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_conv3x3(found.get("conv3x3", ()))])
+
+
+def _conv3x3(rows: Sequence[Row]) -> list[str]:
+    """A line a shape, ours against PyTorch's; and the rows that conv3x3_choice.cu's table becomes by it."""
+    if not rows:
+        return []
+    lines = [
+        [
+            *(str(row[name]) for name in ("network", "precision", "width", "rows", "C", "N")),
+            *(f"{row[name] * 1e6:.0f}" for name in ("ours", "theirs")),
+            f"{row['theirs'] / row['ours']:.2f}",
+        ]
+        for row in rows
+    ]
+    shown = table(_CONV3X3, lines, "ll" + "r" * (len(_CONV3X3) - 2))
+    own = table_rows(rows) or ["// none: PyTorch's is faster everywhere"]
+    return ["3x3 convolutions, both passes with all around them:", shown, "\n".join(["```cpp", *own, "```"])]
 
 
 RENDERERS: dict[str, Callable[[Results], str]] = {"networks.json": networks, "kernels.json": kernels}

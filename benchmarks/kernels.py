@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import operators
+from benchmarks import choice3x3, operators
 from benchmarks.peers import Network
 from benchmarks.run import Say, machine
 
@@ -136,7 +136,7 @@ def run(
     """Measures the operators at the shapes of ``networks`` for at most about ``seconds``; returns a results file.
 
     ``save`` is called with what there is after every network and precision. A case for which the memory does not
-    suffice is left out, with the reason.
+    suffice is left out, with the reason. Up to a quarter of the time goes to 3x3 convolutions, ours against PyTorch's.
     """
     end = time.monotonic() + seconds
     stopwatch = Stopwatch(device)
@@ -144,6 +144,7 @@ def run(
     say(f"a copy moves {copy / 1e9:.0f} GB/s")
     found: dict[str, Any] = {"machine": machine(device), "copy_bytes_per_second": copy, "repeats": REPEATS}
     found |= {"rows": [], "skipped": [], "left_out": 0}
+    found["conv3x3"] = choice3x3.run(networks, PRECISIONS, stopwatch, seconds / 4)
     group = ""
     for network, precision, case in wanted(networks, device):
         if time.monotonic() > end:

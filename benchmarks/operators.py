@@ -67,10 +67,11 @@ def cases(network: Network, dtype: torch.dtype, device: torch.device) -> Iterato
         last = block is blocks[-1]
         window = block.image if last else 2
         yield from _average(make, block, width, window, "head" if last else f"transition {block.number}")
+    yield from cases_3x3(network, dtype, device)
 
 
 def cases_3x3(network: Network, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """The 3x3 convolutions of ``network``, one a block, for which a GPU has no operator: all layers are alike."""
+    """The 3x3 convolutions of ``network``, one a block: all layers are alike."""
     make, k = _Maker(dtype, device), network.growth_rate
     for block in blocks_of(network):
         pitch, where = block.channels + block.layers * k, f"block {block.number}"

@@ -63,7 +63,7 @@ CHOSEN = (
 def cases(chosen: Sequence[Chosen], dtype: torch.dtype) -> Iterator[tuple[Network, Case]]:
     """Every wanted call; the 3x3 convolutions behind the others of their network."""
     for network, wanted in chosen:
-        for case in (*operators.cases(network, dtype, CPU), *operators.cases_3x3(network, dtype, CPU)):
+        for case in operators.cases(network, dtype, CPU):
             if wanted(case):
                 yield network, case
 

@@ -17,6 +17,9 @@ WITHIN = 0.25
 # Kernels that go over rows once: launches of a few microseconds count at the smaller images.
 ELEMENTWISE = {"bn_relu": 0.70, "bn_relu_backward_reduce": 0.69, "append_features": 0.46, "feature_grad": 0.48}
 
+# The 3x3 convolution by its rows, forward and backward: at 7x7 nearly all of it are launches.
+CONV3X3 = {802_816: (0.40, 0.29), 200_704: (0.36, 0.25), 50_176: (0.21, 0.16), 12_544: (0.07, 0.06)}
+
 
 def predicted(row: Row) -> float | None:
     """The share of a copy's bandwidth at which a row of kernels.json was predicted to run, or None."""
@@ -28,6 +31,8 @@ def predicted(row: Row) -> float | None:
         # dz is made anew for each slice of 128 columns
         slices = -(-row["columns"] // 128)
         return 0.70 if slices <= 2 else 0.61 if slices <= 4 else 0.55
+    if row["operator"].startswith("bn_relu_conv3x3"):
+        return CONV3X3.get(row["rows"], (None, None))[row["operator"].endswith("_backward")]
     return ELEMENTWISE.get(row["operator"])
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import densenet_ext as dx
-from benchmarks import gpu_table, kernels, measure, networks, operators, peers, table
+from benchmarks import choice3x3, gpu_table, kernels, measure, networks, operators, peers, table
 from densenet_ext import _extension
 from densenet_ext.kernels import CPU_OPS, OPS
 
@@ -61,7 +61,7 @@ def test_every_case_runs(network: peers.Network, dtype: torch.dtype) -> None:
         arguments = {**case.make(), **operators.arithmetic(operator)}
         operator(**arguments)
         rows = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.dim() == 2 and x.dtype == dtype]
-        assert max(x.shape[0] for x in rows) == case.rows and bool(case.flops) == ("conv1x1" in case.operator)
+        assert max(x.shape[0] for x in rows) == case.rows and bool(case.flops) == ("conv" in case.operator)
 
 
 def test_bytes_are_what_a_call_has_to_move() -> None:
@@ -118,7 +118,7 @@ def test_a_run_of_the_operators(measured: dict[str, Any]) -> None:
     by_precision = {row["precision"]: set() for row in measured["rows"]}
     for row in measured["rows"]:
         by_precision[row["precision"]].add(row["operator"])
-    assert by_precision["float32, TF32"] == {"bn_relu_conv1x1", "bn_relu_conv1x1_backward"}
+    assert by_precision["float32, TF32"] == {name for name in OPS if "conv" in name}
     assert by_precision["float16"] == set(OPS) - CPU_OPS
 
 
@@ -375,3 +375,41 @@ def test_bad_options_are_refused(command: Callable[..., Any], tmp_path: Path) ->
         for what in ("kernels", "networks"):
             result = command(what, *options)
             assert result.exit_code == 2 and name in result.output
+
+
+# ---- ours or PyTorch's 3x3 convolution -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [TINY, SMALL], ids=lambda n: n.name)
+def test_both_ways_compute_the_same(network: peers.Network) -> None:
+    for block in operators.blocks_of(network):
+        layer = choice3x3.layer_of(block, network.growth_rate, torch.float64, CPU, False)
+        layer.buffer.zero_()
+        got = choice3x3.ours(layer)
+        features, statistics = layer.buffer.clone(), (layer.mean.clone(), layer.var.clone())
+        layer.buffer.zero_()
+        want = choice3x3.theirs(layer)()
+        for one, other in zip((features, *statistics), (layer.buffer, layer.mean, layer.var), strict=True):
+            torch.testing.assert_close(one, other)
+        assert got.keys() == want.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], want[name], msg=name)
+
+
+def test_a_choice_begins_where_ours_is_faster_throughout() -> None:
+    def row(rows: int, ours: float, width: int = 56, size: int = 2) -> dict[str, Any]:
+        shape = {"capability": 90, "bytes": size, "tf32": size == 4, "C": 128, "N": 32, "width": width, "rows": rows}
+        return {**shape, "ours": ours, "theirs": 1.0, "network": "densenet121", "precision": "any"}
+
+    found = [row(100, 0.5), row(400, 2.0), row(800, 0.9), row(800, 0.8), row(1600, 0.7)]
+    found += [row(800, 0.9, width=28), row(800, 1.1, width=28), row(50, 0.5, width=28), row(9, 0.5, size=4)]
+    assert choice3x3.table_rows(found) == ["{90, 2, false, 128, 32, 56, 800},", "{90, 4, true, 128, 32, 56, 9},"]
+    assert choice3x3.table_rows([row(9, 1.0)]) == []
+
+
+def test_the_choice_is_a_part_of_the_operators_table(measured: dict[str, Any]) -> None:
+    rows = measured["conv3x3"]
+    assert {(row["network"], row["width"]) for row in rows} >= {("small", 8), ("small", 4)}
+    assert {row["precision"] for row in rows} == {"bfloat16", "float16", "float32, TF32"}
+    text = gpu_table.kernels(measured)
+    assert "```cpp\n" in text and all(f"| {row['ours'] * 1e6:.0f} |" in text for row in rows)
