@@ -151,6 +151,23 @@ def test_layers_of_different_width(backend: str) -> None:
     compare(make_input(2, 5, 4, 3), [first, second])
 
 
+@pytest.mark.parametrize("save", ["bottlenecks", "features"])
+def test_convolutions_of_different_windows(save: str, backend: str) -> None:
+    """5x5 by PyTorch's own on every device, beside 3x3; one weight asks for no gradient, where the others lie."""
+    layers = make_layers(5, 3, 7, 4)
+    for i, window in ((0, 5), (1, 5), (3, 5)):
+        weight = torch.randn(3, 7, window, window, dtype=torch.float64) / 5
+        layers[i] = layers[i]._replace(conv2=weight.requires_grad_(i != 1))
+    x = make_input(2, 5, 6, 4)
+    with torch.no_grad():
+        expected = reference.dense_block(x, clone(layers), update=False)
+        assert_equal([dense_block(x, clone(layers), save)], [expected], 1e-9)
+    got, expected = dense_block(x, layers, save), reference.dense_block(x, layers, update=False)
+    asked = [x, *(t for t in parameters(layers) if t.requires_grad)]
+    grad = torch.randn_like(expected)
+    assert_equal(gradients(got, asked, grad), gradients(expected, asked, grad), 1e-9)
+
+
 def test_no_layers_and_empty_batch() -> None:
     x = make_input(2, 5, 4, 3)
     assert torch.equal(dense_block(x, []), x)

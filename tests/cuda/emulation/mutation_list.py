@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .mutation_cases import BOTH, FORWARD, Case, forward_of_96_channels, forward_tf32
 
-FAMILIES = ("DX_CONV1X1", "DX_STATISTICS", "DX_BN_RELU", "DX_COPY_TAPS")  # the kernels that are mutated
+FAMILIES = ("DX_CONV1X1", "DX_CONV3X3", "DX_STATISTICS", "DX_BN_RELU", "DX_COPY_TAPS")  # the kernels that are mutated
 
 
 class Mutation(NamedTuple):

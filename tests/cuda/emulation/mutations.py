@@ -2,10 +2,10 @@
 
     python -m tests.cuda.emulation.mutations [--only PATTERN] [--list]
 
-A mutation (mutation_list.py, mutation_backward.py, mutation_rows.py) replaces a few words in a temporary copy of the
-sources: a barrier goes, a stride or an index of a fragment is another, a bound is left out. The copy is compiled for
-the emulator and runs its cases; one of them has to fail, be it by the emulator's checks or by its numbers. Exit code 0:
-all were caught; 1: some were not, or a case fails without any mutation.
+A mutation (mutation_list.py, mutation_backward.py, mutation_rows.py, mutation_conv3x3.py) replaces a few words in a
+temporary copy of the sources: a barrier goes, a stride or an index of a fragment is another, a bound is left out. The
+copy is compiled for the emulator and runs its cases; one of them has to fail, be it by the emulator's checks or by its
+numbers. Exit code 0: all were caught; 1: some were not, or a case fails without any mutation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from pathlib import Path
 
 import torch
 
-from tests.cuda.emulation import mutation_backward, mutation_list, mutation_rows
+from tests.cuda.emulation import mutation_backward, mutation_conv3x3, mutation_list, mutation_rows
 from tests.cuda.emulation.library import CACHE, Library, compile_library
 from tests.cuda.emulation.mutation_cases import Case
 from tests.cuda.emulation.mutation_list import FAMILIES, Mutation
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-MUTATIONS = [*mutation_list.MUTATIONS, *mutation_backward.MUTATIONS, *mutation_rows.MUTATIONS]
+_LISTS = (mutation_list, mutation_backward, mutation_rows, mutation_conv3x3)
+MUTATIONS = [mutation for own in _LISTS for mutation in own.MUTATIONS]
 CASES: dict[str, Case] = {case.__name__: case for mutation in MUTATIONS for case in mutation.cases}
 MOST_SECONDS = 120  # of processor time, for a mutation's cases: one that hangs is caught too, whatever else runs
 
