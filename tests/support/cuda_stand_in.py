@@ -3,7 +3,8 @@
 A capture runs its operations once, notes each with the very tensors that it reads and writes, and then puts back
 whatever they changed, as capturing on a GPU runs nothing. A replay runs them again on the same tensors. So a batch that
 is not copied into the captured tensors has no effect, as on a GPU, and reading a value during a capture is an error.
-What else only CUDA refuses is not seen.
+What else only CUDA refuses is not seen. Tensors that operators were given once (densenet_ext.algorithm.kept) count as
+those of every call that names them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from densenet_ext import kernels
+
+_KEEPS = [getattr(kernels.select(torch.empty(0)), name, None) for name in kernels.KEPT_OPS]
+_kept: dict[int, list[Tensor]] = {}
 
 
 class Graph:
@@ -46,7 +52,10 @@ class _Notes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a value is read during a capture")
-        for tensor in _tensors((args, kwargs)):
+        if func in _KEEPS:  # no work of the device
+            return func(*args, **(kwargs or {}))
+        named = [_kept.get(leaf, []) for leaf in tree_leaves((args, kwargs)) if type(leaf) is int]
+        for tensor in _tensors((args, kwargs, named)):
             if _memory(tensor) not in {*self.made, *self.before}:
                 self.before[_memory(tensor)] = (tensor.detach(), tensor.detach().clone())
         out = func(*args, **(kwargs or {}))
@@ -83,8 +92,23 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    ops = kernels.select(torch.empty(0))
+    for name in ("keep_layers", "keep_norms"):
+        if hasattr(ops, name):
+            monkeypatch.setattr(ops, name, _remembering(getattr(ops, name)))
+    if hasattr(ops, "drop_kept"):
+        monkeypatch.setattr(ops, "drop_kept", lambda number: None)  # a replay names them again
     monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda: ["cpu"])
+
+
+def _remembering(keep: Any) -> Any:
+    def remembering(*args: Any) -> int:
+        number = keep(*args)
+        _kept[number] = _tensors(args)
+        return number
+
+    return remembering
 
 
 def _tensors(tree: Any) -> list[Tensor]:
