@@ -359,7 +359,8 @@ def test_statistics_of_an_odd_first_row(kernels, monkeypatch, arithmetic, odd) -
 @pytest.mark.slow
 def test_mutations_are_caught() -> None:
     """A few of them; ``python -m tests.cuda.emulation.mutations`` runs all."""
-    few = [mutation for mutation in mutations.MUTATIONS if mutation.name.endswith(mutation_list.FEW)]
+    own = [mutation for mutation in mutations.MUTATIONS if not mutation.name.startswith("3x3")]
+    few = [mutation for mutation in own if mutation.name.endswith(mutation_list.FEW)]
     assert len(few) == len(mutation_list.FEW) and mutations.run(few) == []
 
 
