@@ -20,9 +20,15 @@ def forward3x3_tf32(kernels: Library) -> None:
     conv3x3.run_forward(kernels, *use("tf32"), IMAGES, 20, 12)
 
 
+def forward3x3_streamed(kernels: Library) -> None:
+    """Weights that come chunk by chunk."""
+    with device(multiprocessors=132, shared=60):
+        conv3x3.run_forward(kernels, *use("bf16"), IMAGES, 100, 12)
+
+
 def forward3x3_of_several_tiles(kernels: Library) -> None:
-    """For a block, with weights that stream, and statistics of several blocks."""
-    with device(shared=110):
+    """For a block, and statistics of several blocks."""
+    with device():
         conv3x3.run_forward(kernels, *use("bf16"), MANY, 40, 12, drop=0.3)
 
 
@@ -41,7 +47,7 @@ def backward3x3_tf32(kernels: Library) -> None:
 def backward3x3_of_several_tiles(kernels: Library) -> None:
     """Of rows for a block: the ring of rows is gone around."""
     with device():
-        conv3x3.run_backward(kernels, *use("bf16"), [7, 1, 9, 11], 12, 10)
+        conv3x3.run_backward(kernels, *use("bf16"), [7, 1, 9, 11], 16, 10)
 
 
 def backward3x3_of_planes(kernels: Library) -> None:
@@ -77,7 +83,7 @@ MUTATIONS = [
         "conv3x3.cu",
         "panel(p.resident ? step : side)",
         "panel(p.resident ? step : 0)",
-        (forward3x3_of_several_tiles,),
+        (forward3x3_streamed,),
     ),
     Mutation(
         "3x3: dropout by the rows of a tile",
