@@ -183,12 +183,24 @@ def moving() -> dict[str, Any]:
     }
 
 
+def move(
+    running_means: list[Tensor], running_vars: list[Tensor], means: list[Tensor], vars: list[Tensor],
+    which: list[int], starts: list[int], momenta: list[float], unbiased: float,
+) -> None:  # fmt: skip
+    """Has the norms kept for one call."""
+    norms = ops.keep_norms(running_means, running_vars, [], which, starts, momenta)
+    try:
+        ops.move_running_stats(norms, means, vars, unbiased)
+    finally:
+        ops.drop_kept(norms)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_running_statistics_move_by_those_of_the_batch(dtype: torch.dtype) -> None:
     args = moving()
     for name in ("running_means", "running_vars", "means", "vars"):
         args[name] = [t.to(dtype) for t in args[name]]
-    ops.move_running_stats(*args.values())
+    move(**args)
     (mean, other_mean), (var, other_var) = args["running_means"], args["running_vars"]
     assert mean.tolist() == [0, 0.5, 1, 1.5] and var.tolist() == [0.5 + 0.5 * 6] * 4
     assert other_mean.tolist() == [0.75, 1.0] and other_var.tolist() == [0.75 + 0.25 * 6, 0.75 + 0.25 * 8]
@@ -197,7 +209,7 @@ def test_running_statistics_move_by_those_of_the_batch(dtype: torch.dtype) -> No
 def test_a_norm_that_occurs_twice_moves_twice() -> None:
     running = torch.zeros(2), torch.ones(2)
     batch = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]
-    ops.move_running_stats([running[0]] * 2, [running[1]] * 2, *batch, [0, 0], [0, 0], [0.5, 0.5], 1.0)
+    move([running[0]] * 2, [running[1]] * 2, *batch, [0, 0], [0, 0], [0.5, 0.5], 1.0)
     assert running[0].tolist() == [0.75, 1.5] and running[1].tolist() == [2.5, 3.25]
 
 
@@ -224,14 +236,14 @@ def test_running_statistics_of_absurd_vectors_are_refused(name: str, what: str) 
     args = moving()
     args[name][1] = ABSURD_VECTORS[what](args[name][1])
     with pytest.raises(RuntimeError, match=rf"densenet_ext: {name}: expected .*got"):
-        ops.move_running_stats(*args.values())
+        move(**args)
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in ABSURD_LISTS.items() for value in values])
 def test_running_statistics_by_absurd_numbers_are_refused(name: str, value: list[Any]) -> None:
     args = {**moving(), name: value}
-    with pytest.raises(RuntimeError, match=rf"densenet_ext: ({name}|move_running_stats): expected .*got"):
-        ops.move_running_stats(*args.values())
+    with pytest.raises(RuntimeError, match=rf"densenet_ext: ({name}|keep_norms): expected .*got"):
+        move(**args)
 
 
 @pytest.mark.parametrize("name", ["running_vars", "means", "vars"])
@@ -240,7 +252,7 @@ def test_running_statistics_in_lists_of_other_lengths_are_refused(name: str) -> 
         args = moving()
         args[name] = change(args[name])
         with pytest.raises(RuntimeError, match="densenet_ext: .*expected .*got"):
-            ops.move_running_stats(*args.values())
+            move(**args)
 
 
 def test_running_statistics_of_more_channels_than_the_batch_has_are_refused() -> None:
@@ -249,5 +261,5 @@ def test_running_statistics_of_more_channels_than_the_batch_has_are_refused() ->
         args[name][0] = torch.zeros(5 if name.startswith("running") else 3)
         before = [t.clone() for t in args["running_means"]]
         with pytest.raises(RuntimeError, match="densenet_ext: .*expected .*got"):
-            ops.move_running_stats(*args.values())
+            move(**args)
         assert all(map(torch.equal, args["running_means"], before))
