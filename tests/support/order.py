@@ -25,7 +25,7 @@ LONGEST = {
     "tests/training/test_train_processes.py": 30,
     "tests/training/test_train.py": 30,
     "tests/training/test_train_resume.py": 30,
-    "tests/training/test_train_compare.py": 25,
+    "tests/compare/test_train_compare.py": 25,
     "tests/peers/test_captures.py": 20,
     "tests/training/test_train_pictures.py": 15,
     "tests/peers/test_hooks.py": 15,
