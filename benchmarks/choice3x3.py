@@ -11,17 +11,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.operators import EPS, Block, blocks_of
 from benchmarks.peers import Network
+from benchmarks.stopwatch import Precision, Stopwatch
 from densenet_ext.kernels import acc_dtype
-
-if TYPE_CHECKING:
-    from benchmarks.kernels import Precision, Stopwatch
 
 DIVISORS = (1, 8)  # of a network's batch
 _dropout = {"drop_rate": 0.0, "seed": None, "layer": 0, "drop_rows": 1}

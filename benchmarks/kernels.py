@@ -6,86 +6,18 @@ memory, as in a network whose layers fill the cache many times over.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks import choice3x3, operators
 from benchmarks.peers import Network
 from benchmarks.run import Say, machine
+from benchmarks.stopwatch import PRECISIONS, REPEATS, Precision, Stopwatch
 
 GIB = 2**30
-REPEATS = 15
-
-
-class Precision(NamedTuple):
-    """The dtype of the rows, and whether products may use TF32."""
-
-    name: str
-    dtype: torch.dtype
-    tf32: bool = False
-
-
-PRECISIONS = (
-    Precision("bfloat16", torch.bfloat16),
-    Precision("float32", torch.float32),
-    Precision("float32, TF32", torch.float32, tf32=True),
-    Precision("float16", torch.float16),
-)
-
-
-class Stopwatch:
-    """Seconds of single calls on a device, with nothing of their arguments in its cache."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        flush_bytes: int | None = None,
-        now: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """``flush_bytes``: what is written between two calls; by default several times the cache of a GPU.
-
-        ``now``: the clock of a processor.
-        """
-        self.device = device
-        if flush_bytes is None:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-            flush_bytes = max(4 * cache, 2**20)
-        self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
-        self.now = now
-
-    def median(self, call: Callable[[], object], repeats: int = REPEATS) -> float:
-        """The median seconds of ``repeats`` calls after three that are not counted."""
-        return statistics.median(self.times(call, repeats))
-
-    def times(self, call: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-        """The seconds of ``repeats`` calls after three that are not counted."""
-        for _ in range(3):
-            call()
-        return self._on_gpu(call, repeats) if self.device.type == "cuda" else self._here(call, repeats)
-
-    def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[float]:
-        # the flush takes longer than a launch: the calls are in the queue before the GPU comes to them
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-    def _here(self, call: Callable[[], object], repeats: int) -> list[float]:
-        times = []
-        for _ in range(repeats):
-            self.flush.zero_()
-            begin = self.now()
-            call()
-            times.append(self.now() - begin)
-        return times
 
 
 def copy_bandwidth(stopwatch: Stopwatch, size: int = GIB) -> float:

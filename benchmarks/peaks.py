@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.kernels import Stopwatch, copy_bandwidth
+from benchmarks.kernels import copy_bandwidth
+from benchmarks.stopwatch import Stopwatch
 from build_backend.environment import cxx_compiler
 
 SIDES = (1024, 2048)

@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import densenet_ext as dx
 from benchmarks import markdown, measure
-from benchmarks.kernels import Stopwatch
 from benchmarks.operators import blocks_of
 from benchmarks.peaks import SIDES, gemm
 from benchmarks.peers import Network
 from benchmarks.run import Say, machine
+from benchmarks.stopwatch import Stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("training", "inference")

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import markdown, operators
-from benchmarks.kernels import REPEATS, Stopwatch
 from benchmarks.operators import Case
 from benchmarks.peaks import COPIED, SIDES, Peaks, peaks
 from benchmarks.peers import NETWORKS, Network
 from benchmarks.run import Say, machine
+from benchmarks.stopwatch import REPEATS, Stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLUSHED = 2**26  # bytes

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import densenet_ext as dx
 from benchmarks import host, operators, peaks, peers, profile, roofline, table
-from benchmarks.kernels import Stopwatch
+from benchmarks.stopwatch import Stopwatch
 from densenet_ext import _extension
 from densenet_ext.kernels import OPS
 

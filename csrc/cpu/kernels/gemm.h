@@ -44,10 +44,12 @@ DX_INLINE void for_column_blocks(int64_t begin, int64_t end, const F& f) {
 
 // acc[r][j] = sum_k a(r, k) * b(k, j). The left operand is addressed as a[r * row_stride + k * k_stride]; a stride
 // given as template argument (not 0) is known to the compiler. The right operand's rows are `b_stride` apart.
-template <class P, int NV, int ROW_STRIDE, int K_STRIDE, int R>
+template <class P, int NV, int ROW_STRIDE, int K_STRIDE>
 DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
-                            const typename P::Operand* b, int64_t b_stride, Vec<typename P::A> (&acc)[R][NV]) {
+                            const typename P::Operand* b, int64_t b_stride,
+                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV]) {
   using A = typename P::A;
+  constexpr int R = kTileRows<NV>;
   const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
   // Two or three rows per pointer: x86 then addresses them as [p + i * row_stride], without a pointer for each row.
   constexpr int GROUP = ROW_STRIDE ? R : (R % 3 == 0 ? 3 : 2);
