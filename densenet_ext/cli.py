@@ -139,7 +139,7 @@ def errors_told() -> Iterator[None]:
         end(error, error.exit_code, error)
     except ModuleNotFoundError as error:
         end(f"this needs {error.name}: pip install 'densenet_ext[train]'", 1, error)
-    except (ConnectionError, EOFError) as error:
+    except ConnectionResetError as error:
         # A batch on its way out of a worker that has just been killed, before its end is known.
         end(f"DataLoader worker ended: {error} (try fewer --workers; the last checkpoint is kept)", 1, error)
     except OSError as error:

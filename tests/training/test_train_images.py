@@ -127,7 +127,11 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, 
     monkeypatch.setattr(Learner, "step", kill)
     ended = run("train", *folder_options(photos), "--epochs", 3, "--workers", 1, "--out", tmp_path / "run")
     gc.collect()  # as long as the run's loader is there, PyTorch tells of its worker at any later signal
-    assert ended.code == 1 and "Error: DataLoader worker" in ended.text, ended.output
+    told = (
+        "Error: DataLoader worker (pid",
+        "Error: DataLoader worker ended: [Errno 104]",
+    )  # the second: in the middle of a batch
+    assert ended.code == 1 and any(words in ended.text for words in told), ended.output
     assert "try fewer --workers; the last checkpoint is kept" in ended.text
     assert len(checkpoint(tmp_path / "run")["history"]) == 1
 

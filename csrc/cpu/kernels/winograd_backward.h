@@ -44,17 +44,19 @@ class WinogradWgrad {
   int64_t points_size() const { return kPoints * rows() * pitch(); }
   int64_t direct_size() const { return slices * 9 * N * slice_pitch(); }
 
+  // Rows of a tile of wgrad's products: of one vector of v.
+  static constexpr int kRows = kLongRows == 8 ? 8 : 4;
+
   // sums += v^T * u for so many tiles.
   void add(const Points v, const Points u, int64_t tiles, float* sums) const {
     for (int p = 0; p < kPoints; ++p)
       for (int64_t n = 0; n < N; n += L) {
-        // A tile's rows are of one vector of v.
         const int64_t width = std::min<int64_t>(L, N - n);
-        const bool shorter = kLongRows == 8 && (width <= 6 || (width > 8 && width <= 12));
-        const int64_t step = shorter ? 6 : kLongRows == 8 ? 8 : 4;
+        const bool shorter = kRows == 8 && (width <= 6 || (width > 8 && width <= 12));
+        const int64_t step = shorter ? 6 : kRows;
         for_column_blocks<float>(0, pitch(), [&](int64_t c, auto vectors) {
           constexpr int NV = decltype(vectors)::value;
-          const auto tile = shorter ? point_wgrad<6, NV> : point_wgrad < kLongRows == 8 ? 8 : 4, NV > ;
+          const auto tile = shorter ? point_wgrad<6, NV> : point_wgrad<kRows, NV>;
           for (int64_t r = 0; r < width; r += step)
             tile(tiles, v.at(n / L, 0) + p * L + r, u.at(c / L, 0) + p * L, u.tiles * Points::kTile,
                  sums + (p * rows() + n + r) * pitch() + c, pitch());

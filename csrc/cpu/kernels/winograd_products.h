@@ -143,9 +143,8 @@ inline ReadAhead read_ahead(const TileRows& tiles, const TileGroups& groups, Row
   return ReadAhead(x, first * image.width, lines * image.width, C, steps);
 }
 
-// ---- which
-// ----------------------------------------------------------------------------------------------------------- An
-// estimate of cycles, fitted to what `python -m benchmarks.conv3x3` measured: a multiply-add of vectors is one.
+// ---- which --------------------------------------------------------------------------------------------------------
+// An estimate of cycles, fitted to what `python -m benchmarks.conv3x3` measured: a multiply-add of vectors is one.
 struct WinogradCost {
   const TileRows& tiles;
   int64_t C, N;
