@@ -9,7 +9,7 @@ from densenet_ext import functional
 from densenet_ext._extension import build_info
 from densenet_ext._version import __version__
 from densenet_ext.fc_densenet import FCDenseNet, fc_densenet56, fc_densenet67, fc_densenet103
-from densenet_ext.fusing import fuse, unfuse, verify
+from densenet_ext.fusing import fuse, packed_weights, unfuse, verify
 from densenet_ext.memory.plan import plan
 from densenet_ext.models import (
     DenseNet,
@@ -42,6 +42,7 @@ __all__ = [
     "fc_densenet103",
     "functional",
     "fuse",
+    "packed_weights",
     "plan",
     "report",
     "unfuse",

@@ -2,10 +2,12 @@
 #pragma once
 
 #include "../params.h"
+#include "packed_weights.h"
 #include "parallel.h"
 
 namespace dx::cpu {
 
+// packed: of the call's weight, or null.
 template <class T>
 struct Kernels {
   void (*channel_stats)(const ChannelStats<T>&, const Pool&);
@@ -14,9 +16,9 @@ struct Kernels {
   void (*feature_grad)(const FeatureGrad<T>&, const Pool&);
   void (*bn_relu_backward_reduce)(const BnReluBackwardReduce<T>&, const Pool&);
   void (*bn_relu_backward)(const BnReluBackward<T>&, const Pool&);
-  void (*bn_relu_conv1x1)(const BnReluConv1x1<T>&, const Pool&);
+  void (*bn_relu_conv1x1)(const BnReluConv1x1<T>&, const Pool&, PackedWeights*);
   void (*bn_relu_conv1x1_backward)(const BnReluConv1x1Backward<T>&, const Pool&);
-  void (*bn_relu_conv3x3)(const BnReluConv3x3<T>&, const Pool&);
+  void (*bn_relu_conv3x3)(const BnReluConv3x3<T>&, const Pool&, PackedWeights*);
   void (*bn_relu_conv3x3_backward)(const BnReluConv3x3Backward<T>&, const Pool&);
   void (*bn_relu_avg_pool)(const BnReluPool<T>&, const Pool&);
   void (*bn_relu_avg_pool_backward_reduce)(const BnReluPoolBackwardReduce<T>&, const Pool&);

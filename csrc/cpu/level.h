@@ -57,12 +57,13 @@ constexpr Kernels<T> kKernels = {
 
 #if defined(DX_BF16_DOT)
 // Float feature maps whose convolutions autocast lowers: products of bf16 numbers, summed and stored in float.
-#define DX_LOWERED(name, Params)                                         \
-  inline void name##_lowered(const Params<float>& p, const Pool& pool) { \
-    if (p.bf16)                                                          \
-      name<float, DotBf16>(p, pool);                                     \
-    else                                                                 \
-      level_avx512()->f32->name(p, pool);                                \
+#define DX_LOWERED(name, Params)                                                    \
+  template <class... Packed>                                                        \
+  void name##_lowered(const Params<float>& p, const Pool& pool, Packed... packed) { \
+    if (p.bf16)                                                                     \
+      name<float, DotBf16>(p, pool, packed...);                                     \
+    else                                                                            \
+      level_avx512()->f32->name(p, pool, packed...);                                \
   }
 DX_LOWERED(bn_relu_conv1x1, BnReluConv1x1)
 DX_LOWERED(bn_relu_conv1x1_backward, BnReluConv1x1Backward)

@@ -75,9 +75,10 @@ template <class D>
 void transition(const Tensor& x, const Ints& size, const Ints& window, const OptionalTensor& mean,
                 const OptionalTensor& var, const OptionalTensor& taken_mean, const OptionalTensor& taken_var,
                 const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& conv_weight,
-                const OptionalTensor& conv_bias, const Tensor& pooled, const OptionalTensor& out, bool tf32,
-                bool bf16) {
+                const OptionalTensor& conv_bias, const Tensor& pooled, const OptionalTensor& out, bool tf32, bool bf16,
+                bool packed_weights) {
   const D at(defined(x, "x"));
+  at.use_packed(packed_weights);
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     AroundCall<D, T> call(at, average(size, window), x, mean, var, taken_mean, taken_var, weight, bias, eps);

@@ -49,8 +49,9 @@ class BasicBlockCall : public BlockCall<D, T> {
 template <class D>
 void basic_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& size, const OptionalTensor& seed,
                   const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var,
-                  const Tensor& scratch_memory, bool bf16) {
+                  const Tensor& scratch_memory, bool bf16, bool packed_weights) {
   const D at(defined(x, "x"));
+  at.use_packed(packed_weights);
   const auto kept = Kept::find<KeptLayers>(layers, "layers");
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "../cpu/levels.h"
+#include "../cpu/packed_weights.h"
 #include "../cpu/team.h"
 #include "torch_calls.h"
 
@@ -21,13 +22,17 @@ class Cpu : public TorchCalls {
   void name(const Params<T>& p, int64_t elements) const { \
     cpu::kernels<T>().name(p, pool(elements));            \
   }
-// A product's work is in its multiplications, of which a vector register does about this many while an element moves.
-#define DX_RUN_PRODUCT(name, Params)                                            \
-  template <class T>                                                            \
-  void name(const Params<T>& p, int64_t elements) const {                       \
-    constexpr int64_t kProductsPerElement = 32;                                 \
-    const int64_t products = rows_of(p) * p.C * p.N;                            \
-    cpu::kernels<T>().name(p, pool(elements + products / kProductsPerElement)); \
+#define DX_RUN_PRODUCT(name, Params)                         \
+  template <class T>                                         \
+  void name(const Params<T>& p, int64_t elements) const {    \
+    cpu::kernels<T>().name(p, pool_of_product(p, elements)); \
+  }
+// whose weights may be kept packed
+#define DX_RUN_PACKED(name, Params)                                                           \
+  template <class T>                                                                          \
+  void name(const Params<T>& p, int64_t elements) const {                                     \
+    const auto packed = uses_packed_ ? cpu::PackedWeights::find(address(p.weight)) : nullptr; \
+    cpu::kernels<T>().name(p, pool_of_product(p, elements), packed.get());                    \
   }
   DX_RUN(channel_stats, ChannelStats)
   DX_RUN(append_features, AppendFeatures)
@@ -35,9 +40,9 @@ class Cpu : public TorchCalls {
   DX_RUN(feature_grad, FeatureGrad)
   DX_RUN(bn_relu_backward_reduce, BnReluBackwardReduce)
   DX_RUN(bn_relu_backward, BnReluBackward)
-  DX_RUN_PRODUCT(bn_relu_conv1x1, BnReluConv1x1)
+  DX_RUN_PACKED(bn_relu_conv1x1, BnReluConv1x1)
   DX_RUN_PRODUCT(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
-  DX_RUN_PRODUCT(bn_relu_conv3x3, BnReluConv3x3)
+  DX_RUN_PACKED(bn_relu_conv3x3, BnReluConv3x3)
   DX_RUN_PRODUCT(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
   DX_RUN(bn_relu_avg_pool, BnReluPool)
   DX_RUN(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
@@ -47,6 +52,9 @@ class Cpu : public TorchCalls {
   DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
 #undef DX_RUN
 #undef DX_RUN_PRODUCT
+#undef DX_RUN_PACKED
+
+  void use_packed(bool use) const { uses_packed_ = use; }
 
   template <class A>
   Identity<A> identity_norm(const A*, int64_t) const {
@@ -98,6 +106,20 @@ class Cpu : public TorchCalls {
   static auto rows_of(const Params& p) -> decltype(p.images.rows()) {
     return p.images.rows() * p.window[0] * p.window[1] * p.window[2];
   }
+  template <class A>
+  static const void* address(const A* weight) {
+    return weight;
+  }
+  template <class A>
+  static const void* address(const Taps<A>& weight) {
+    return weight.data;
+  }
+  // A product's work is in its multiplications, of which a vector register does about this many while an element moves.
+  template <class Params>
+  static cpu::Pool pool_of_product(const Params& p, int64_t elements) {
+    constexpr int64_t kProductsPerElement = 32;
+    return pool(elements + rows_of(p) * p.C * p.N / kProductsPerElement);
+  }
   // As many of torch's threads as the work is worth.
   static cpu::Pool pool(int64_t elements) {
     constexpr int64_t kElementsPerTask = 16384;
@@ -111,6 +133,8 @@ class Cpu : public TorchCalls {
               });
             }};
   }
+
+  mutable bool uses_packed_ = false;
 };
 
 }  // namespace dx::ops

@@ -85,8 +85,9 @@ template <class D>
 void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& size, const OptionalTensor& seed,
                   const Tensor& out, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& var,
                   const OptionalTensor& z_mean, const OptionalTensor& z_var, const Tensor& scratch_memory, bool tf32,
-                  bool bf16) {
+                  bool bf16, bool packed_weights) {
   const D at(defined(x, "x"));
+  at.use_packed(packed_weights);
   const auto kept = Kept::find<KeptLayers>(layers, "layers");
   for_storage_type(x, "x", [&](auto tag) {
     using T = decltype(tag);

@@ -59,8 +59,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "bn_relu_max_pool_backward(Tensor grad_out, Tensor index, Tensor x, int[] size, int[] window, int[] stride, "
       "int[] padding, " NORM ", Tensor? grad_weight, Tensor? grad_bias, Tensor(a!) grad_x) -> ()");
   m.def("whole_transition(Tensor x, int[] size, int[] window, " POOLED_NORM
-        ", Tensor? conv, Tensor? conv_bias, Tensor(c!) pooled, Tensor(d!)? out, bool tf32=False, bool bf16=False) -> "
-        "()");
+        ", Tensor? conv, Tensor? conv_bias, Tensor(c!) pooled, Tensor(d!)? out, bool tf32=False, bool bf16=False, "
+        "bool packed_weights=False) -> ()");
   m.def("whole_transition_backward(Tensor grad, Tensor x, int[] size, int[] window, " NORM
         ", bool batch, bool sums, Tensor? conv, Tensor(a!)? pooled, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
         "Tensor(d!)? grad_x, Tensor(e!)? grad_conv, Tensor(f!)? grad_conv_bias) -> ()");
@@ -73,6 +73,9 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   // Tensors that are kept (kept.h); the number stands for them in the operators below, until they are dropped.
   m.def("kept_hold(int kept) -> bool");
   m.def("drop_kept(int kept) -> ()");
+  // Weights whose packed forms the operators below keep where they are told `packed_weights`: that they stay what they
+  // are.
+  m.def("keep_packed(Tensor[] weights) -> int");
   m.def(
       "keep_norms(Tensor[] running_means, Tensor[] running_vars, Tensor[] counters, int[] which, int[] starts, "
       "float[] momenta) -> int");
@@ -83,15 +86,15 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "bool[] drop_channels, float[] inner_drop_rates, bool[] inner_drop_channels, bool new_first) -> int");
   m.def(
       "dense_layers(Tensor x, int layers, int[] size, Tensor? seed, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, "
-      "Tensor(d!)? var, Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False, bool bf16=False) "
-      "-> ()");
+      "Tensor(d!)? var, Tensor(e!)? z_mean, Tensor(f!)? z_var, Tensor(g!) scratch, bool tf32=False, bool bf16=False, "
+      "bool packed_weights=False) -> ()");
   m.def(
       "dense_layers_backward(Tensor(a!) grad, bool writable, int layers, int[] size, Tensor? seed, Tensor out, "
       "Tensor? z, Tensor? mean, Tensor? var, Tensor? z_mean, Tensor? z_var, Tensor(b!)? grad_x, int[] asked, "
       "Tensor(c!) scratch, bool tf32=False, bool bf16=False) -> Tensor[]");
   m.def(
       "basic_layers(Tensor x, int layers, int[] size, Tensor? seed, Tensor(a!) out, Tensor(b!)? mean, "
-      "Tensor(c!)? var, Tensor(d!) scratch, bool bf16=False) -> ()");
+      "Tensor(c!)? var, Tensor(d!) scratch, bool bf16=False, bool packed_weights=False) -> ()");
   m.def(
       "basic_layers_backward(Tensor(a!) grad, bool writable, int layers, int[] size, Tensor? seed, Tensor out, "
       "Tensor? mean, Tensor? var, Tensor(b!)? grad_x, int[] asked, Tensor(c!) scratch, bool bf16=False) -> Tensor[]");

@@ -37,6 +37,9 @@ class TorchCalls : public Place {
   // Memory that kernels may take for their workspaces: where a backend has such kernels, it does.
   void lend(void*, int64_t) const {}
 
+  // Whether kernels may read weights as they were packed by an earlier call: where a backend packs them, it does.
+  void use_packed(bool) const {}
+
   // Runs f, which calls nothing but kernels: where a backend can make ready for many of them, it does.
   template <class F>
   void together(int64_t, const F& f) const {

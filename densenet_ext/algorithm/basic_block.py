@@ -45,6 +45,7 @@ from densenet_ext.algorithm.kept import BlockCalls, Repeated, Wanted
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
+from densenet_ext.algorithm.packed import are_held
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.values import BasicLayer, Stats, Tensors
 
@@ -179,7 +180,7 @@ def _prefix(scratch: Tensor, M: int, C: int) -> Tensor:
 class _Calls(BlockCalls):
     """The calls of a block over the same parameters."""
 
-    per_layer = _COUNT
+    per_layer, convolutions = _COUNT, (_Parameters._fields.index("conv"),)
 
     def forward(self, config: Config, tensors: Tensors) -> list[Tensor]:
         """The results, as ``_allocate`` lays them out."""
@@ -194,7 +195,10 @@ class _Calls(BlockCalls):
         scratch = whole.scratch(out, a)
         held = whole.results(out, g, elements=whole.copied(out, _weights(tensors)))
         rows, layers = to_rows(tensors[0].to(config.dtype)), self.layers(config, out)
-        run_whole(rows, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered)
+        packed = are_held(self.weights)
+        run_whole(
+            rows, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered, packed_weights=packed
+        )
         del held
         return results
 

@@ -40,6 +40,7 @@ from densenet_ext.algorithm.layer import dense_block_by_layers
 from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
+from densenet_ext.algorithm.packed import are_held
 from densenet_ext.algorithm.step import (
     CONV1,
     CONV2,
@@ -201,7 +202,7 @@ def _results(config: Config, x: Tensor, sizes: _Sizes) -> list[Tensor]:
 class _Calls(BlockCalls):
     """The calls of a block over the same parameters."""
 
-    per_layer = COUNT
+    per_layer, convolutions = COUNT, (CONV1, CONV2)
 
     def __init__(self, parameters: Tensors) -> None:
         super().__init__(parameters)
@@ -233,7 +234,13 @@ class _Calls(BlockCalls):
         folded = _folded(config, tensors)
         layers = self.layers(config, out) if folded is tensors else KeptLayers(out, config, folded[FIRST:], COUNT)
         run_whole(
-            rows, layers.number, *_arguments(tensors, results), scratch, tf32=kernels.tf32(rows), bf16=config.lowered
+            rows,
+            layers.number,
+            *_arguments(tensors, results),
+            scratch,
+            tf32=kernels.tf32(rows),
+            bf16=config.lowered,
+            packed_weights=are_held(self.weights),
         )
         del held
         return results

@@ -82,9 +82,12 @@ class BlockCalls:
 
     per_layer: int
     """How many parameters a layer has, or could have."""
+    convolutions: tuple[int, ...]
+    """Which of them are the convolutions' weights."""
 
     def __init__(self, parameters: Tensors) -> None:
         self.parameters = parameters
+        self.weights = [x for i in self.convolutions for x in parameters[i :: self.per_layer]]
         self._layers: KeptLayers | None = None
 
     def hold(self) -> bool | None:

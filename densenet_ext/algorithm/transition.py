@@ -29,6 +29,7 @@ from densenet_ext.algorithm.kept import new_gradient
 from densenet_ext.algorithm.layout import new_features, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
+from densenet_ext.algorithm.packed import are_held
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
@@ -103,7 +104,16 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     norm = norm_call(config, own, results[1], results[2])
     pooled, out = to_rows(new_features(x, _pooled_size(config, x))), to_rows(results[0])
     run_whole(
-        to_rows(x), rows_size(x), config.window, *norm, own.conv, own.conv_bias, pooled, out, tf32=kernels.tf32(x)
+        to_rows(x),
+        rows_size(x),
+        config.window,
+        *norm,
+        own.conv,
+        own.conv_bias,
+        pooled,
+        out,
+        tf32=kernels.tf32(x),
+        packed_weights=are_held([own.conv]),
     )
     return results
 

@@ -4,24 +4,27 @@
 #pragma once
 
 template <class T, class P = Product<T>>
-void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool) {
+void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights* kept) {
   using A = Acc<T>;
   using Operand = typename P::Operand;
   constexpr int L = kLanes<A>;
   const Grid grid = make_grid<A>(pool.tasks, p.M, p.N, 0.5 * P::kDepth);
   const int64_t steps = depth_steps<P>(p.C), pitch = panel_pitch<A>(steps), Np = padded<A>(p.N);
   const int64_t panel = panel_rows<P>(pitch * int64_t(sizeof(Operand))), panel_size = panel * pitch;
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<Operand>(packed_size<P>(p.C, p.N)) + Scratch::bytes<A>(Np) +
+  const int64_t packed_count = packed_size<P>(p.C, p.N);
+  Scratch scratch(Affine<A>::bytes(p.C) + CallWeights<Operand>::bytes(kept, packed_count) + Scratch::bytes<A>(Np) +
                   TaskMoments::bytes(pool.tasks, p.N));
   TaskScratch own(pool.tasks, Scratch::bytes<Operand>(panel_size));
   const Affine<A> affine(scratch, p.norm, p.C);
-  Operand* packed = scratch.take<Operand>(packed_size<P>(p.C, p.N));
+  const PackedForm form = {1, sizeof(Operand), P::kDepth, kLanes<A>, packed_count, grid.columns};
+  CallWeights<Operand> weights(scratch, kept, form, packed_count);
+  const Operand* const packed = weights.data();
   A* bias = scratch.take<A>(Np);
   std::fill_n(bias, Np, A(0));
   if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
   const Each<Operand> panels = own.take<Operand>(panel_size);
   const TaskMoments moments(scratch, pool.tasks, p.N);
-  pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, packed, pool);
+  weights.write([&](Operand* to) { pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, to, pool); });
 
   pool.run([&](int task) {
     const AlongColumns<P> y = {panels[task], pitch};

@@ -55,7 +55,7 @@ class Conv3x3Forward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<A> affine;
-  Operand* packed;
+  CallWeights<Operand> weights;
   const Each<Operand> rings, staging;
   const Conv3x3Output<T> output;
   const TaskMoments moments;
@@ -66,7 +66,7 @@ class Conv3x3Forward {
   int64_t staging_size() const { return lanes.R ? LanesConv<P>::staging_size(image.width, pitch) : 0; }
 
  public:
-  Conv3x3Forward(const BnReluConv3x3<T>& p, const Pool& pool)
+  Conv3x3Forward(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept)
       : p(p),
         pool(pool),
         image(p.images, p.window),
@@ -77,12 +77,12 @@ class Conv3x3Forward {
         ring{nullptr, nullptr, stripes.lines + 2 * image.reach,
              lanes.R ? LanesConv<P>::positions_of(image.width) : LineRing<P>::positions_of(stripes.width),
              lanes.R ? depth_steps<P>(p.C) : pitch},
-        scratch(Affine<A>::bytes(norm_size) + Scratch::bytes<Operand>(packed_size()) +
+        scratch(Affine<A>::bytes(norm_size) + CallWeights<Operand>::bytes(kept, packed_size()) +
                 Scratch::bytes<A>(Conv3x3Output<T>::bias_size(p.N)) + Scratch::bytes<Operand>(ring.zeros_size()) +
                 TaskMoments::bytes(pool.tasks, p.N)),
         task_scratch(pool.tasks, Scratch::bytes<Operand>(ring.size()) + Scratch::bytes<Operand>(staging_size())),
         affine(scratch, p.norm, norm_size),
-        packed(scratch.take<Operand>(packed_size())),
+        weights(scratch, kept, {2, sizeof(Operand), P::kDepth, L, packed_size(), lanes.R}, packed_size()),
         rings(task_scratch.take<Operand>(ring.size())),
         staging(task_scratch.take<Operand>(staging_size())),
         output(scratch, p),
@@ -92,7 +92,7 @@ class Conv3x3Forward {
   }
 
   void run() {
-    pack_taps<P>(p.weight, p.C, p.N, image.rows * 3, false, packed, pool, lanes.R);
+    weights.write([&](Operand* to) { pack_taps<P>(p.weight, p.C, p.N, image.rows * 3, false, to, pool, lanes.R); });
     pool.run([&](int task) { run_task(task); });
     if (p.out_mean) moments.finish(p.N, p.out_mean, p.out_var);
   }
@@ -105,8 +105,8 @@ class Conv3x3Forward {
     std::fill_n(own.data, own.size(), Operand{});
     std::fill_n(own_staging, staging_size(), Operand{});
     MomentsSum sum = moments[task];
-    const LineConv<P> conv = {image, packed, p.C, p.N};
-    const LanesConv<P> lanes_conv = {image, packed, p.C, p.N, lanes.R};
+    const LineConv<P> conv = {image, weights.data(), p.C, p.N};
+    const LanesConv<P> lanes_conv = {image, weights.data(), p.C, p.N, lanes.R};
     int64_t filled = 0;  // the line up to which the ring is
     stripes.for_task(image, pool.tasks, task, [&](Stripes::Band band, int64_t line, int64_t lines, bool starts) {
       if (starts) filled = std::max(line - image.reach, image.image_begin(line));

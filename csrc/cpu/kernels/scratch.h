@@ -50,6 +50,28 @@ class TaskScratch {
   size_t used_ = 0;
 };
 
+// The packed weights of a call: in its scratch, or kept.
+template <class Operand>
+class CallWeights {
+ public:
+  static size_t bytes(const PackedWeights* kept, int64_t count) { return kept ? 0 : Scratch::bytes<Operand>(count); }
+  CallWeights(Scratch& scratch, PackedWeights* kept, const PackedForm& form, int64_t count)
+      : memory_(kept, form, Scratch::bytes<Operand>(count)),
+        data_(kept ? static_cast<Operand*>(memory_.data()) : scratch.take<Operand>(count)) {}
+  const Operand* data() const { return data_; }
+  // Has pack(where) write them, unless they are there.
+  template <class Pack>
+  void write(const Pack& pack) {
+    if (memory_.ready()) return;
+    pack(data_);
+    memory_.keep();
+  }
+
+ private:
+  PackedMemory memory_;
+  Operand* data_;
+};
+
 // Columns rounded up to whole vectors: per-channel scratch can then be read and written without looking at the edge.
 template <class A>
 inline int64_t padded(int64_t C) {

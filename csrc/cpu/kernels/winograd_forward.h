@@ -15,7 +15,7 @@ class WinogradForward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<float> affine;
-  float* points;
+  CallWeights<float> weights;
   const Each<float> operands, strips;
   const Conv3x3Output<T> output;
   const TaskMoments moments;
@@ -32,7 +32,8 @@ class WinogradForward {
     const int64_t vectors = tiles.slices() * Points::vectors_of(p.C) + Points::vectors_of(p.N);
     return TileGroups(tiles, p.N, vectors * Points::kTile * int64_t(sizeof(float)), kKept, false);
   }
-  WinogradForward(const BnReluConv3x3<T>& p, const TileRows& tiles, const TileGroups& groups, const Pool& pool)
+  WinogradForward(const BnReluConv3x3<T>& p, const TileRows& tiles, const TileGroups& groups, const Pool& pool,
+                  PackedWeights* kept)
       : p(p),
         pool(pool),
         tiles(tiles),
@@ -40,18 +41,19 @@ class WinogradForward {
         in_vectors(slices * Points::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
         products(groups, p.C, p.N, slices, p.weight, false),
-        scratch(Affine<float>::bytes(norm_size) + Scratch::bytes<float>(products.points_size()) +
+        scratch(Affine<float>::bytes(norm_size) + CallWeights<float>::bytes(kept, products.points_size()) +
                 Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(products.strip_size())),
         affine(scratch, p.norm, norm_size),
-        points(scratch.take<float>(products.points_size())),
+        weights(scratch, kept, {3, slices, kPoints, L, products.points_size(), groups.vectors}, products.points_size()),
         operands(task_scratch.take<float>(task_size())),
         strips(task_scratch.take<float>(products.strip_size())),
         output(scratch, p),
         moments(scratch, pool.tasks, p.N) {}
 
   void run() {
-    products.transform(strips, points, pool);
+    weights.write([&](float* to) { products.transform(strips, to, pool); });
+    products.points = weights.data();
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, affine});
@@ -93,13 +95,13 @@ class WinogradForward {
 };
 
 template <class T, class P = Product<T>>
-void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool) {
+void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept) {
   if constexpr (kHasWinograd<P>) {
     const TileRows tiles(ImageLines(p.images, p.window));
     const TileGroups groups = WinogradForward<T>::groups(p, tiles);
     const WinogradCost cost = {tiles, p.C, p.N, pool.tasks};
-    if (use_winograd(tiles, cost.forward(groups), cost.direct()))
-      return WinogradForward<T>(p, tiles, groups, pool).run();
+    if (use_winograd(tiles, cost.forward(groups, kept != nullptr), cost.direct()))
+      return WinogradForward<T>(p, tiles, groups, pool, kept).run();
   }
-  Conv3x3Forward<T, P>(p, pool).run();
+  Conv3x3Forward<T, P>(p, pool, kept).run();
 }

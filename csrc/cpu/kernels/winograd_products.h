@@ -161,11 +161,12 @@ struct WinogradCost {
     const double lanes = C >= 16 ? 1.15 * double(std::min(round_up(N, 8), round_up(N, 12))) / kLanes<float> : columns;
     return 1.08 * pixels * 9 * tiles.slices() * double(C) * std::min(columns, lanes) * spread(tiles.image.count);
   }
-  double forward(const TileGroups& groups) const {
+  // packed: weights are transformed already, or will be for other calls.
+  double forward(const TileGroups& groups, bool packed) const {
     const double inner = double(tiles.slices() * C);
     const double transforms = 200 * tiles.slices() * vectors(C) + 100 * vectors(N);
     return (groups.work * inner + tile_count() * transforms) * spread(groups.bands * tiles.count) +
-           120 * inner * vectors(N);
+           (packed ? 0 : 120 * inner * vectors(N));
   }
   double backward(const TileGroups& groups) const {
     const double wgrad = double(kPoints * N) * tiles.slices() * vectors(C);

@@ -1,0 +1,66 @@
+"""Convolution weights whose packed forms operations keep, because somebody says that they stay what they are.
+
+A kernel reads weights in an order of its own, or transformed (Winograd), and packs them so at every call. What is
+packed can only be kept by who knows of every change. A tensor's version tells of those that autograd sees; writes
+through ``.data`` or through NumPy it doesn't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from densenet_ext import kernels
+from densenet_ext.algorithm.kept import Kept
+
+
+class _Weight:
+    """A weight, and its packed form as the operations know it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.holders = weight, 0
+        self.pack_again()
+
+    def pack_again(self) -> None:
+        """Has the next call pack the weight as it is now."""
+        ops = kernels.select(self.weight)
+        self.version, self._kept = self.weight._version, Kept(ops, ops.keep_packed([self.weight]))
+
+
+_weights: dict[int, _Weight] = {}
+
+
+def hold(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Has the packed forms of ``weights`` kept until they are released; returns those for which there are any."""
+    held = [weight for weight in weights if _can_be_kept(weight)]
+    for weight in held:
+        if id(weight) not in _weights:
+            _weights[id(weight)] = _Weight(weight)
+        _weights[id(weight)].holders += 1
+    return held
+
+
+def release(weights: Iterable[Tensor]) -> None:
+    """Drops the packed forms of ``weights``, which were held, unless somebody else holds them."""
+    for weight in weights:
+        own = _weights[id(weight)]
+        own.holders -= 1
+        if own.holders == 0:
+            del _weights[id(weight)]
+
+
+def are_held(weights: Sequence[Tensor | None]) -> bool:
+    """Returns whether operations may keep packed forms of any of ``weights``; sees to it that they are right."""
+    if not _weights:
+        return False
+    found = [own for own in map(_weights.get, map(id, weights)) if own is not None]
+    for own in found:
+        if own.version != own.weight._version:
+            own.pack_again()
+    return bool(found)
+
+
+def _can_be_kept(weight: Tensor) -> bool:
+    # a GPU's kernels read weights as they are; tensors made under inference_mode have no version
+    return weight.is_cpu and kernels.select(weight) is not kernels.plain and not weight.is_inference()

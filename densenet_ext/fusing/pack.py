@@ -1,0 +1,40 @@
+"""`packed_weights`: leave weights as the kernels read them, from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from densenet_ext.algorithm.packed import hold, release
+from densenet_ext.fusing.install import check_module
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Keeps the convolution weights of ``model``'s fused units packed, as kernels read them, inside the ``with``.
+
+    Without it every call packs them anew, which is a tenth to a quarter of an inference of one image. Nothing else
+    changes: the model may be trained, loaded and switched inside. A weight whose version has changed (by an optimizer,
+    ``load_state_dict``, any operation on it) is packed again at the next call.
+
+    As in ``torch.nn.utils.parametrize.cached``, who enters says that weights don't change in ways that PyTorch doesn't
+    see: writes through ``.data``, through NumPy or another process leave the packed ones as they were.
+
+    On a processor it takes about as much memory as the weights do; with Winograd's products (float32) up to 16/9 of
+    that. On a GPU, where kernels read weights as they are, it does nothing.
+
+    Args:
+        model: any module, usually a fused one; that which isn't fused runs as ever.
+
+    Raises TypeError when ``model`` is no module.
+    """
+    check_module("packed_weights", model)
+    held = hold({id(m): m.weight for m in model.modules() if isinstance(m, _CONVOLUTIONS)}.values())
+    try:
+        yield
+    finally:
+        release(held)
