@@ -65,15 +65,16 @@ struct DzPanel {
 };
 
 // dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for the task's columns; a tile's rows are output
-// channels here.
-template <class P>
-DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad) {
+// channels here. ahead as in tile_product.
+template <class P, class Ahead>
+DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad,
+                         const Ahead& ahead) {
   using A = typename P::A;
   for_column_blocks<A>(0, C, [&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
     for (int64_t i = 0; i < N; i += R) {
       Vec<A> acc[R][NV];
-      tile_product<P, NV, 1, 0>(steps, dz.data + i, 1, dz.pitch, y.data + c, y.pitch, acc);
+      tile_product<P, NV, 1, 0>(steps, dz.data + i, 1, dz.pitch, y.data + c, y.pitch, acc, ahead);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -99,25 +100,18 @@ struct DgradColumns {
   Vec<A> sum, sum_xc;
 
   DgradColumns() = default;
-  DgradColumns(const BnReluConv1x1Backward<T>& p, const Affine<A>& affine, int64_t m0, int64_t c)
+  DgradColumns(const BnReluConv1x1Backward<T>& p, Rows<const T> in, const Affine<A>& affine, int64_t m0, int64_t c)
       : x(p.x.row(m0) + c),
-        in(p.grad_in      ? p.grad_in.row(m0) + c
-           : p.accumulate ? p.grad_x.row(m0) + c
-                          : nullptr),
+        in(in ? in.row(m0) + c : nullptr),
         out(p.grad_x.row(m0) + c),
         x_pitch(p.x.pitch),
-        in_pitch(p.grad_in ? p.grad_in.pitch : p.grad_x.pitch),
+        in_pitch(in.pitch),
         out_pitch(p.grad_x.pitch),
         width(int(std::min<int64_t>(kLanes<A>, p.C - c))),
         norm(affine.at(c)),
         sum{},
         sum_xc{} {}
 
-  // G comes from memory, not from the cache: asked for before the product, it is there when the product is done.
-  DX_INLINE void prefetch_tile(int64_t r0, int64_t rows) const {
-    if (!in) return;
-    for (int64_t r = r0; r < r0 + rows; ++r) __builtin_prefetch(in + r * in_pitch);
-  }
   DX_INLINE void add_tile(const A (*tile)[kLanes<A>], int64_t r0, int64_t rows) {
     if (width == kLanes<A>)
       add_tile(tile, r0, rows, Whole{});
@@ -168,6 +162,9 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
   const TaskSums sums(scratch, grid.rows, p.C);
   pack_right<P>(p.weight, p.N, p.C, p.C, 1, grid.columns, packed, pool);
 
+  const Rows<const T> in =
+      p.grad_in ? p.grad_in : Rows<const T>{p.accumulate ? p.grad_x.data : nullptr, p.grad_x.pitch};
+
   pool.run([&](int task) {
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.C);
     const int64_t C = range.end - range.begin;
@@ -186,29 +183,33 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
       else
         fill_panel<A>(rows, p.N, GivenRows<T>{grad}, put_dz);
       const Rows<const T> x = {p.x.data + range.begin, p.x.pitch};
+      const int64_t next = m0 + rows, next_rows = std::min(panels.rows, all.end - next);
+      ReadAhead next_grad(p.grad_out, next, next_rows, p.N), next_x(x, next, next_rows, C);
+      ReadAhead next_z(p.z ? p.z : p.grad_out, next, p.z ? next_rows : 0, p.N);
+      // Of a wide panel what is added to lies too long in the second cache, where the product's operands are.
+      constexpr int64_t kAheadBytes = 128 * 1024;
+      const bool wide = rows * C * int64_t(sizeof(T)) > kAheadBytes;
+      const Rows<const T> in_columns = in ? Rows<const T>{in.data + range.begin, in.pitch} : x;
+      ReadAhead next_in(in_columns, next, in && !wide ? next_rows : 0, C);
       if (want_wgrad) {
         fill_panel<A>(rows, C, NormalisedRows<T>{{x.row(m0), x.pitch}, affine.from(range.begin)}, y);
-        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad);
+        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad, [&] { next_grad.line(), next_z.line(); });
       }
 
-      const int64_t tiles = rows / kTileRows<kMostVectors> * (C / (kMostVectors * L));
-      const int64_t next_rows = std::min(panels.rows, all.end - m0 - rows);
-      ReadAhead next_x(x, m0 + rows, next_rows, C, tiles), next_grad(p.grad_out, m0 + rows, next_rows, p.N, tiles);
-      ReadAhead next_z(p.z ? p.z : p.grad_out, m0 + rows, p.z ? next_rows : 0, p.N, tiles);
       for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
         constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
+        const Rows<const T> from_n = {in_columns.data + n - range.begin, in_columns.pitch};
+        ReadAhead own_in(from_n, m0, in && wide ? rows : 0, std::min<int64_t>(NV * L, range.end - n));
         DgradColumns<T> columns[NV];
-        for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, affine, m0, n + j * L);
+        for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, in, affine, m0, n + j * L);
         for (int64_t r0 = 0; r0 < rows; r0 += R) {
           alignas(64) A tile[NV][R][L];
           const int64_t tile_rows = std::min<int64_t>(R, rows - r0);
-          for (int j = 0; j < NV; ++j) columns[j].prefetch_tile(r0, tile_rows);
-          next_x.step();
-          next_grad.step();
-          next_z.step();
           {
             Vec<A> acc[R][NV];
-            tile_product<P, NV, 0, 1>(steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc);
+            tile_product<P, NV, 0, 1>(
+                steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc,
+                [&] { next_x.line(), next_in.line(), own_in.line(), next_grad.line(), next_z.line(); });
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
