@@ -14,6 +14,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/moments.h"
 #include "kernels/elementwise.h"
 #include "kernels/operands.h"
+#include "kernels/read_ahead.h"
 #include "kernels/gemm.h"
 #include "kernels/transpose.h"
 #include "kernels/packing.h"

@@ -32,13 +32,12 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
     MomentsSum sum = moments[task].from(range.begin);
     for_panels(all, panel, [&](int64_t m0, int64_t rows) {
       fill_panel<A>(rows, p.C, NormalisedRows<T>{{p.x.row(m0), p.x.pitch}, affine}, y);
-      ReadAhead next(p.x, m0 + rows, std::min(panel, all.end - m0 - rows), p.C);
+      ReadsAhead next(ReadAhead(p.x, m0 + rows, std::min(panel, all.end - m0 - rows), p.C));
       for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
         constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
         for (int64_t r0 = 0; r0 < rows; r0 += R) {
           Vec<A> acc[R][NV];
-          tile_product<P, NV, 0, 1>(steps, y.data + r0 * pitch, pitch, 1, packed + n * steps, NV * L, acc,
-                                    [&] { next.line(); });
+          tile_product<P, NV, 0, 1>(steps, y.data + r0 * pitch, pitch, 1, packed + n * steps, NV * L, acc, next);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             if (r0 + r >= rows) break;

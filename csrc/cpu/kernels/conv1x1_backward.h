@@ -66,9 +66,9 @@ struct DzPanel {
 
 // dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for the task's columns; a tile's rows are output
 // channels here. ahead as in tile_product.
-template <class P, class Ahead>
+template <class P>
 DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad,
-                         const Ahead& ahead) {
+                         ReadsAhead& ahead) {
   using A = typename P::A;
   for_column_blocks<A>(0, C, [&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
@@ -184,22 +184,25 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
         fill_panel<A>(rows, p.N, GivenRows<T>{grad}, put_dz);
       const Rows<const T> x = {p.x.data + range.begin, p.x.pitch};
       const int64_t next = m0 + rows, next_rows = std::min(panels.rows, all.end - next);
-      ReadAhead next_grad(p.grad_out, next, next_rows, p.N), next_x(x, next, next_rows, C);
-      ReadAhead next_z(p.z ? p.z : p.grad_out, next, p.z ? next_rows : 0, p.N);
-      // Of a wide panel what is added to lies too long in the second cache, where the product's operands are.
+      // Of a wide panel what is added to would lie too long in the second cache, where the product's operands are.
       constexpr int64_t kAheadBytes = 128 * 1024;
       const bool wide = rows * C * int64_t(sizeof(T)) > kAheadBytes;
       const Rows<const T> in_columns = in ? Rows<const T>{in.data + range.begin, in.pitch} : x;
-      ReadAhead next_in(in_columns, next, in && !wide ? next_rows : 0, C);
+      // wgrad asks for what the next panel's dz is made of, dgrad for the rest.
+      const ReadAhead of_grad(p.grad_out, next, next_rows, p.N), of_x(x, next, next_rows, C);
+      const ReadAhead of_z(p.z ? p.z : p.grad_out, next, p.z ? next_rows : 0, p.N);
+      const ReadAhead of_in(in_columns, next, in && !wide ? next_rows : 0, C);
+      ReadsAhead ahead = want_wgrad ? ReadsAhead(of_in, of_x) : ReadsAhead(of_in, of_x, of_z, of_grad);
       if (want_wgrad) {
         fill_panel<A>(rows, C, NormalisedRows<T>{{x.row(m0), x.pitch}, affine.from(range.begin)}, y);
-        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad, [&] { next_grad.line(), next_z.line(); });
+        ReadsAhead ahead_of_dz(of_z, of_grad);
+        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad, ahead_of_dz);
       }
 
       for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
         constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
         const Rows<const T> from_n = {in_columns.data + n - range.begin, in_columns.pitch};
-        ReadAhead own_in(from_n, m0, in && wide ? rows : 0, std::min<int64_t>(NV * L, range.end - n));
+        ahead.set_first(ReadAhead(from_n, m0, in && wide ? rows : 0, std::min<int64_t>(NV * L, range.end - n)));
         DgradColumns<T> columns[NV];
         for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, in, affine, m0, n + j * L);
         for (int64_t r0 = 0; r0 < rows; r0 += R) {
@@ -207,9 +210,8 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
           const int64_t tile_rows = std::min<int64_t>(R, rows - r0);
           {
             Vec<A> acc[R][NV];
-            tile_product<P, NV, 0, 1>(
-                steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc,
-                [&] { next_x.line(), next_in.line(), own_in.line(), next_grad.line(), next_z.line(); });
+            tile_product<P, NV, 0, 1>(steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc,
+                                      ahead);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -120,8 +120,7 @@ class Conv3x3Forward {
       }
       // The lines of the next stripe, where those lie behind each other in memory.
       const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
-      ReadAhead next_x(p.x, std::min(filled, image.count - 1) * image.width, next, p.C, conv.tiles(band, lines));
-      const auto ahead = [&] { next_x.step(); };
+      ReadsAhead ahead(ReadAhead(p.x, std::min(filled, image.count - 1) * image.width, next, p.C));
       const auto make = [&](int64_t n, auto vectors) {
         return [&, n](const A* sums, int64_t distance, int64_t at, int64_t w, int64_t pixels) {
           output.template write<decltype(vectors)::value>(n, sums, distance, at * image.width + band.begin + w, pixels);

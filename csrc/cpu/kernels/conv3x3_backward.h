@@ -258,16 +258,15 @@ class Conv3x3Backward {
       if (!want_dgrad) return;
       // The lines of the next stripe, where those lie behind each other in memory.
       const int64_t next = stripes.bands == 1 ? std::min(lines, image.count - filled) * image.width : 0;
-      const int64_t first = std::min(filled, image.count - 1) * image.width, tiles = conv.tiles(band, lines);
-      ReadAhead next_x(p.x, first, want_wgrad || all.reads_x ? next : 0, p.C, tiles);
-      ReadAhead next_grad(p.grad, first, next, p.N, tiles);
-      ReadAhead next_features(p.features ? p.features : p.grad, first, p.features ? next : 0, p.N, tiles);
+      const int64_t first = std::min(filled, image.count - 1) * image.width;
       // What is added to comes from memory too, for the next stripe's outputs.
       const bool adds = p.scaled && (p.grad_in || p.accumulate) && stripes.bands == 1;
       const Rows<const T> in = !adds ? p.x : p.grad_in ? p.grad_in : Rows<const T>{p.grad_x.data, p.grad_x.pitch};
       const int64_t behind = std::min(lines, image.count - line - lines) * image.width;
-      ReadAhead next_in(in, std::min(line + lines, image.count - 1) * image.width, adds ? behind : 0, p.C, tiles);
-      const auto ahead = [&] { next_x.step(), next_grad.step(), next_features.step(), next_in.step(); };
+      ReadsAhead ahead(ReadAhead(in, std::min(line + lines, image.count - 1) * image.width, adds ? behind : 0, p.C),
+                       ReadAhead(p.x, first, want_wgrad || all.reads_x ? next : 0, p.C),
+                       ReadAhead(p.features ? p.features : p.grad, first, p.features ? next : 0, p.N),
+                       ReadAhead(p.grad, first, next, p.N));
       conv.run(own_g, band, line, lines, ahead,
                [&](int64_t c, auto vectors) { return Columns<decltype(vectors)::value>(*this, task, band, c); });
     });

@@ -12,7 +12,7 @@ constexpr int kLanesSegments = 2;
 template <class P, int R>
 __attribute__((noinline)) void lanes_tile(int rows, int64_t steps, int64_t step,
                                           const typename P::Operand* const (*left)[kMostSegments],
-                                          const typename P::Operand* b, float* sums) {
+                                          const typename P::Operand* b, float* sums, ReadsAhead& ahead) {
   constexpr int S = kLanesSegments, L = 16;
   Vec<float> acc[R][S];
 #pragma GCC unroll 16
@@ -27,6 +27,7 @@ __attribute__((noinline)) void lanes_tile(int rows, int64_t steps, int64_t step,
     for (int shift = 0; shift < 3; ++shift) {
       const typename P::Operand *a0 = left[row][0] + shift, *a1 = left[row][1] + shift;
       for (int64_t k = 0; k < steps; ++k) {
+        ahead.lines();
         const typename P::Right pixels[S] = {P::load_right(a0), P::load_right(a1)};
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -105,8 +106,8 @@ struct LanesConv {
   }
 
   // As LineConv::run, with one vector of columns for a block.
-  template <class Make, class Ahead>
-  DX_INLINE void run(const LineRing<P>& ring, int64_t line, int64_t lines, const Ahead& ahead, const Make& make) const {
+  template <class Make>
+  DX_INLINE void run(const LineRing<P>& ring, int64_t line, int64_t lines, ReadsAhead& ahead, const Make& make) const {
 #if DX_VECTOR_BYTES == 64
     if constexpr (kHasLanes<P>) run_tiles(ring, line, lines, ahead, make);
 #endif
@@ -114,8 +115,8 @@ struct LanesConv {
 
  private:
 #if DX_VECTOR_BYTES == 64
-  template <class Make, class Ahead>
-  DX_INLINE void run_tiles(const LineRing<P>& ring, int64_t line, int64_t lines, const Ahead& ahead,
+  template <class Make>
+  DX_INLINE void run_tiles(const LineRing<P>& ring, int64_t line, int64_t lines, ReadsAhead& ahead,
                            const Make& make) const {
     constexpr int S = kLanesSegments, L = 16;
     const int64_t steps = depth_steps<P>(K), per_line = (image.width + L - 1) / L, count = lines * per_line;
@@ -124,10 +125,9 @@ struct LanesConv {
       for (int64_t first = 0; first < count; first += S) {
         const Operand* left[kMostWindowRows][kMostSegments];
         find_segments<S>(image, ring, line, per_line, first, count, L, left);
-        ahead();
         alignas(64) float sums[S * L * L];
         const auto tile = R == 12 ? lanes_tile<P, 12> : lanes_tile<P, 8>;
-        tile(image.rows, steps, ring.positions, left, packed + n * steps * image.rows * 3, sums);
+        tile(image.rows, steps, ring.positions, left, packed + n * steps * image.rows * 3, sums, ahead);
         for (int s = 0; s < S && first + s < count; ++s) {
           const int64_t i = first + s, w = i % per_line * L;
           f(sums + s * L * L, 0, line + i / per_line, w, std::min<int64_t>(L, image.width - w));

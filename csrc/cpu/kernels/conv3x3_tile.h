@@ -31,9 +31,10 @@ struct ConvTile {
 
 // tile[j][r][lane] = sum over the window and the inner dimension for pixel r of the tile and vector j. left[row][i]:
 // the segments' first pixels, shifted by the window's row; all null where every one of them lies beyond the border.
+// Each step asks for a line of `ahead`.
 template <class P, int G, int NV>
 __attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::Operand* const (*left)[kMostSegments],
-                                         const typename P::Operand* b, typename P::A* tile) {
+                                         const typename P::Operand* b, typename P::A* tile, ReadsAhead& ahead) {
   using A = typename P::A;
   constexpr int S = kSegments<G, NV>, L = kLanes<A>;
   Vec<A> acc[S * G][NV];
@@ -52,6 +53,7 @@ __attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::
 #pragma GCC unroll 16
       for (int s = 0; s < S; ++s) a[s] = left[row][s] + run * pitch;
       for (int64_t k = 0; k < t.steps; ++k) {
+        ahead.lines();
         typename P::Right right[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * L);
@@ -114,15 +116,11 @@ struct LineConv {
     return padded<A>(N) * depth_steps<P>(K) * image.rows * 3;
   }
 
-  // How often run() calls ahead().
-  int64_t tiles(Stripes::Band band, int64_t lines) const {
-    return std::max<int64_t>(1, lines * band.width * padded<A>(N) / (L * kMostTilePixels * kMostVectors));
-  }
   // Calls make(first column, NV) for each block of columns, and what that returns for each segment: f(sums of the
-  // first pixel's first vector, distance of vectors, line, first pixel of the band, pixels). Before a tile's products
-  // ahead() asks for memory.
-  template <class Make, class Ahead>
-  DX_INLINE void run(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, const Ahead& ahead,
+  // first pixel's first vector, distance of vectors, line, first pixel of the band, pixels). Each step of the
+  // products asks for a line of `ahead`.
+  template <class Make>
+  DX_INLINE void run(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, ReadsAhead& ahead,
                      const Make& make) const {
     const bool shorter = round_up(band.width, kShortSegment) < round_up(band.width, kLongSegment);
     for_column_blocks<A>(0, N, [&](int64_t n, auto vectors) {
@@ -136,9 +134,9 @@ struct LineConv {
   }
 
  private:
-  template <int G, int NV, class Ahead, class F>
+  template <int G, int NV, class F>
   DX_INLINE void run_tiles(const LineRing<P>& ring, Stripes::Band band, int64_t line, int64_t lines, int64_t n,
-                           const Ahead& ahead, F& f) const {
+                           ReadsAhead& ahead, F& f) const {
     constexpr int S = kSegments<G, NV>;
     const int64_t steps = depth_steps<P>(K), per_line = (band.width + G - 1) / G, count = lines * per_line;
     const bool joined = steps == ring.pitch;
@@ -146,9 +144,8 @@ struct LineConv {
     for (int64_t first = 0; first < count; first += S) {
       const Operand* left[kMostWindowRows][kMostSegments];
       find_segments<S>(image, ring, line, per_line, first, count, G * ring.pitch, left);
-      ahead();
       alignas(64) A sums[NV * S * G * L];
-      conv_tile<P, G, NV>(tile, left, packed + n * steps * taps(), sums);
+      conv_tile<P, G, NV>(tile, left, packed + n * steps * taps(), sums, ahead);
       for (int s = 0; s < S && first + s < count; ++s) {
         const int64_t i = first + s, w = i % per_line * G;
         f(sums + s * G * L, S * G * L, line + i / per_line, w, std::min<int64_t>(G, band.width - w));

@@ -51,7 +51,7 @@ struct NothingAhead {
 template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Ahead = NothingAhead>
 DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
                             const typename P::Operand* b, int64_t b_stride,
-                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], const Ahead& ahead = {}) {
+                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], ReadsAhead& ahead) {
   using A = typename P::A;
   constexpr int R = kTileRows<NV>;
   const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
@@ -65,7 +65,7 @@ DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
   for (int64_t k = 0; k < K; ++k) {
-    ahead();
+    ahead.lines();
     typename P::Right right[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<A>);
