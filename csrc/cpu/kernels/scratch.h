@@ -95,12 +95,15 @@ struct Affine {
     if (!norm.mean) {  // x is normalised already
       std::fill_n(scale, C, A(1)), std::fill_n(rstd, C, A(1));
       std::fill_n(bias, C, A(0)), std::fill_n(mean, C, A(0));
-    }
-    for (int64_t c = 0; norm.mean && c < C; ++c) {
-      rstd[c] = bn_rstd(norm.var[c], norm.eps);
-      scale[c] = (norm.weight ? norm.weight[c] : A(1)) * rstd[c];
-      bias[c] = norm.bias ? norm.bias[c] : A(0);
-      mean[c] = norm.mean[c];
+    } else {
+      for_columns<A>(C, [&](int64_t c, auto columns) {
+        // as bn_rstd
+        const Vec<A> r = broadcast(A(1)) / square_root<A>(columns.load(norm.var + c) + broadcast(A(norm.eps)));
+        store_vec(rstd + c, r);
+        store_vec(scale + c, norm.weight ? columns.load(norm.weight + c) * r : r);
+        store_vec(bias + c, norm.bias ? columns.load(norm.bias + c) : Vec<A>{});
+        store_vec(mean + c, columns.load(norm.mean + c));
+      });
     }
     for (int64_t c = C; c < Cp; ++c) mean[c] = scale[c] = bias[c] = rstd[c] = A(0);
   }

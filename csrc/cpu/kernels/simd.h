@@ -53,6 +53,26 @@ DX_INLINE Vec<A> relu_mask(Vec<A> u, Vec<A> grad) {
   return u <= zero ? zero : grad;
 }
 
+// ---- square roots, rounded as a single one is
+// ------------------------------------------------------------------------
+template <class A>
+DX_INLINE Vec<A> square_root(Vec<A> v) {
+#if DX_VECTOR_BYTES == 64
+  if constexpr (std::is_same<A, float>::value)
+    return (Vec<A>)_mm512_sqrt_ps((__m512)v);
+  else
+    return (Vec<A>)_mm512_sqrt_pd((__m512d)v);
+#elif DX_VECTOR_BYTES == 32
+  if constexpr (std::is_same<A, float>::value)
+    return (Vec<A>)_mm256_sqrt_ps((__m256)v);
+  else
+    return (Vec<A>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 // ---- bf16: the upper half of a float, rounded to nearest even -------------------------------------------------------
 // Between 16 and 32 bits by the instruction itself: GCC 12 converts whole AVX-512 vectors in halves.
 #if DX_VECTOR_BYTES == 64
