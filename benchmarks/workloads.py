@@ -2,6 +2,8 @@
 
 Everybody starts from the same weights, in one process, in interleaved rounds. Beside PyTorch's own forms inference is
 measured against ONNX Runtime and OpenVINO, where they can be imported; their threads rest as soon as a call is over.
+They keep weights as their kernels read them, and know of no change: so do ours in a row of their own
+(``dx.packed_weights``).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ import densenet_ext as dx
 from benchmarks import markdown, measure, peers
 from benchmarks.run import Say, machine
 
-OURS = "densenet_ext"
+OURS, PACKED = "densenet_ext", "densenet_ext, packed weights"
 SHORTEST = 0.1
 """Seconds of one measurement: what takes less is called so often in a row, everybody alike."""
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -67,8 +70,13 @@ def model_of(workload: Workload) -> nn.Module:
 Call = Callable[[], object]
 
 
-def contenders(workload: Workload, dtype: str, compiled: bool) -> tuple[dict[str, Call], dict[str, str]]:
-    """Returns what to measure by name, ours first, and why others are not there."""
+def contenders(
+    workload: Workload, dtype: str, compiled: bool, until: ExitStack
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Returns what to measure by name, ours first, and why others are not there.
+
+    Weights stay packed until ``until`` is left.
+    """
     torch.manual_seed(0)
     plain = model_of(workload)
     volumes = workload.network == "monai3d"
@@ -84,6 +92,10 @@ def contenders(workload: Workload, dtype: str, compiled: bool) -> tuple[dict[str
         return measure.Inference(model, x, autocast)
 
     calls = {OURS: call(dx.fuse(copy.deepcopy(plain)), last)}
+    if workload.mode == "inference":
+        packed = dx.fuse(copy.deepcopy(plain))
+        calls[PACKED] = call(packed, last)
+        until.enter_context(dx.packed_weights(packed))
     calls["PyTorch, channels_last"] = call(copy.deepcopy(plain), last)
     calls["PyTorch, contiguous"] = call(copy.deepcopy(plain), torch.contiguous_format)
     missing = {}
@@ -162,35 +174,41 @@ def run(
                 say(f"{workload.title}, {workload.mode}, {dtype}: no time is left")
                 continue
             try:
-                row = measured(workload, dtype, rounds, compiled)
+                rows = measured(workload, dtype, rounds, compiled)
             except peers.Unavailable as error:
                 say(f"{workload.title}: {error}")
                 continue
-            say(f"{workload.title}, {workload.mode}, {dtype}: {row['ratio'][0]:.2f} against {row['fastest']}")
-            found["rows"].append(row)
+            for row in rows:
+                say(f"{_name(row)}, {dtype}: {row['ratio'][0]:.2f} against {row['fastest']}")
+            found["rows"] += rows
             save(found)
     return found
 
 
-def measured(workload: Workload, dtype: str, rounds: int, compiled: bool) -> dict[str, Any]:
-    """One row: milliseconds of everybody, and the fastest peer's time over ours."""
-    calls, missing = contenders(workload, dtype, compiled)
-    once = {name: _seconds_of_the_second(call) for name, call in calls.items()}
-    repeats = max(1, round(SHORTEST / min(once.values())))
-    others = [name for name in calls if name != OURS]
-    clock = functools.partial(_seconds_each, repeats)
-    times = measure.interleave(calls, rounds, others, clock)
+def measured(workload: Workload, dtype: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    """A row for each form of ours: milliseconds of everybody, and the fastest peer's time over that form's."""
+    with ExitStack() as until:
+        calls, missing = contenders(workload, dtype, compiled, until)
+        once = {name: _seconds_of_the_second(call) for name, call in calls.items()}
+        repeats = max(1, round(SHORTEST / min(once.values())))
+        others = [name for name in calls if name not in (OURS, PACKED)]
+        clock = functools.partial(_seconds_each, repeats)
+        times = measure.interleave(calls, rounds, others, clock)
     fastest = min(others, key=lambda name: measure.median(times[name]))
-    return {
+    row = {
         **workload._asdict(),
         "title": workload.title,
         "dtype": dtype,
         "repeats": repeats,
         "milliseconds": {name: round(measure.median(values) * 1e3, 2) for name, values in times.items()},
         "fastest": fastest,
-        "ratio": [round(value, 3) for value in measure.ratio(times[fastest], times[OURS])],
         "missing": missing,
     }
+    return [
+        {**row, "ours": name, "ratio": [round(value, 3) for value in measure.ratio(times[fastest], times[name])]}
+        for name in (OURS, PACKED)
+        if name in calls
+    ]
 
 
 def _seconds_of_the_second(call: Call) -> float:
@@ -214,7 +232,7 @@ def table(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found["rows"]:
         times, fastest = row["milliseconds"], row["fastest"]
-        cells = [f"{row['mode']}: {row['title']}", row["dtype"], times[OURS], fastest, times[fastest]]
+        cells = [_name(row), row["dtype"], times[row["ours"]], fastest, times[fastest]]
         rows.append([*cells, _ratio(row)])
     return f"{_caption(found)}\n\n{markdown.table(head, rows, 'llrlrr')}"
 
@@ -226,17 +244,21 @@ def summary(found: Mapping[str, Any]) -> str:
         head += [f"{dtype}: ours, ms", "fastest other", "its time over ours (range)"]
     lines: dict[str, dict[str, list[str]]] = {}
     for row in found["rows"]:
-        cells = [f"{row['milliseconds'][OURS]:.1f}", row["fastest"], _ratio(row)]
-        lines.setdefault(f"{row['mode']}: {row['title']}", {})[row["dtype"]] = cells
+        cells = [f"{row['milliseconds'][row['ours']]:.1f}", row["fastest"], _ratio(row)]
+        lines.setdefault(_name(row), {})[row["dtype"]] = cells
     none = ["-"] * 3
     rows = [[name, *(cell for dtype in DTYPES for cell in each.get(dtype, none))] for name, each in lines.items()]
     return f"{_caption(found)}\n\n{markdown.table(head, rows, 'lrlrrlr')}"
 
 
 def _caption(found: Mapping[str, Any]) -> str:
-    others = dict.fromkeys(name for row in found["rows"] for name in row["milliseconds"] if name != OURS)
+    others = dict.fromkeys(name for row in found["rows"] for name in row["milliseconds"] if name not in (OURS, PACKED))
     where = f"{found['threads']} threads, {found['rounds']} rounds, medians: {markdown.provenance(found['machine'])}"
     return f"{where}; others: {'; '.join(others)}"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['mode']}: {row['title']}{', packed weights' if row['ours'] == PACKED else ''}"
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
