@@ -185,6 +185,7 @@ auto choose_forward(const BnReluConv3x3<T>& p, const F& f) {
 
 template <class T>
 bool has_room_for_conv3x3(const BnReluConv3x3<T>& p) {
+  if (!has_usable_sides(p.images, p.window)) return false;
   return choose_forward(p, [&](auto choice) {
     return Forward3x3Plan<T, typename decltype(choice)::Shape>(p, nullptr).shared <= most_shared_bytes();
   });

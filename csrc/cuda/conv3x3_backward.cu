@@ -291,6 +291,7 @@ cudaError_t launch_wgrad(const Plan& plan, Stream stream) {
 
 template <class T>
 bool has_room_for_conv3x3(const BnReluConv3x3Backward<T>& p) {
+  if (!has_usable_sides(p.images, p.window)) return false;
   return choose_backward(p, [&](auto math) {
     const Backward3x3Plan<T, decltype(math)> plan(p, nullptr);
     return plan.dgrad_shared <= most_shared_bytes() && plan.wgrad_shared <= most_shared_bytes();

@@ -62,6 +62,14 @@ struct Window : Images {
   }
 };
 
+// Whether the images' sides fit the kernels' 32-bit numbers, and those of a plan: where a window reaches over lines,
+// one of more pixels than a block has bytes of shared memory has no room in any case.
+inline bool has_usable_sides(const Images& images, const int64_t (&window)[3]) {
+  constexpr int64_t kMost = INT32_MAX;
+  return images.size[0] <= kMost && images.size[1] <= kMost &&
+         images.size[2] <= (window[1] > 1 ? int64_t(most_shared_bytes()) : kMost);
+}
+
 // ---- operands in shared memory -------------------------------------------------------------------------------------
 template <class S>
 struct ChunkShape {

@@ -145,6 +145,14 @@ def test_a_line_can_be_too_long(kernels) -> None:
     assert not kernels.has_room_for_conv3x3([1, 1, 2, 2000], 128, 32)
 
 
+@pytest.mark.parametrize("pixels", [2**24, 2**27, 2**28, 2**31 - 2, 2**31, 2**32])
+def test_no_line_is_so_long_that_it_seems_short(kernels, pixels: int) -> None:
+    """Lengths of which 32 bits would not hold the line, or the bytes of its rows."""
+    assert not kernels.has_room_for_conv3x3([1, 1, 2, pixels], 128, 32)
+    assert kernels.has_room_for_conv3x3([1, 1, 1, pixels], 128, 32, dims=1) == (pixels < 2**31)
+    assert not kernels.has_room_for_conv3x3([1, 2**31, 1, 56], 128, 32)
+
+
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
