@@ -6,10 +6,9 @@
 // No GPU has measured anything yet: the table is empty, and cuDNN computes everything. DENSENET_EXT_CONV3X3=ours asks
 // for the kernels wherever they fit, DENSENET_EXT_CONV3X3=cudnn for none of them.
 #include <array>
-#include <cstdlib>
-#include <cstring>
 
 #include "kernels.h"
+#include "limits.h"
 
 namespace dx::cuda {
 namespace {
@@ -35,12 +34,8 @@ int capability() {
 #if defined(DX_EMULATE)
   return 90;
 #else
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return 0;
-  return 10 * major + minor;
+  return 10 * attribute_of_device<cudaDevAttrComputeCapabilityMajor>(0) +
+         attribute_of_device<cudaDevAttrComputeCapabilityMinor>(0);
 #endif
 }
 
@@ -57,9 +52,7 @@ bool is_in_table(const BnReluConv3x3<T>& p) {
 
 template <class T>
 bool chooses_own_conv3x3(const BnReluConv3x3<T>& p) {
-  const char* wanted = std::getenv("DENSENET_EXT_CONV3X3");
-  const bool asked = wanted && std::strcmp(wanted, "ours") == 0, refused = wanted && std::strcmp(wanted, "cudnn") == 0;
-  if (refused || !(asked || is_in_table(p))) return false;
+  if (settings().refuses_conv3x3 || !(settings().asks_for_conv3x3 || is_in_table(p))) return false;
   BnReluConv3x3Backward<T> backward = {};
   backward.C = p.C, backward.N = p.N, backward.images = p.images, backward.norm = p.norm, backward.tf32 = p.tf32;
   for (int i = 0; i < 3; ++i) backward.window[i] = p.window[i];

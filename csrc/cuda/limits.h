@@ -1,22 +1,13 @@
-// What the current device has, and where tests make it less: small shapes have one tile for each block, and shared
-// memory for all weights, unless
-//   DENSENET_EXT_TEST_MULTIPROCESSORS=2        blocks at most, so that each works through several tiles
-//   DENSENET_EXT_TEST_SHARED=67584    bytes of shared memory that a block can ask for
-// which hold on a GPU as in emulation.
+// What the current device has, or what tests make of it (settings.h), and how many tiles a block therefore takes.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 
 #include "launch.h"
+#include "settings.h"
 
 namespace dx::cuda {
-
-inline int64_t of_test(const char* variable, int64_t usual) {
-  const char* wanted = std::getenv(variable);
-  return wanted ? std::atoll(wanted) : usual;
-}
 
 #if !defined(DX_EMULATE)
 // An attribute of the current device, or `otherwise`. It never changes and is wanted several times a call: the driver
@@ -24,13 +15,13 @@ inline int64_t of_test(const char* variable, int64_t usual) {
 template <cudaDeviceAttr ATTRIBUTE>
 int attribute_of_device(int otherwise) {
   constexpr int kMostDevices = 64;
-  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
+  static std::atomic<int> known[kMostDevices];  // the attribute and 1, or 0: not asked yet
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
   if (device < kMostDevices) value = known[device].load(std::memory_order_relaxed);
-  if (value > 0) return value;
+  if (value > 0) return value - 1;
   if (cudaDeviceGetAttribute(&value, ATTRIBUTE, device) != cudaSuccess) return otherwise;
-  if (device < kMostDevices) known[device].store(value, std::memory_order_relaxed);
+  if (device < kMostDevices) known[device].store(value + 1, std::memory_order_relaxed);
   return value;
 }
 #endif
@@ -42,7 +33,8 @@ inline int most_shared_bytes() {
 #else
   const int bytes = attribute_of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(int(kSharedBytesByDefault));
 #endif
-  return int(of_test("DENSENET_EXT_TEST_SHARED", bytes));
+  const int64_t wanted = settings().shared;
+  return wanted > 0 ? int(wanted) : bytes;
 }
 inline int64_t multiprocessors() {
 #if defined(DX_EMULATE)
@@ -50,7 +42,8 @@ inline int64_t multiprocessors() {
 #else
   const int count = attribute_of_device<cudaDevAttrMultiProcessorCount>(1);
 #endif
-  return of_test("DENSENET_EXT_TEST_MULTIPROCESSORS", count);
+  const int64_t wanted = settings().multiprocessors;
+  return wanted > 0 ? wanted : count;
 }
 
 // How many of the `tiles` below one another a block works through, for kernels of which the multiprocessors hold

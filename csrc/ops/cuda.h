@@ -7,11 +7,11 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 
 #include "../cuda/errors.h"
 #include "../cuda/kernels.h"
+#include "../cuda/settings.h"
 #include "torch_calls.h"
 
 namespace dx::ops {
@@ -22,6 +22,7 @@ class Cuda : public TorchCalls {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device().index(), &stream));
     stream_ = static_cast<cuda::Stream>(stream);
+    cuda::settings().read();
   }
 
 #define DX_RUN(name, Params)                     \
@@ -131,8 +132,7 @@ class Cuda : public TorchCalls {
     STD_TORCH_CHECK(error == cudaSuccess, "densenet_ext: ", name, ": CUDA error: ", cudaGetErrorString(error));
   }
   bool waits() const {
-    const char* wanted = std::getenv("DENSENET_EXT_SYNC");
-    if (!wanted || std::string(wanted) != "1") return false;
+    if (!cuda::settings().waits) return false;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
   }

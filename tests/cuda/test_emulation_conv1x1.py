@@ -355,6 +355,24 @@ def test_statistics_of_an_odd_first_row(kernels, monkeypatch, arithmetic, odd) -
         assert var.isnan().all() and not mean.isfinite().any()
 
 
+# ---- what a launch asks of the driver --------------------------------------------------------------------------------
+def test_shared_memory_is_asked_for_once(kernels) -> None:
+    """For each kernel and device, and again by a call that wants more; a launch with more than was allowed fails."""
+
+    def asked(C: int, device: int) -> int:
+        kernels.c.dx_set_device(device)
+        before = kernels.c.dx_allowances()
+        run_forward(kernels, *use("bf16"), 20, C, 100)
+        return kernels.c.dx_allowances() - before
+
+    try:
+        assert [asked(C, 1) for C in (64, 64, 136, 64, 136)] == [1, 0, 1, 0, 0]
+        assert [asked(C, 2) for C in (136, 64, 136)] == [1, 0, 0]
+        assert asked(136, 1) == 0
+    finally:
+        kernels.c.dx_set_device(0)
+
+
 # ---- do these tests see faults? --------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_mutations_are_caught() -> None:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -62,7 +63,8 @@ struct Machine {
   std::string error;
   bool failed = false;
   unsigned order = 0;
-  int launches = 0;
+  int launches = 0, allowances = 0, device = 0;
+  std::map<std::pair<int, const void*>, size_t> allowed;  // bytes of shared memory, by device and kernel
   cudaError_t pretended = cudaSuccess;
   bool capturing = false;
   alignas(128) unsigned char shared[kMostShared];
@@ -186,15 +188,19 @@ std::string take_error() {
 }
 
 int launches() { return machine.launches; }
+int allowances() { return machine.allowances; }
+void set_device(int device) { machine.device = device; }
 void set_order(unsigned order) { machine.order = order; }
 void pretend(cudaError_t error, bool capturing) { machine.pretended = error, machine.capturing = capturing; }
 
-cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
+cudaError_t run(const void* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
                 const std::function<void()>& body) {
   constexpr cudaError_t invalid = 9, failure = 719;  // cudaErrorInvalidConfiguration, cudaErrorLaunchFailure
   if (!machine.error.empty()) return failure;
+  constexpr size_t unasked = 48 * 1024;
+  const auto allowed = machine.allowed.find({machine.device, kernel});
   if (grid_x < 1 || grid_y < 1 || grid_z < 1 || grid_y > 65535 || grid_z > 65535 || threads < 1 || threads > 1024 ||
-      threads % kWarp != 0 || shared > kMostShared) {
+      threads % kWarp != 0 || shared > (allowed == machine.allowed.end() ? unasked : allowed->second)) {
     machine.error = "invalid launch: grid " + std::to_string(grid_x) + "," + std::to_string(grid_y) + "," +
                     std::to_string(grid_z) + ", " + std::to_string(threads) + " threads, " + std::to_string(shared) +
                     " bytes of shared memory";
@@ -270,6 +276,20 @@ void wait_async(size_t groups_in_flight) {
 
 using dx::cuda::emulated::machine;
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = machine.device;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  constexpr cudaError_t invalid = 1;  // cudaErrorInvalidValue
+  if (value < 0 || size_t(value) > dx::cuda::emulated::kMostShared) {
+    machine.error = "not allowed: " + std::to_string(value) + " bytes of shared memory";
+    return invalid;
+  }
+  ++machine.allowances;
+  machine.allowed[{machine.device, kernel}] = size_t(value);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = machine.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;

@@ -20,6 +20,10 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorMemoryAllocation = 2;
 // The text of the last failure, whatever the error.
 const char* cudaGetErrorString(cudaError_t error);
+// What a kernel may have of shared memory, by device; the device is the one that emulated::set_device was told last.
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 // Kernels run at once here; what these answer is what emulated::pretend was told last.
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
@@ -50,10 +54,12 @@ struct Failure {
 };
 
 // ---- launches -------------------------------------------------------------------------------------------------------
-cudaError_t run(unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
+cudaError_t run(const void* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, int threads, size_t shared,
                 const std::function<void()>& body);
-// How many kernels were launched so far.
+// How many kernels were launched so far, and how often one was allowed shared memory.
 int launches();
+int allowances();
+void set_device(int device);
 // The order in which a block's threads run: 0 first to last, 1 last to first, others shuffled by this seed.
 void set_order(unsigned order);
 // What a GPU would tell the operators: the error of an earlier kernel (0: none), and whether the stream is capturing.

@@ -8,6 +8,7 @@ namespace {
 
 template <class F>
 auto for_type(int dtype, const F& f) {
+  settings().read();
   return dtype == 0 ? f(float{}) : dtype == 1 ? f(double{}) : dtype == 2 ? f(bfloat16{}) : f(float16{});
 }
 
