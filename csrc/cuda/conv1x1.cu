@@ -106,11 +106,7 @@ struct ForwardPlan {
     const int64_t tiles = ceil_div(of.M, Shape::kRows);
     p.partial.rows = int(tiles_of_a_block(tiles, to.Np / Shape::kChannels, multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(of.M, p.partial.rows));
-    if (of.out_mean) {
-      p.partial.center = carver.take<A>(blocks * to.Np);
-      p.partial.mean = carver.take<A>(blocks * to.Np);
-      p.partial.m2 = carver.take<A>(blocks * to.Np);
-    }
+    if (of.out_mean) p.partial.take(carver, blocks * to.Np);
     p.chunks = int(to.Cp / Shape::kInner);
     p.resident = Shape::shared_bytes(p.chunks) <= most_shared_bytes();
     p.x_alignment = alignment_of(of.x.data, of.x.pitch);
@@ -138,25 +134,20 @@ cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* work
   return choose<T, false>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
     using Math = typename C::Math;
-    using S = typename Math::Operand;
     using Shape = ForwardShape<T, Math, C::kChannels>;
     const ForwardPlan<T, Shape> plan(p, workspace);
-    Prepare<A, S> prepare = {};
-    prepare.M = p.M, prepare.C = p.C, prepare.N = p.N;
-    prepare.weight = p.weight;
-    prepare.norm = p.norm;
-    prepare.to = plan.p.prepared;
-    cudaError_t error = launch_prepare<Math>(prepare, stream);
-    if (error != cudaSuccess) return error;
-    const dim3 grid(unsigned(plan.p.prepared.Np / C::kChannels), unsigned(plan.blocks));
+    const auto& to = plan.p.prepared;
+    const dim3 grid(unsigned(to.Np / C::kChannels), unsigned(plan.blocks));
     auto* kernel = bn_relu_conv1x1_tiles<T, Math, C::kChannels, false>;
     if constexpr (sizeof(T) < 8)
       if (plan.whole) kernel = bn_relu_conv1x1_tiles<T, Math, C::kChannels, true>;
-    error =
-        launch(kernel, grid, Shape::kThreads, Shape::shared_bytes(plan.p.resident ? plan.p.chunks : 2), stream, plan.p);
-    if (error != cudaSuccess || !p.out_mean) return error;
-    return launch_merge_moments<A>({p.M, p.N, plan.p.prepared.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var},
-                                   stream);
+    const int shared = Shape::shared_bytes(plan.p.resident ? plan.p.chunks : 2);
+    return launch_in_order(
+        [&] { return launch_prepare<Math, A>({p.M, p.C, p.N, p.weight, p.norm, {}, nullptr, nullptr, to}, stream); },
+        [&] { return launch(kernel, grid, Shape::kThreads, size_t(shared), stream, plan.p); },
+        [&] {
+          return launch_merge_moments<A>({p.M, p.N, to.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var}, stream);
+        });
   });
 }
 

@@ -26,6 +26,7 @@
 // constants of 4 KiB fit an A100.
 #include "conv1x1_backward_tile.h"
 #include "kernels.h"
+#include "merge_blocks.h"
 
 namespace dx::cuda {
 namespace {
@@ -113,48 +114,23 @@ __global__ void __launch_bounds__(BackwardShape<T, Math, CHANNELS>::kThreads, Ba
 
 template <class A>
 struct MergeBackward {
-  int64_t C, N, Np, Cp, blocks;
+  int64_t C, Np, Cp, blocks;
   const A *sums, *wgrads;  // wgrads null: not wanted
-  Norm<A> norm;
-  A *grad_conv_weight, *grad_weight, *grad_bias, *grad_mean, *grad_var;
+  A* grad_conv_weight;     // [N, C]
+  NormSums<A> norm;
 };
 
-// 32 columns of one row of dW (the last row of the grid: of the two sums), 8 threads for each, each adding every eighth
-// block. grad_mean and grad_var receive -s sum(dy) and -s r^2/2 sum(dy (x - mean)).
+// Columns of one row of dW; the last row of the grid has those of the norm's two sums.
 template <class A>
-__global__ void __launch_bounds__(256) merge_conv1x1_backward(const __grid_constant__ MergeBackward<A> p) {
-  DX_SHARED_BYTES(shared);
-  double* const parts = reinterpret_cast<double*>(shared);  // [2, 8, 32]
-  const int lane = thread_x() % 32, group = thread_x() / 32;
-  const int64_t c = int64_t(block_x()) * 32 + lane, n = block_y();
-  const bool of_sums = n == int64_t(grid_y()) - 1;
-  const A* from = of_sums ? p.sums + c : p.wgrads + n * p.Cp + c;
-  const int64_t distance = of_sums ? 2 * p.Cp : p.Np * p.Cp;
-  double first = 0, second = 0;
-  if (c < p.C)
-#pragma unroll 4
-    for (int64_t b = group; b < p.blocks; b += 8) {
-      first += double(load_one(from + b * distance));
-      if (of_sums) second += double(load_one(from + b * distance + p.Cp));
-    }
-  store_one(parts + group * 32 + lane, first);
-  store_one(parts + 256 + group * 32 + lane, second);
-  sync_block();
-  if (group > 0 || c >= p.C) return;
-  first = second = 0;
-  for (int g = 0; g < 8; ++g) {
-    first += load_one(parts + g * 32 + lane);
-    second += load_one(parts + 256 + g * 32 + lane);
-  }
-  if (!of_sums) return store_one(p.grad_conv_weight + n * p.C + c, A(first));
-  const A rstd = bn_rstd(load_one(p.norm.var + c), p.norm.eps);
-  store_one(p.grad_bias + c, A(first));
-  store_one(p.grad_weight + c, A(double(rstd) * second));
-  if (p.grad_mean) {
-    const A scale = (p.norm.weight ? load_one(p.norm.weight + c) : A(1)) * rstd;
-    const auto d = bn_statistics_grad<A>(scale, rstd, A(first), A(second));
-    store_one(p.grad_mean + c, load_one(p.grad_mean + c) + d.mean);
-    store_one(p.grad_var + c, load_one(p.grad_var + c) + d.var);
+__global__ void __launch_bounds__(kMergeThreads) merge_conv1x1_backward(const __grid_constant__ MergeBackward<A> p) {
+  const int64_t c = merge_column(), n = block_y();
+  if (n == int64_t(grid_y()) - 1) {
+    double sums[2];
+    if (merge_blocks(sums, p.sums + c, p.Cp, 2 * p.Cp, p.blocks, c < p.C)) p.norm.store(c, sums);
+  } else {
+    double sum[1];
+    if (merge_blocks(sum, p.wgrads + n * p.Cp + c, 0, p.Np * p.Cp, p.blocks, c < p.C))
+      store_one(p.grad_conv_weight + n * p.C + c, A(sum[0]));
   }
 }
 
@@ -209,6 +185,18 @@ cudaError_t launch_tiles(const Plan& plan, Stream stream, C) {
   return launch(kernel, grid, Shape::kThreads, Shape::template shared_bytes<WGRAD>(panels), stream, plan.p);
 }
 
+// Both results by one run of the kernel, or, of more channels than a tile has, each by one.
+template <class T, class C, class Plan>
+cudaError_t launch_runs(const Plan& plan, Stream stream, C choice) {
+  const auto& p = plan.p.of;
+  if (!p.grad_conv_weight) return launch_tiles<true, false, T>(plan, stream, choice);
+  if (p.N <= C::kChannels) return launch_tiles<true, true, T>(plan, stream, choice);
+  if constexpr (C::kChannels <= 128)  // more are chosen only where they are enough
+    return launch_in_order([&] { return launch_tiles<false, true, T>(plan, stream, choice); },
+                           [&] { return launch_tiles<true, false, T>(plan, stream, choice); });
+  return cudaSuccess;
+}
+
 }  // namespace
 
 template <class T>
@@ -227,26 +215,20 @@ cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream s
     using Math = typename C::Math;
     const BackwardPlan<T, BackwardShape<T, Math, C::kChannels>> plan(p, workspace);
     const auto& to = plan.p.prepared;
-    Prepare<A, typename Math::Operand> prepare = {p.M,           p.C, p.N, p.weight, p.norm, p.z_norm, p.z_grad_weight,
-                                                  p.z_grad_bias, to};
-    cudaError_t error = launch_prepare<Math>(prepare, stream);
-    if (error != cudaSuccess) return error;
-    if (!p.grad_conv_weight) {
-      error = launch_tiles<true, false, T>(plan, stream, choice);
-    } else if (p.N <= C::kChannels) {
-      error = launch_tiles<true, true, T>(plan, stream, choice);
-    } else if constexpr (C::kChannels <= 128) {  // more are chosen only where they are enough
-      error = launch_tiles<false, true, T>(plan, stream, choice);
-      if (error == cudaSuccess) error = launch_tiles<true, false, T>(plan, stream, choice);
-    }
-    if (error != cudaSuccess) return error;
-    const MergeBackward<A> merging = {p.C,           p.N,         to.Np,
-                                      to.Cp,         plan.blocks, plan.p.sums,
-                                      plan.p.wgrads, p.norm,      p.grad_conv_weight,
-                                      p.grad_weight, p.grad_bias, p.grad_mean,
-                                      p.grad_var};
-    const dim3 grid(unsigned(ceil_div(p.C, 32)), unsigned(p.grad_conv_weight ? p.N + 1 : 1));
-    return launch(merge_conv1x1_backward<A>, grid, 256, 2 * 256 * sizeof(double), stream, merging);
+    const Prepare<A, typename Math::Operand> prepare = {
+        p.M, p.C, p.N, p.weight, p.norm, p.z_norm, p.z_grad_weight, p.z_grad_bias, to};
+    const MergeBackward<A> merging = {p.C,
+                                      to.Np,
+                                      to.Cp,
+                                      plan.blocks,
+                                      plan.p.sums,
+                                      plan.p.wgrads,
+                                      p.grad_conv_weight,
+                                      {p.norm, p.grad_weight, p.grad_bias, p.grad_mean, p.grad_var}};
+    const int64_t rows = p.grad_conv_weight ? p.N + 1 : 1;
+    return launch_in_order([&] { return launch_prepare<Math>(prepare, stream); },
+                           [&] { return launch_runs<T>(plan, stream, choice); },
+                           [&] { return launch_merge(merge_conv1x1_backward<A>, p.C, rows, 1, stream, merging); });
   });
 }
 

@@ -137,11 +137,7 @@ struct Forward3x3Plan {
     const int64_t M = of.images.rows(), tiles = ceil_div(M, Shape::kRows);
     p.partial.rows = int(tiles_of_a_block(tiles, to.Np / Shape::kChannels, multiprocessors())) * Shape::kRows;
     blocks = at_least_one(ceil_div(M, p.partial.rows));
-    if (of.out_mean) {
-      p.partial.center = carver.take<A>(blocks * to.Np);
-      p.partial.mean = carver.take<A>(blocks * to.Np);
-      p.partial.m2 = carver.take<A>(blocks * to.Np);
-    }
+    if (of.out_mean) p.partial.take(carver, blocks * to.Np);
     p.x_alignment = alignment_of(of.x.data, of.x.pitch);
     p.out_alignment = alignment_of(of.out.data, of.out.pitch);
     p.buffer_bytes = Shape::buffer_bytes(p.window), p.panel_bytes = Shape::panel_bytes(p.window);
@@ -207,15 +203,20 @@ cudaError_t bn_relu_conv3x3(const BnReluConv3x3<T>& p, Stream stream, void* work
     using Math = typename decltype(choice)::Math;
     const Forward3x3Plan<T, Shape> plan(p, workspace);
     const auto& to = plan.p.prepared;
-    cudaError_t error = launch_prepare<Math, A>(
-        {p.N, p.C, p.weight, plan.p.window.planes, plan.p.window.taps, p.C, p.norm, to}, stream);
-    if (error != cudaSuccess) return error;
+    const Window& window = plan.p.window;
     constexpr bool large = Shape::kRows == 512;
     const dim3 grid(unsigned(to.Np / Shape::kChannels), unsigned(plan.blocks));
-    error = launch(bn_relu_conv3x3_tiles<T, Math, Shape::kChannels, large>, grid, Shape::kThreads, size_t(plan.shared),
-                   stream, plan.p);
-    if (error != cudaSuccess || !p.out_mean) return error;
-    return launch_merge_moments<A>({M, p.N, to.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var}, stream);
+    return launch_in_order(
+        [&] {
+          return launch_prepare<Math, A>({p.N, p.C, p.weight, window.planes, window.taps, p.C, p.norm, to}, stream);
+        },
+        [&] {
+          return launch(bn_relu_conv3x3_tiles<T, Math, Shape::kChannels, large>, grid, Shape::kThreads,
+                        size_t(plan.shared), stream, plan.p);
+        },
+        [&] {
+          return launch_merge_moments<A>({M, p.N, to.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var}, stream);
+        });
   });
 }
 

@@ -10,6 +10,7 @@
 #include "conv3x3_dgrad.h"
 #include "conv3x3_wgrad.h"
 #include "kernels.h"
+#include "merge_blocks.h"
 #include "sums.h"
 
 namespace dx::cuda {
@@ -82,74 +83,27 @@ struct MergeTaps {
   Taps<A> to;
 };
 
-// A block of threads has 32 inputs of an output and a tap, 8 threads for each, each adding every eighth block.
+// Inputs of an output and a tap.
 template <class A>
-__global__ void __launch_bounds__(256) merge_taps(const __grid_constant__ MergeTaps<A> p) {
-  DX_SHARED_BYTES(shared);
-  double* const parts = reinterpret_cast<double*>(shared);  // [8, 32]
-  const int lane = thread_x() % 32, group = thread_x() / 32;
-  const int64_t c = int64_t(block_x()) * 32 + lane, n = block_y(), t = block_z();
-  double sum = 0;
-  if (c < p.C)
-#pragma unroll 4
-    for (int64_t b = group; b < p.blocks; b += 8)
-      sum += double(load_one(p.from + b * p.distance + (t * p.Np + n) * p.Cp + c));
-  store_one(parts + group * 32 + lane, sum);
-  sync_block();
-  if (group > 0 || c >= p.C) return;
-  sum = 0;
-  for (int g = 0; g < 8; ++g) sum += load_one(parts + g * 32 + lane);
-  store_one(p.to.data + n * p.to.output + c * p.to.input + t * p.to.tap, A(sum));
-}
-
-template <class A>
-cudaError_t launch_merge_taps(const MergeTaps<A>& p, int64_t N, int64_t taps, Stream stream) {
-  return launch(merge_taps<A>, dim3(unsigned(ceil_div(p.C, 32)), unsigned(N), unsigned(taps)), 256,
-                256 * sizeof(double), stream, p);
+__global__ void __launch_bounds__(kMergeThreads) merge_taps(const __grid_constant__ MergeTaps<A> p) {
+  const int64_t c = merge_column(), n = block_y(), t = block_z();
+  double sum[1];
+  if (merge_blocks(sum, p.from + (t * p.Np + n) * p.Cp + c, 0, p.distance, p.blocks, c < p.C))
+    store_one(p.to.data + n * p.to.output + c * p.to.input + t * p.to.tap, A(sum[0]));
 }
 
 template <class A>
 struct MergeNormSums {
   int64_t C, Cp, blocks;
   const A* sums;  // [blocks, 2, Cp]: sum dy, sum dy (x - mean)
-  Norm<A> norm;
-  A *grad_weight, *grad_bias, *grad_mean, *grad_var;  // [C], each pair or null
+  NormSums<A> norm;
 };
 
-// 32 channels, 8 threads for each, each adding every eighth block.
 template <class A>
-__global__ void __launch_bounds__(256) merge_norm_sums(const __grid_constant__ MergeNormSums<A> p) {
-  DX_SHARED_BYTES(shared);
-  double* const parts = reinterpret_cast<double*>(shared);  // [2, 8, 32]
-  const int lane = thread_x() % 32, group = thread_x() / 32;
-  const int64_t c = int64_t(block_x()) * 32 + lane;
-  double first = 0, second = 0;
-  if (c < p.C)
-#pragma unroll 4
-    for (int64_t b = group; b < p.blocks; b += 8) {
-      first += double(load_one(p.sums + 2 * b * p.Cp + c));
-      second += double(load_one(p.sums + (2 * b + 1) * p.Cp + c));
-    }
-  store_one(parts + group * 32 + lane, first);
-  store_one(parts + 256 + group * 32 + lane, second);
-  sync_block();
-  if (group > 0 || c >= p.C) return;
-  first = second = 0;
-  for (int g = 0; g < 8; ++g) {
-    first += load_one(parts + g * 32 + lane);
-    second += load_one(parts + 256 + g * 32 + lane);
-  }
-  const A rstd = bn_rstd(load_one(p.norm.var + c), p.norm.eps);
-  if (p.grad_weight) {
-    store_one(p.grad_bias + c, A(first));
-    store_one(p.grad_weight + c, A(double(rstd) * second));
-  }
-  if (p.grad_mean) {
-    const A scale = (p.norm.weight ? load_one(p.norm.weight + c) : A(1)) * rstd;
-    const auto d = bn_statistics_grad<A>(scale, rstd, A(first), A(second));
-    store_one(p.grad_mean + c, load_one(p.grad_mean + c) + d.mean);
-    store_one(p.grad_var + c, load_one(p.grad_var + c) + d.var);
-  }
+__global__ void __launch_bounds__(kMergeThreads) merge_norm_sums(const __grid_constant__ MergeNormSums<A> p) {
+  const int64_t c = merge_column();
+  double sums[2];
+  if (merge_blocks(sums, p.sums + c, p.Cp, 2 * p.Cp, p.blocks, c < p.C)) p.norm.store(c, sums);
 }
 
 // ---- the whole ------------------------------------------------------------------------------------------------------
@@ -312,29 +266,38 @@ cudaError_t bn_relu_conv3x3_backward(const BnReluConv3x3Backward<T>& p, Stream s
     const Window& window = plan.dgrad.window;
     const int64_t M = p.images.rows(), taps = window.planes * window.taps;
     const bool any_rows = M > 0 && p.C > 0;
-    cudaError_t error = cudaSuccess;
-    if (M > 0 && p.N > 0) error = launch_complete(plan.complete, stream);
-    if (error == cudaSuccess && p.grad_conv_bias && p.N > 0)
-      error = launch_merge_taps<A>(
-          {p.N, 1, p.N, M > 0 ? plan.complete.tiling.slabs : 0, p.N, plan.complete.sums, {p.grad_conv_bias, 0, 1, 0}},
-          1, 1, stream);
-    if (error == cudaSuccess && any_rows)
-      error = launch_prepare<Math, A>(
-          {p.C, p.N, reversed(p.weight, taps), window.planes, window.taps, p.C, p.norm, plan.dgrad.prepared}, stream);
-    if (error == cudaSuccess && any_rows && (p.grad_x || wants_sums(p))) error = launch_dgrad<T, Math>(plan, stream);
-    if (error == cudaSuccess && p.C > 0 && wants_sums(p)) {
-      const MergeNormSums<A> merging = {p.C,       plan.dgrad.prepared.Np, plan.dgrad_blocks, plan.dgrad.sums,
-                                        p.norm,    p.grad_weight,          p.grad_bias,       p.grad_mean,
-                                        p.grad_var};
-      error =
-          launch(merge_norm_sums<A>, dim3(unsigned(ceil_div(p.C, 32))), 256, 2 * 256 * sizeof(double), stream, merging);
-    }
-    if (!p.grad_conv_weight || p.C == 0 || p.N == 0) return error;
-    if (error == cudaSuccess && any_rows) error = launch_wgrad<T, Math>(plan, stream);
-    if (error != cudaSuccess) return error;
-    return launch_merge_taps<A>(
-        {p.C, plan.wgrad.Np, plan.wgrad.Cp, plan.slabs, plan.of_slab(), plan.wgrad.wgrads, p.grad_conv_weight}, p.N,
-        taps, stream);
+    const bool sums = p.C > 0 && wants_sums(p), wgrad = p.grad_conv_weight && p.C > 0 && p.N > 0;
+    const auto& to = plan.dgrad.prepared;
+    return launch_in_order(
+        [&] { return M > 0 && p.N > 0 ? launch_complete(plan.complete, stream) : cudaSuccess; },
+        [&] {
+          if (!p.grad_conv_bias || p.N == 0) return cudaSuccess;
+          const int64_t slabs = M > 0 ? plan.complete.tiling.slabs : 0;
+          const MergeTaps<A> merging = {p.N, 1, p.N, slabs, p.N, plan.complete.sums, {p.grad_conv_bias, 0, 1, 0}};
+          return launch_merge(merge_taps<A>, p.N, 1, 1, stream, merging);
+        },
+        [&] {
+          if (!any_rows) return cudaSuccess;
+          return launch_prepare<Math, A>(
+              {p.C, p.N, reversed(p.weight, taps), window.planes, window.taps, p.C, p.norm, to}, stream);
+        },
+        [&] { return any_rows && (p.grad_x || sums) ? launch_dgrad<T, Math>(plan, stream) : cudaSuccess; },
+        [&] {
+          if (!sums) return cudaSuccess;
+          const MergeNormSums<A> merging = {p.C,
+                                            to.Np,
+                                            plan.dgrad_blocks,
+                                            plan.dgrad.sums,
+                                            {p.norm, p.grad_weight, p.grad_bias, p.grad_mean, p.grad_var}};
+          return launch_merge(merge_norm_sums<A>, p.C, 1, 1, stream, merging);
+        },
+        [&] { return wgrad && any_rows ? launch_wgrad<T, Math>(plan, stream) : cudaSuccess; },
+        [&] {
+          if (!wgrad) return cudaSuccess;
+          const MergeTaps<A> merging = {
+              p.C, plan.wgrad.Np, plan.wgrad.Cp, plan.slabs, plan.of_slab(), plan.wgrad.wgrads, p.grad_conv_weight};
+          return launch_merge(merge_taps<A>, p.C, p.N, taps, stream, merging);
+        });
   });
 }
 

@@ -50,4 +50,12 @@ cudaError_t launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, Str
   return error;
 }
 
+// Calls launches, each a function without arguments, until one fails.
+template <class... F>
+cudaError_t launch_in_order(const F&... launches) {
+  cudaError_t error = cudaSuccess;
+  (void)(((error = launches()) == cudaSuccess) && ...);
+  return error;
+}
+
 }  // namespace dx::cuda

@@ -10,6 +10,10 @@ template <class A>
 struct PartialMoments {
   int rows;               // of each block but the last
   A *center, *mean, *m2;  // [blocks, Np], the mean as a distance from the center; or null: no statistics wanted
+
+  void take(Carver& carver, int64_t count) {
+    for (A** part : {&center, &mean, &m2}) *part = carver.take<A>(count);
+  }
 };
 
 // A kernel of each file that includes this: two files must not share one by its name.
@@ -19,7 +23,7 @@ template <class A>
 struct MergeMoments {
   int64_t M, N, Np, blocks;
   PartialMoments<A> partial;
-  A *mean, *var;  // [N]
+  A *mean, *var;  // [N], or null
 };
 
 // A warp for each channel: lane i merges the blocks i, i + 32, ..., then the lanes are merged pairwise.
@@ -47,6 +51,7 @@ __global__ void __launch_bounds__(256) merge_moments(const __grid_constant__ Mer
 
 template <class A>
 cudaError_t launch_merge_moments(const MergeMoments<A>& p, Stream stream) {
+  if (!p.mean) return cudaSuccess;
   return launch(merge_moments<A>, dim3(unsigned(ceil_div(p.N, 8))), 256, 0, stream, p);
 }
 

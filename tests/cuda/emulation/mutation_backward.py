@@ -120,7 +120,7 @@ MUTATIONS = [
     ),
     Mutation(
         "backward: no barrier before the blocks' sums are added",
-        "conv1x1_backward.cu",
+        "merge_blocks.h",
         "  sync_block();\n  if (group > 0",
         "  if (group > 0",
         BACKWARD,
