@@ -25,6 +25,7 @@ import torch
 from densenet_ext import kernels
 from tests.cuda.emulation import library
 from tests.support import devices, matrix_table, order, slow
+from tests.support.lost_gpu import pytest_runtest_protocol  # noqa: F401  (a hook)
 
 try:
     import hypothesis

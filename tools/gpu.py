@@ -6,10 +6,10 @@
 Each builds from source against the torch of this Python what is not built yet, and takes six minutes at most
 (``--seconds``); ``--stages "tests"`` runs some of a half. The stages share the seconds: each gets its part of what is
 left, so that time which one does not need goes to those behind it, and one that fails or takes too long stops none of
-them. ``--seconds 1200`` leaves time for torch.compile's max-autotune, which takes minutes before it runs. Both halves
-together leave eight files in FOLDER: right.md and fast.md, which sum up, build.log, tests.log, sanitizer.log,
-kernels.json, networks.json, benchmarks.log. Exit code 0: all was well; 1: not all; 2: there is no GPU, or the arguments
-are wrong.
+them, but that nothing is run of what could not be built. ``--seconds 1200`` leaves time for torch.compile's
+max-autotune, which takes minutes before it runs. Both halves together leave eight files in FOLDER: right.md and
+fast.md, which sum up, build.log, tests.log, sanitizer.log, kernels.json, networks.json, benchmarks.log. Exit code 0:
+all was well; 1: not all; 2: there is no GPU, or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 def build(run: Run, machine: Machine, seconds: float) -> Result:
     """Installs the package from source into an environment that sees this Python's packages."""
     start, log = run.clock(), run.out / "build.log"
-    if not (run.venv / "bin" / "python").exists():
+    if not (run.venv / "bin" / "python").exists() or prepare_venv.unfinished(run.venv).exists():
         prepare_venv.create(run.venv)
     environ = {
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
@@ -162,15 +162,21 @@ def tests(run: Run, machine: Machine, seconds: float) -> Result:
     report.unlink(missing_ok=True)
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "peers"]
     files.sort(key=lambda path: (path.name not in FIRST_TESTS, path))
-    command = [run.python, "-m", "pytest", "--device", "cuda", f"--junit-xml={report}", "--durations=15", "-q"]
+    # a line for each test, so that the log says how far a run came that left no report
+    command = [run.python, "-m", "pytest", "--device", "cuda", f"--junit-xml={report}", "--durations=15", "-v"]
+    # a kernel that does not end is waited for in C++, which no signal interrupts: the log gets where every thread is,
+    # and pytest-timeout, where it is installed, ends the process
+    stuck = min(180.0, max(20.0, seconds / 3))
+    command += ["-o", f"faulthandler_timeout={0.8 * stuck:.0f}"]
     if _has(run, "xdist"):
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
         command += ["-n", str(workers), "--dist", "loadgroup"]
     if _has(run, "pytest_timeout"):
-        command += ["--timeout", "180"]
+        command += ["--timeout", f"{stuck:.0f}", "--timeout-method", "thread"]
     command += [str(path.relative_to(ROOT)) for path in files]
-    code, taken = run.call(command, run.out / "tests.log", seconds)
-    counts = gpu_summary.of_tests(report)
+    log = run.out / "tests.log"
+    code, taken = run.call(command, log, seconds)
+    counts = gpu_summary.of_tests(report, log)
     report.unlink(missing_ok=True)  # the log has what it has
     return Result(code == 0, taken, f"{_ended(code)}{counts}")
 
@@ -194,14 +200,15 @@ def sanitizer(run: Run, machine: Machine, seconds: float) -> Result:
 
     with ThreadPoolExecutor(len(logs)) as pool:  # they don't load the GPU: all at once
         ended = dict(zip(logs, pool.map(check, logs), strict=True))
-    log = ""
-    for file in logs.values():
-        log += file.read_text(encoding="utf-8", errors="replace")
+    log, remarks = "", []
+    for tool, file in logs.items():
+        text, code = file.read_text(encoding="utf-8", errors="replace"), ended[tool][0]
+        log += text
         file.unlink()
+        remarks.append(
+            f"{tool}: {'no errors' if code == 0 else _ended(code).rstrip('; ') + gpu_summary.of_last_call(text)}"
+        )
     (run.out / "sanitizer.log").write_text(log, encoding="utf-8")
-    remarks = [
-        f"{tool}: {'no errors' if code == 0 else _ended(code).rstrip('; ')}" for tool, (code, _) in ended.items()
-    ]
     passed = all(code == 0 for code, _ in ended.values())
     taken = max(used for _, used in ended.values())
     return Result(passed, taken, "; ".join([*remarks, *gpu_summary.of_calls(log)]))
@@ -283,14 +290,18 @@ def find_machine() -> Machine | str:
 def run_stages(
     run: Run, machine: Machine, chosen: Sequence[str], stages: Mapping[str, Stage] = STAGES
 ) -> dict[str, Result]:
-    """Runs the chosen stages in their order; one that breaks has failed and stops none of the others."""
+    """Runs the chosen stages in their order; one that breaks has failed and stops none of the others, but that nothing
+    is run of what could not be built."""
     results: dict[str, Result] = {}
     for name in chosen:
         seconds = share_of(name, chosen, run.left())
         print(f"{name}: at most {seconds:.0f} s", flush=True)
         start = run.clock()
         try:
-            results[name] = stages[name].run(run, machine, seconds)
+            if "build" in results and not results["build"].passed:
+                results[name] = Result(False, 0.0, "not run: there is no build")
+            else:
+                results[name] = stages[name].run(run, machine, seconds)
         except Exception as error:  # whatever it is, the next stages still have something to say
             results[name] = Result(False, run.clock() - start, f"{type(error).__name__}: {error}")
         result = results[name]

@@ -35,17 +35,28 @@ def of_ptxas(log: str) -> str:
     return f"{len(registers)} kernels, at most {max(registers)} registers, {local} with local memory or spills"
 
 
-def of_tests(report: Path) -> str:
-    """Counts of a JUnit file, and the names of the first tests that failed."""
+def of_tests(report: Path, log: Path) -> str:
+    """Counts of a JUnit file, and the names of the first tests that failed; without one the same out of the log."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        return "no report was written: tests.log shows how far it came"
+        return f"no report was written; {log.name} has {_of_lines(log)}"
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     text = f"{len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"
     names = [f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}" for case in bad[:10]]
     return f"{text}: {', '.join(names)}" if names else text
+
+
+def _of_lines(log: Path) -> str:
+    """Counts of the lines that pytest prints with -v, and the names of the first tests that failed."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    # with -n "[gw1] [ 12%] PASSED tests/a.py::test_b", else "tests/a.py::test_b PASSED [ 12%]"
+    lines = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S+)|(\S+::\S+) ([A-Z]+)\b)", text, re.MULTILINE)
+    ends = [(first or last, name or named) for first, name, named, last in lines]
+    bad = [name.rpartition("/")[2] for end, name in ends if end in ("FAILED", "ERROR")]
+    counts = f"{sum(end == 'PASSED' for end, _ in ends)} passed, {len(bad)} failed"
+    return f"{counts}: {', '.join(bad[:10])}" if bad else counts
 
 
 def of_calls(log: str) -> list[str]:
@@ -54,6 +65,12 @@ def of_calls(log: str) -> list[str]:
     text = [f"calls {', '.join(f'{made}/{total}' for made, total in calls)}"] if calls else []
     complaint = re.search(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)(.*\S)", log, re.MULTILINE)
     return [*text, *([complaint[1][:150]] if complaint else [])]
+
+
+def of_last_call(log: str) -> str:
+    """Which call the operators' calls came to, where they did not come to their end."""
+    begun = re.findall(r"^call \d+: .*\S", log, re.MULTILINE)
+    return f" in {begun[-1]}" if begun and not re.search(r"\d+ of \d+ calls", log) else ""
 
 
 def of_benchmark(file: Path) -> str:
@@ -86,6 +103,6 @@ def write(summary: Path, machine: str, results: Mapping[str, Ended], chosen: Seq
             lines += ["", render(found)]
             predictions = gpu_predictions.TABLES[path.stem](found)
             lines += ["", predictions] if predictions else []
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a summary of the other stages is worth more than this table
             lines += ["", f"{file} can't be shown: {type(error).__name__}: {error}"]
     summary.write_text("\n".join(lines) + "\n", encoding="utf-8")

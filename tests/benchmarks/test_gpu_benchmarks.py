@@ -102,8 +102,24 @@ def test_a_stopwatch_gives_the_median_of_the_calls_it_counts() -> None:
 def measured() -> dict[str, Any]:
     saved: list[int] = []
     found = kernels.run([TINY, SMALL], CPU, 60, no_words, lambda found: saved.append(len(found["rows"])), 2**16)
-    assert saved == sorted(saved) and saved[-1] == len(found["rows"]) and len(saved) == 2 * len(kernels.PRECISIONS) + 1
+    assert saved == sorted(saved) and saved[-1] == len(found["rows"]) and len(saved) == 2 * len(kernels.PRECISIONS) + 2
     return found
+
+
+def test_what_was_measured_before_a_kernel_failed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = iter([{"operator": "bn_relu"}, {"operator": "channel_stats"}])
+
+    def measure(*_: Any) -> dict[str, Any]:
+        row = next(rows, None)
+        if row is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return row
+
+    saved: list[int] = []
+    monkeypatch.setattr(kernels, "measure", measure)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        kernels.run([TINY], CPU, 60, no_words, lambda found: saved.append(len(found["rows"])), 2**16)
+    assert saved == [0, 2]
 
 
 def test_a_run_of_the_operators(measured: dict[str, Any]) -> None:

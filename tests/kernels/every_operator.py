@@ -79,6 +79,7 @@ def main() -> int:
         for variable in BLOCKS:
             os.environ.pop(variable, None)
         os.environ.update(environment)
+        print(f"call {total}: {name} {str(dtype).removeprefix('torch.')} {environment or ''}", flush=True)
         arguments = [moved(value, options.device) for value in converted(call, dtype).values()]
         getattr(torch.ops.densenet_ext, name).default(*arguments)
         if options.device.type == "cuda":

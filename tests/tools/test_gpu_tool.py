@@ -74,6 +74,17 @@ def test_each_stage_gets_its_part_and_none_stops_the_others(tmp_path: Path) -> N
     assert "| build | passed | 100 | a \\| remark |" in summary and "| tests | **failed** | 10 |" in summary
 
 
+def test_nothing_is_run_of_what_could_not_be_built(tmp_path: Path) -> None:
+    def build(run: gpu.Run, machine: gpu.Machine, seconds: float) -> gpu.Result:
+        return gpu.Result(False, 7, "exit code 1; ")
+
+    stages = {"build": gpu.Stage(build, 1.0), "tests": gpu.STAGES["tests"]}
+    run = gpu.Run(tmp_path, tmp_path / "venv", 400)
+    results = gpu.run_stages(run, MACHINE, list(stages), stages)
+    assert results["tests"] == (False, 0.0, "not run: there is no build")
+    assert [path.name for path in tmp_path.iterdir()] == ["right.md"]
+
+
 def test_a_command_that_takes_too_long_ends_with_all_that_it_started(
     run: gpu.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +147,8 @@ class Recorded(gpu.Run):
 def test_the_build_is_offline_and_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "NVCC_APPEND_FLAGS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(gpu.prepare_venv, "create", lambda folder: None)
+    made: list[Path] = []
+    monkeypatch.setattr(gpu.prepare_venv, "create", made.append)
     run = Recorded(tmp_path)
     result = gpu.build(run, MACHINE, 60)
     assert result.passed and result.remark == "2 kernels, at most 40 registers, 0 with local memory or spills"
@@ -148,6 +160,14 @@ def test_the_build_is_offline_and_for_this_gpu(tmp_path: Path, monkeypatch: pyte
         "DENSENET_EXT_CUDA": "1",
         "NVCC_APPEND_FLAGS": "-Xptxas=-v",
     }
+    python = run.venv / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    gpu.build(Recorded(tmp_path), MACHINE, 60)
+    assert made == [run.venv]
+    gpu.prepare_venv.unfinished(run.venv).touch()  # one that was cut short is made again
+    gpu.build(Recorded(tmp_path), MACHINE, 60)
+    assert made == [run.venv] * 2
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     failed = Recorded(tmp_path, None)
     assert gpu.build(failed, MACHINE, 60)[::2] == (False, "out of time; ")
@@ -219,7 +239,18 @@ def test_what_the_files_say(tmp_path: Path) -> None:
         '<testcase classname="tests.test_a" name="c[1]"><failure message="x"/></testcase>'
         '<testcase classname="tests.test_a" name="d"><skipped/></testcase></testsuite></testsuites>'
     )
-    assert gpu_summary.of_tests(report) == "1 passed, 1 failed, 1 skipped: test_a::c[1]"
+    log = tmp_path / "tests.log"
+    assert gpu_summary.of_tests(report, log) == "1 passed, 1 failed, 1 skipped: test_a::c[1]"
+    report.write_text("<testsuites>")
+    assert gpu_summary.of_tests(report, log) == "no report was written; tests.log has 0 passed, 0 failed"
+    log.write_text(
+        "[gw1] [ 12%] PASSED tests/a/test_a.py::test_b \n[gw0] [  3%] FAILED tests/a/test_a.py::test_c[1] \n"
+        "tests/a/test_a.py::test_c[1] \ntests/a/test_d.py::test_e PASSED   [ 50%]\n"
+    )
+    assert gpu_summary.of_tests(report, log).endswith("tests.log has 2 passed, 1 failed: test_a.py::test_c[1]")
+    begun = "call 1: bn_relu bfloat16\ncall 2: channel_stats float32 \n========= Error\n"
+    assert gpu_summary.of_last_call(begun) == " in call 2: channel_stats float32"
+    assert gpu_summary.of_last_call(begun + "2 of 9 calls\n") == gpu_summary.of_last_call("") == ""
     sanitized = "========= COMPUTE-SANITIZER\n3 of 9 calls\n========= Invalid __global__ read of size 4 bytes\n"
     assert gpu_summary.of_calls(sanitized + "========= ERROR SUMMARY: 1 error\n") == [
         "calls 3/9",
