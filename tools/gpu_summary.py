@@ -38,12 +38,14 @@ def of_ptxas(log: str) -> str:
 def of_tests(report: Path, log: Path) -> str:
     """Counts of a JUnit file, and the names of the first tests that failed; without one the same out of the log."""
     try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
+        every = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return f"no report was written; {log.name} has {_of_lines(log)}"
+    cases = [case for case in every if case.get("name")]  # those that were cut short have none
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     text = f"{len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"
+    text += f", {len(every) - len(cases)} cut short" if every != cases else ""
     names = [f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}" for case in bad[:10]]
     return f"{text}: {', '.join(names)}" if names else text
 

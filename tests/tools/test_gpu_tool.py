@@ -241,6 +241,8 @@ def test_what_the_files_say(tmp_path: Path) -> None:
     )
     log = tmp_path / "tests.log"
     assert gpu_summary.of_tests(report, log) == "1 passed, 1 failed, 1 skipped: test_a::c[1]"
+    report.write_text('<testsuites><testcase classname="a" name="b"/><testcase time="0.0"/></testsuites>')
+    assert gpu_summary.of_tests(report, log) == "1 passed, 0 failed, 0 skipped, 1 cut short"
     report.write_text("<testsuites>")
     assert gpu_summary.of_tests(report, log) == "no report was written; tests.log has 0 passed, 0 failed"
     log.write_text(
