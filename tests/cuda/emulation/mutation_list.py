@@ -186,11 +186,3 @@ MUTATIONS = [
         (forward_tf32,),
     ),
 ]
-# For the test suite: one of each kind.
-FEW = (
-    "no barrier before a chunk is multiplied",
-    "no wait for a chunk's weights",
-    "streamed weights of one side only",
-    "halves of the transposed left operand exchanged",
-    "rows of the prepared weights lie C apart",
-)

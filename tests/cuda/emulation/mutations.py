@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tests.cuda.emulation import mutation_backward, mutation_conv3x3, mutation_list, mutation_rows
-from tests.cuda.emulation.library import CACHE, Library, compile_library
+from tests.cuda.emulation.library import Library, compile_library
 from tests.cuda.emulation.mutation_cases import Case
 from tests.cuda.emulation.mutation_list import FAMILIES, Mutation
 
@@ -32,6 +32,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 _LISTS = (mutation_list, mutation_backward, mutation_rows, mutation_conv3x3)
 MUTATIONS = [mutation for own in _LISTS for mutation in own.MUTATIONS]
+# For the test suite: one of each kind, of kernels that are compiled soon; about a minute of a processor in all.
+FEW = (
+    "forward: no barrier before a chunk is multiplied",
+    "forward: no wait for a chunk's weights",
+    "tensor cores: halves of the transposed left operand exchanged",
+    "statistics: the last slab counts as a whole one",
+    "rows: what the convolution reads again is not rectified",
+    "weights: the second launch begins again",
+    "3x3: no wait for a step's rows",
+    "3x3 backward: the ring is not gone around",
+)
 CASES: dict[str, Case] = {case.__name__: case for mutation in MUTATIONS for case in mutation.cases}
 MOST_SECONDS = 120  # of processor time, for a mutation's cases: one that hangs is caught too, whatever else runs
 
@@ -50,8 +61,6 @@ class Workshop:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=ignored)
         shutil.copytree(HERE, folder / "tests" / "cuda" / "emulation", ignore=ignored)
-        if CACHE.exists():  # what the tests have compiled needs no second time
-            shutil.copytree(CACHE, folder / "build", ignore=shutil.ignore_patterns("*.so"))
         self.library = self.compile()
 
     def compile(self) -> Path:
