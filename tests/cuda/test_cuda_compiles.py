@@ -17,8 +17,9 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -105,6 +106,30 @@ def test_reading_machine_code() -> None:
     assert read_stores(sass) == [("foo<double>", {16: 2, 4: 2, 8: 1})]
 
 
+def leave_out(missing: str) -> NoReturn:
+    """Skips the test, but fails where the environment asks for GPU kernels, as in CI."""
+    if os.environ.get("DENSENET_EXT_CUDA") == "1":
+        pytest.fail(f"DENSENET_EXT_CUDA=1, and there is {missing}")
+    pytest.skip(missing)
+
+
+def find_toolkit() -> Path:
+    toolkit = extension.find_toolkit()
+    if toolkit is None or shutil.which("c++filt") is None:
+        leave_out("no c++filt" if toolkit else "no CUDA toolkit")
+    return toolkit
+
+
+def test_what_is_asked_for_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "find_toolkit", lambda: None)
+    monkeypatch.setenv("DENSENET_EXT_CUDA", "1")
+    with pytest.raises(pytest.fail.Exception, match="DENSENET_EXT_CUDA=1, and there is no CUDA toolkit"):
+        find_toolkit()
+    monkeypatch.delenv("DENSENET_EXT_CUDA")
+    with pytest.raises(pytest.skip.Exception, match="no CUDA toolkit"):
+        find_toolkit()
+
+
 class Build(NamedTuple):
     log: str
     wheel: Path
@@ -123,9 +148,7 @@ def key_of_build(toolkit: Path) -> str:
 @pytest.fixture(scope="module")
 def build() -> Build:
     """The wheel, which stays in build/cuda-wheel until something of it changes: compiling takes minutes."""
-    toolkit = extension.find_toolkit()
-    if toolkit is None or shutil.which("c++filt") is None:
-        pytest.skip("no CUDA toolkit")
+    toolkit = find_toolkit()
     folder = ROOT / "build" / "cuda-wheel" / key_of_build(toolkit)
     log = folder / "log.txt"
     if not log.exists():
@@ -189,9 +212,7 @@ SCARCE = ("conv1x1.cu", "conv1x1_backward.cu", "statistics.cu")
 @pytest.mark.parametrize("source", SCARCE)
 def test_no_kernel_spills_on_later_generations(source: str, record_property: Callable[[str, object], None]) -> None:
     """One process of nvcc, a thread of it for each architecture: tens of seconds a file. Its report stays in build/."""
-    toolkit = extension.find_toolkit()
-    if toolkit is None or shutil.which("c++filt") is None:
-        pytest.skip("no CUDA toolkit")
+    toolkit = find_toolkit()
     known = subprocess.run([f"{toolkit}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     wanted = [architecture for architecture in LATER_ARCHITECTURES if architecture in known]
     if not wanted:
@@ -235,10 +256,9 @@ STORES = {
 @pytest.mark.slow
 def test_rows_are_stored_in_whole_pieces(build: Build, tmp_path: Path) -> None:
     """A piece that the compiler takes apart costs several partial writes of one sector."""
-    toolkit = extension.find_toolkit()
-    cuobjdump = shutil.which("cuobjdump", path=f"{toolkit}/bin{os.pathsep}{os.environ['PATH']}")
+    cuobjdump = shutil.which("cuobjdump", path=f"{find_toolkit()}/bin{os.pathsep}{os.environ['PATH']}")
     if cuobjdump is None:
-        pytest.skip("no cuobjdump")
+        leave_out("no cuobjdump")
     zipfile.ZipFile(build.wheel).extractall(tmp_path)
     (library,) = tmp_path.glob("densenet_ext/_C*.so")
     sass = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
@@ -248,6 +268,37 @@ def test_rows_are_stored_in_whole_pieces(build: Build, tmp_path: Path) -> None:
         assert len(found) >= len(ARCHITECTURES), pattern
         few = [(name, stores) for name, stores in found if stores.get(size, 0) < least]
         assert not few, f"fewer than {least} stores of {size} bytes: {few}"
+
+
+# What every Linux that runs a manylinux wheel has: C's and C++'s own.
+OF_THE_SYSTEM = (
+    "libc.so.*",
+    "libm.so.*",
+    "libstdc++.so.*",
+    "libgcc_s.so.*",
+    "ld-linux*",
+    "libpthread.so.*",
+    "libdl.so.*",
+)
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_no_library_along(build: Build, tmp_path: Path) -> None:
+    """It needs torch's and the toolkit's, which torch loads; a copy of these beside it would be a second torch. What CI
+    has auditwheel leave out of wheels names all of them."""
+    zipfile.ZipFile(build.wheel).extractall(tmp_path)
+    (library,) = tmp_path.rglob("*.so*")
+    assert library.parent == tmp_path / "densenet_ext" and library.name.startswith("_C.")
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        leave_out("no readelf")
+    dynamic = subprocess.run([readelf, "-dW", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert any(name.startswith("libcudart.so") for name in needed) and any("torch" in name for name in needed), needed
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), dynamic  # of the machine that built it
+    left_out = re.findall(r"--exclude '([^']+)'", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    known = (*OF_THE_SYSTEM, *left_out)
+    assert [name for name in needed if not any(fnmatch(name, pattern) for pattern in known)] == []
 
 
 @pytest.mark.slow
