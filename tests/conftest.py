@@ -72,9 +72,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if slow.reason_to_wait(item.nodeid):
             item.add_marker("slow")
-    items.sort(key=lambda item: order.place(item.nodeid))
     if torch.get_default_device().type == "cpu":
+        items.sort(key=lambda item: order.place(item.nodeid))
         return
+    # on a GPU the order is the caller's: the time may end before all have run
     left_out = [item for item in items if devices.reason_to_leave_out(item.nodeid)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

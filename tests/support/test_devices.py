@@ -5,8 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from tests import conftest
 from tests.support import devices, order, slow
@@ -49,6 +51,21 @@ def test_folders_matter_where_a_pattern_has_one() -> None:
 def test_a_device_that_is_not_there_ends_the_run(device: str, message: str) -> None:
     with pytest.raises(pytest.UsageError, match=message):
         conftest.pytest_configure(SimpleNamespace(getoption=lambda name: device))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_runs_tests_in_the_order_that_was_asked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "tests/cuda/test_cuda.py::test_a",
+        "tests/cuda/test_emulation.py::test_b",
+        "tests/docs/test_docs.py::test_c",
+    ]
+    names += ["tests/kernels/test_kernels.py::test_d[emulated]", "tests/kernels/test_kernels.py::test_d[compiled]"]
+    items = [Mock(nodeid=name) for name in names]
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device(device))
+    conftest.pytest_collection_modifyitems(Mock(), items)
+    found = [names.index(item.nodeid) for item in items]
+    assert found == ([1, 2, 3, 4, 0] if device == "cpu" else [0, 4])
 
 
 def test_files_that_take_long_come_first() -> None:

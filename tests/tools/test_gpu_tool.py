@@ -181,7 +181,7 @@ def test_the_suite_is_whole_and_begins_with_what_shows_most(tmp_path: Path) -> N
     files = [Path(word).name for word in command if word.endswith(".py")]
     found = [path for path in (gpu.ROOT / "tests").rglob("test_*.py") if path.parent.name != "peers"]
     assert sorted(files) == sorted(path.name for path in found)
-    assert set(files[: len(gpu.FIRST_TESTS)]) == set(gpu.FIRST_TESTS)
+    assert tuple(files[: len(gpu.FIRST_TESTS)]) == gpu.FIRST_TESTS
     assert command[command.index("--device") + 1] == "cuda" and "no report was written" in result.remark
     options = [word for word in command[1:] if not word.endswith(".py") and word not in ("--device", "cuda")]
     collected = subprocess.run(
