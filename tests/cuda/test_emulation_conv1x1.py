@@ -22,6 +22,7 @@ from tests.cuda.emulation.conv1x1 import (
     backward_of,
     check_backward_of_dead_channels,
     check_backward_of_no_rows,
+    check_many_blocks,
     forward_of,
     make_norm,
     make_rows,
@@ -206,6 +207,11 @@ def test_backward_in_tiles_of_96_or_192_channels(kernels, monkeypatch, arithmeti
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_backward(kernels, *use(arithmetic), 200, 72, N, wgrad=wgrad, orders=(5,))
+
+
+def test_sums_of_many_blocks(kernels) -> None:
+    torch.manual_seed(4)
+    check_many_blocks(kernels)
 
 
 def test_backward_of_no_rows(kernels) -> None:

@@ -191,6 +191,12 @@ def assert_same_kind(got: Tensor, want: Tensor, name: str) -> None:
     assert torch.equal(got.isposinf(), want.isposinf()) and torch.equal(got.isneginf(), want.isneginf()), name
 
 
+def check_many_blocks(kernels: Library) -> None:
+    """More than a warp has lanes forward, and than a column has threads backward: each of these adds several."""
+    run_forward(kernels, *use("double"), 33 * 64, 3, 5)
+    run_backward(kernels, *use("double"), 17 * 16, 3, 5)
+
+
 def check_backward_of_no_rows(kernels: Library) -> None:
     """An empty batch: all sums are zero, nothing is left in flight."""
     norm, weight = make_norm(20, F32), torch.randn(10, 20)

@@ -1,8 +1,8 @@
-"""Faults for the emulated 1x1 convolution backward, and the calls that see them."""
+"""Faults for the emulated 1x1 convolution backward and for what blocks leave, and the calls that see them."""
 
 from __future__ import annotations
 
-from .mutation_cases import BACKWARD, backward_narrow, backward_of_dead_channels, backward_of_no_rows
+from .mutation_cases import BACKWARD, backward_narrow, backward_of_dead_channels, backward_of_no_rows, many_blocks
 from .mutation_list import Mutation
 
 MUTATIONS = [
@@ -124,6 +124,20 @@ MUTATIONS = [
         "  sync_block();\n  if (group > 0",
         "  if (group > 0",
         BACKWARD,
+    ),
+    Mutation(
+        "forward: the statistics of blocks beyond the first 32",
+        "partial_moments.h",
+        "b < p.blocks; b += 32",
+        "b < p.blocks; b += p.blocks",
+        (many_blocks,),
+    ),
+    Mutation(
+        "backward: the sums of blocks beyond the first eight",
+        "merge_blocks.h",
+        "b < blocks; b += kGroups",
+        "b < blocks; b += blocks",
+        (many_blocks,),
     ),
     Mutation(
         "backward: the slope of norm2's correction is its center",

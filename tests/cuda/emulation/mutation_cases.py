@@ -77,6 +77,10 @@ def backward_streamed(kernels: Library) -> None:
         conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 150, 40, 330, wgrad=False)
 
 
+def many_blocks(kernels: Library) -> None:
+    conv1x1.check_many_blocks(kernels)
+
+
 def backward_narrow(kernels: Library) -> None:
     with device():
         conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 150, 40, 48)
