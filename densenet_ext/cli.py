@@ -105,17 +105,17 @@ def _parser() -> argparse.ArgumentParser:
             seeds = read(int, checks.integer, 1)
             argument("--seeds", type=seeds, default=5, metavar="N", help="Train with seeds 0 to N - 1. Default: 5.")
     argument = add(reuse)
-    argument("checkpoint", type=Path, help="Of any DenseNet: of torch.save or .safetensors, with a state dict inside.")
+    argument("checkpoint", type=Path, help="Of any DenseNet, from torch.save or as .safetensors.")
     argument("--out", type=Path, help="The picture: .png, .svg or .pdf. Default: beside the checkpoint.")
-    argument("--new-first", action="store_true", help="Layers put new features in front; known libraries append.")
+    argument("--new-first", action="store_true", help="Layers put new features first; libraries append them.")
     argument = add(plan)
     count = {"type": read(int, checks.integer, 1), "metavar": "N"}
     argument("--model", choices=tuple(_SIZES), default="densenet121", help="The network.")
     argument("--image", help="Height and width of the images. Default: those that the network is made for.", **count)
     argument("--batch", default=32, help="Images per step. Default: 32.", **count)
-    argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="Of the training; 16 bits are autocast's.")
+    argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="Precision of training; 16 bits mean autocast.")
     argument("--save", choices=checks.LEVELS, help="What blocks keep for the backward pass.")
-    argument("--memory", type=read(str, checks.memory), help='As "80GiB": the largest batch that fits.')
+    argument("--memory", type=read(str, checks.memory), help="Such as 80GiB: shows the largest batch that fits.")
     state = "Tensors that the optimizer keeps per parameter: SGD with momentum 1, Adam 2."
     argument("--optimizer-state", type=read(int, checks.integer, 0), default=0, metavar="N", help=state)
     return parser
@@ -145,7 +145,7 @@ def errors_told() -> Iterator[None]:
     except OSError as error:
         end(error, 1, error)
     except KeyboardInterrupt as error:
-        end("stopped at once: what the last checkpoint holds is kept", 130, error)
+        end("stopped at once; the last checkpoint is kept", 130, error)
     except RuntimeError as error:
         # The DataLoader raises it when the signal arrives that a worker has died, wherever the process is then.
         if "DataLoader worker" not in str(error):

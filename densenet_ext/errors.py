@@ -1,4 +1,4 @@
-"""The ends of a run before its time: what the user can mend, what happened to the run, and a signal."""
+"""What ends a command early: something that the user can mend, something that happened to the run, or a signal."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Comparer:
         self.taken: dict[str, StepBytes] = {}
 
     def compare(self, images: int) -> dict[str, Any]:
-        """Trains seed after seed, on so many ``images`` an epoch; the files of complete ones stay whatever ends it."""
+        """Trains seed after seed, on so many ``images`` an epoch; files of complete seeds stay, whatever ends it."""
         self.taken = self._bytes()
         bar = metrics.bar(self.seeds * self.chosen.epochs * images)
 
@@ -98,7 +98,7 @@ class Comparer:
         return found
 
     def found(self) -> dict[str, Any]:
-        """Returns the figures of the complete seeds, with what they depend on; no paths."""
+        """Returns the figures of the complete seeds, and what they depend on, as comparison.json holds them."""
         chosen = {name: value for name, value in asdict(self.chosen).items() if name not in _LEFT_OUT}
         return {
             "data": self.data.name,

@@ -42,9 +42,9 @@ def train_in_lockstep(
     interruption: Interruption,
     shown: Callable[[SeedRun, int], None] = lambda run, images: None,
 ) -> SeedRun:
-    """Trains both forms of ``learners`` on ``data`` to the last epoch: each step of one is one of the other.
+    """Trains both forms of ``learners`` on ``data`` to the last epoch, in turns step by step.
 
-    ``shown`` is told after each step, and at an epoch's end, what there is and how many images were new.
+    Calls ``shown`` with the run so far and the images of the step after each step, and with 0 at an epoch's end.
 
     Raises SharedError when a loss or a weight is no number any more, Interrupted after Ctrl-C or SIGTERM.
     """

@@ -92,25 +92,25 @@ _NETWORKS = "densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME or torchvision:N
 class Options:
     """Everything that a run is made of."""
 
-    data: str = _option("digits", "The images; digits are inside scikit-learn.", choices=tuple(DATA))
-    root: str | None = _option(None, "Their folder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.", free=True)
+    data: str = _option("digits", "The data set; digits come with scikit-learn.", choices=tuple(DATA))
+    root: str | None = _option(None, "Its folder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.", free=True)
     model: str = _by_data("model", _NETWORKS, type=read(str, networks.check), metavar="NAME")
     save: str = _option("bottlenecks", "What blocks keep for the backward pass.", choices=checks.LEVELS)
-    fused: bool = _option(True, "One buffer per dense block, or the usual formulation.", compared=False)
+    fused: bool = _option(True, "Run each block over one buffer, or as usual.", compared=False)
     epochs: int = _by_data("epochs", "Passes over the training images.", **_integer(1))
     batch_size: int = _by_data("batch_size", "Images a step, of all processes.", **_integer(1))
     lr: float = _option(0.1, "Learning rate, a tenth from 50 % and 75 % of the epochs on.", **_number(checks.positive))
     weight_decay: float = 1e-4
     amp: str = _option("off", "Mixed precision (autocast).", choices=tuple(AMP))
     compile: bool = _option(False, "Run the network through torch.compile.")
-    device: str | None = _option(None, "As cuda:1. Default: a GPU where there is one, or else cpu.", free=True)
+    device: str | None = _option(None, "Such as cuda:1. Default: a GPU where there is one, else cpu.", free=True)
     workers: int = _option(0, "Processes that load images.", free=True, **_integer(0))
-    seed: int = _option(0, "Of the weights, the order, the augmentation.", compared=False, **_integer(0, 2**63 - 1))
-    deterministic: bool = _option(False, "PyTorch's own operators too; on the CPU they are in any case.")
-    validation: float = _option(0.1, "Part of the training images that is held out.", **_number(_fraction))
+    seed: int = _option(0, "For weights, order, augmentation.", compared=False, **_integer(0, 2**63 - 1))
+    deterministic: bool = _option(False, "Same numbers in every run; on the CPU they are in any case.")
+    validation: float = _option(0.1, "Fraction of training images held out.", **_number(_fraction))
     image_size: int | None = _option(None, "Height and width that images are brought to.", **_integer(8))
-    on_corrupt: str = _option("refuse", "What to do about images that can't be read.", choices=("refuse", "skip"))
-    sync_bn: bool = _option(False, "Under torchrun: statistics of the whole batch.", compared=False)
+    on_corrupt: str = _option("refuse", "If images can't be read.", choices=("refuse", "skip"))
+    sync_bn: bool = _option(False, "Under torchrun: norms see the whole batch.", compared=False)
     fsdp: bool = _option(False, "Under torchrun: FSDP2 in place of DDP.", compared=False, free=True)
 
     @classmethod

@@ -102,7 +102,7 @@ def test_other_classes_in_validation(tmp_path):
     image_folder(tmp_path / "train", ("ant", "bee", "cat"))
     image_folder(tmp_path / "val", ("ant", "bee", "cow"))
     message = message_of("imagefolder", tmp_path)
-    assert f"in {tmp_path / 'train'} and {tmp_path / 'val'}, but for ['cat', 'cow']" in message
+    assert f"in {tmp_path / 'train'} and {tmp_path / 'val'}, not ['cat', 'cow']" in message
 
 
 def test_images_for_evaluation_are_resized_and_cropped(tmp_path):

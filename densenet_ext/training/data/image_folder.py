@@ -46,7 +46,7 @@ def load(chosen: Options, processes: Processes) -> Data:
     parts = agreed(processes, lambda: find(root))
     paths = [path for part in parts.values() for path in part.paths]
     if len(set(processes.gather(derived(*paths)))) > 1:
-        raise UserError(f"--root: expected the same images for every process in {root}, got other ones")
+        raise UserError(f"--root: expected the same images for every process in {root}, found different ones")
     corrupt = _corrupt(paths, chosen.workers, processes)
     if corrupt:
         names = [f"{path} ({reason})" for path, reason in corrupt.items()]
@@ -121,7 +121,9 @@ class Part:
             held_out.update((first + order[:wanted]).tolist())
             first = last
         if not held_out:
-            raise UserError(f"--validation: {fraction:g} of the {len(self.paths)} images in {self.folder} is none")
+            raise UserError(
+                f"--validation: {fraction:g} of the {len(self.paths)} images in {self.folder} holds none out"
+            )
         return self.taken([i for i in range(len(self.paths)) if i not in held_out]), self.taken(sorted(held_out))
 
 
@@ -144,7 +146,7 @@ def find(root: Path) -> dict[str, Part]:
         differing = set(part.classes) ^ set(parts["train"].classes)
         if differing:
             raise UserError(
-                f"--root: expected the same classes in {root / 'train'} and {part.folder}, but for {sorted(differing)}"
+                f"--root: expected the same classes in {root / 'train'} and {part.folder}, not {sorted(differing)}"
             )
     return parts
 
