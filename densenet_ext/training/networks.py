@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -15,16 +15,16 @@ from densenet_ext.training.data import vision
 
 OURS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet_bc")
 """The builders of this package."""
+_BC = re.compile(r"densenet_bc:(\d+),(\d+)")
+_OTHERS = re.compile(r"(timm|torchvision):(.+)")
 
 
 def check(option: str, text: str) -> str:
     """Returns ``text`` when it has the form of a network's name, else raises ValueError; no library is imported."""
-    name, colon, rest = text.partition(":")
-    if name == "densenet_bc" and colon:
-        depth, growth_rate = _depth_and_growth_rate(text, rest)
-        checks.bc_depth(f"{option}: DEPTH of {text}", depth)
-        checks.integer(f"{option}: K of {text}", growth_rate, 1)
-    elif (name not in ("timm", "torchvision") or not rest) if colon else name not in OURS:
+    if numbers := _BC.fullmatch(text):
+        checks.bc_depth(f"{option}: DEPTH of {text}", int(numbers[1]))
+        checks.integer(f"{option}: K of {text}", int(numbers[2]), 1)
+    elif text not in OURS and not _OTHERS.fullmatch(text):
         raise ValueError(
             f"{option}: expected {', '.join(OURS)}, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME, got {text!r}"
         )
@@ -36,46 +36,34 @@ def build(text: str, *, classes: int, channels: int, save: str, fused: bool = Tr
 
     Raises UserError for a name that is unknown to its library, and for a network without dense blocks.
     """
-    name, colon, rest = text.partition(":")
-    if name in OURS:
-        keywords: dict[str, Any] = {"num_classes": classes, "in_channels": channels, "save": save}
-        if colon:
-            keywords["depth"], keywords["growth_rate"] = _depth_and_growth_rate(text, rest)
-        network = getattr(densenet_ext, name)(**keywords)
+    other = _OTHERS.fullmatch(text)
+    if other:
+        network = _of_library(other[1], other[2], classes, channels)
     else:
-        network = _of_library(name, rest, classes, channels)
+        numbers = _BC.fullmatch(text)
+        size = {"depth": int(numbers[1]), "growth_rate": int(numbers[2])} if numbers else {}
+        builder = getattr(densenet_ext, text.partition(":")[0])
+        network = builder(num_classes=classes, in_channels=channels, save=save, **size)
     if not any(row.kind == "dense block" for row in densenet_ext.report(network)):
         raise UserError(f"--model: {text} has no dense blocks: expected a DenseNet")
     if not fused:
         make_plain(network)
-    elif name not in OURS:
+    elif other:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the caller shows the report
             densenet_ext.fuse(network, save=save)
     return network
 
 
-def _depth_and_growth_rate(text: str, numbers: str) -> tuple[int, int]:
-    try:
-        depth, growth_rate = (int(number) for number in numbers.split(","))
-    except ValueError:
-        raise ValueError(f"expected two numbers as in densenet_bc:100,12, got {text!r}") from None
-    return depth, growth_rate
-
-
 def _of_library(library: str, name: str, classes: int, channels: int) -> nn.Module:
     torchvision = vision.import_torchvision()  # which timm needs, too
     try:
         if library == "torchvision":
-            if channels != 3:
-                raise UserError(f"--model: torchvision:{name} takes images of 3 channels, these have {channels}")
-            return torchvision.models.get_model(name, num_classes=classes)
+            return torchvision.models.get_model(name, num_classes=classes)  # for 3 channels
         import timm
 
         return timm.create_model(name, num_classes=classes, in_chans=channels)
     except ImportError as error:
         raise UserError(f"--model: timm can't be imported ({error}): pip install --no-deps timm") from error
     except (ValueError, RuntimeError) as error:  # of the library, for a name that it does not know
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"--model: {library}: {error}") from error
