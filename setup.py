@@ -11,12 +11,13 @@ from setuptools import setup
 
 from build_backend import environment
 from build_backend.extension import extension
+from build_backend.readme import for_index
 
 ROOT = Path(__file__).resolve().parent
 
 
 def options() -> dict[str, Any]:
-    """What setuptools is told besides pyproject.toml; prints what was decided and why."""
+    """What setuptools is told where something is compiled; prints what was decided and why."""
     environment.check()
     environment.put_ninja_on_path()
     try:
@@ -56,4 +57,8 @@ def compiles(arguments: list[str]) -> bool:
 
 
 with environment.one_sentence():
-    setup(**(options() if compiles(sys.argv[1:]) else {}))
+    setup(
+        long_description=for_index((ROOT / "README.md").read_text(encoding="utf-8")),
+        long_description_content_type="text/markdown",
+        **(options() if compiles(sys.argv[1:]) else {}),
+    )

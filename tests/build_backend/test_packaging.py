@@ -53,6 +53,8 @@ def test_metadata_need_no_torch(source: Path, tmp_path: Path) -> None:
     metadata = (tmp_path / run.stdout.splitlines()[-1] / "METADATA").read_text()
     assert f"\nVersion: {dx.__version__}\n" in metadata
     assert "\nLicense-Expression: MIT\n" in metadata and "\nLicense-File: LICENSE\n" in metadata
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata and "\n## Install\n" in metadata
+    assert not re.search(r"\]\((?!https?:)", metadata), "a link that leads nowhere on the page of a package index"
     assert "Classifier: Typing :: Typed" in metadata and "Classifier: License" not in metadata
     assert "\nRequires-Dist: torch>=2.11" in metadata and "\nRequires-Python: >=3.10\n" in metadata
 
