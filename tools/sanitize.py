@@ -36,8 +36,6 @@ TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("kernels", "operator_
 REPORT = COPY / "report"
 # No -fsanitize=vptr: it asks for type information that torch's libraries hide.
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
-# GCC 12 warns about its own AVX-512 header under sanitizers.
-FLAGS += " -Wno-uninitialized"
 
 
 def copy(root: Path = ROOT, target: Path = COPY) -> None:
