@@ -3,9 +3,6 @@
 // found by whatever asks the GPU next; with DENSENET_EXT_SYNC=1 each operator waits for its kernels and names itself.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <string>
 

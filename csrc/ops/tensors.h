@@ -2,8 +2,6 @@
 // and what came. Checks read sizes, strides, dtypes and devices, never data. D is the backend's device (cpu.h, cuda.h).
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>

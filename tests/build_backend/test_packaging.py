@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
 import re
 import shutil
@@ -114,6 +115,47 @@ def test_the_citation_is_of_this_version() -> None:
     text = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == dx.__version__
     assert re.search(r"^license: (.*)$", text, re.MULTILINE)[1] == "MIT"
+
+
+def _module_bytes() -> bytes:
+    assert _extension.module is not None and _extension.module.__file__ is not None
+    return Path(_extension.module.__file__).read_bytes()
+
+
+@pytest.mark.skipif(_extension.module is None, reason="no compiled part")
+def test_the_compiled_part_loads_under_the_oldest_torch() -> None:
+    """It asks for no function of the stable ABI that came after torch 2.11, whichever torch it was built with."""
+    import torch
+
+    stable = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "stable" / "c" / "shim.h"
+    versions = re.compile(
+        r"^#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_0\n(.*?)^#endif // TORCH_FEATURE", re.M | re.S
+    )
+    blocks = versions.findall(stable.read_text())
+    later = {name for minor, block in blocks if int(minor) > 11 for name in re.findall(r"(torch_\w+)\(", block)}
+    needed = set(re.findall(rb"\0(\w+)(?=\0)", _module_bytes()))
+    assert not {name for name in later if name.encode() in needed}
+
+
+@pytest.mark.skipif(_extension.module is None, reason="no compiled part")
+def test_wheels_have_no_copy_of_what_torch_brings() -> None:
+    import torch
+
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    excluded = re.findall(r"--exclude '([^']+)'", workflow)
+    linked = {name.decode() for name in re.findall(rb"\0(lib[\w+-]+\.so[.\d]*)(?=\0)", _module_bytes())}
+    brought = linked & {path.name for path in (Path(torch.__file__).parent / "lib").iterdir()}
+    assert {"libc10.so", "libtorch_cpu.so"} <= brought
+    for name in brought | {
+        "libtorch_cuda.so",
+        "libc10_cuda.so",
+        "libcudart.so.13",
+        "libtorch_python.so",
+        "libgomp.so.1",
+    }:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in excluded), name
+    # The manylinux policy says what the system brings; anything else a wheel has to have with it.
+    assert not any(fnmatch.fnmatch("libstdc++.so.6", pattern) for pattern in excluded)
 
 
 @pytest.mark.skipif(_extension.module is None, reason="no compiled part")
