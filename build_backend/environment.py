@@ -117,9 +117,12 @@ def missing_requirements(compiles: bool = True) -> list[str]:
 
 def check_setuptools() -> None:
     """Raises `BuildError` without a setuptools, which front ends fetch only for an environment of the build's own."""
-    if not setuptools_versions():
+    installed = setuptools_versions()
+    if not installed or installed[0][0] < MINIMUM_SETUPTOOLS:
+        found = f"an older one ({installed[0][0]})" if installed else "none"
         raise BuildError(
-            f"setuptools is not installed for {sys.executable}; install it first (pip install setuptools)."
+            f"setuptools >= {MINIMUM_SETUPTOOLS} is needed, and {sys.executable} has {found}; install it first "
+            f"(pip install 'setuptools>={MINIMUM_SETUPTOOLS}')."
         )
 
 

@@ -188,6 +188,17 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert environment.missing_requirements(compiles=False) == ["setuptools>=77"]
 
 
+@pytest.mark.parametrize(("installed", "found"), [([], "none"), ([(65, "a")], "an older one (65)")])
+def test_no_setuptools_or_an_old_one_is_one_sentence(monkeypatch: pytest.MonkeyPatch, installed, found: str) -> None:
+    monkeypatch.setattr(environment, "restore_own_packages", lambda: None)
+    monkeypatch.setattr(environment, "setuptools_versions", lambda: installed)
+    with pytest.raises(
+        SystemExit, match=r"^densenet_ext: setuptools >= 77 is needed, and .*setuptools>=77'\)\.$"
+    ) as end:
+        build_backend.build_sdist("nowhere")
+    assert f"has {found}; install it first" in str(end.value)
+
+
 def test_a_good_setuptools_wins_over_the_old_one_of_a_new_venv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder, version in (("venv", "65.5.0"), ("shared", "80.9.0")):
         metadata = tmp_path / folder / f"setuptools-{version}.dist-info" / "METADATA"
