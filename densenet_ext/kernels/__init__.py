@@ -79,9 +79,12 @@ _compiled: Any = None
 # The same, with the products of float32 numbers on a GPU's tensor cores.
 _compiled_tf32: Any = None
 if _extension.module is not None:
-    _compiled = SimpleNamespace(
-        **{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS, *KEPT_OPS)}
-    )
+    try:
+        _compiled = SimpleNamespace(
+            **{name: getattr(torch.ops.densenet_ext, name).default for name in (*OPS, *UNIT_OPS, *KEPT_OPS)}
+        )
+    except AttributeError as error:  # an installation in place whose sources went on
+        raise ImportError(f"the compiled part is of another version ({error}); build densenet_ext again") from None
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))

@@ -103,6 +103,19 @@ def test_a_compiled_part_that_does_not_load_warns_once(tmp_path: Path) -> None:
     assert loud.stderr.count("RuntimeWarning: densenet_ext runs in plain PyTorch: the compiled part does not load") == 1
 
 
+@pytest.mark.skipif(_extension.module is None, reason="no compiled part")
+def test_a_compiled_part_of_another_version_is_told(tmp_path: Path) -> None:
+    package = shutil.copytree(
+        ROOT / "densenet_ext", tmp_path / "densenet_ext", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    operators = package / "kernels" / "__init__.py"
+    operators.write_text(operators.read_text().replace("OPS = (\n", 'OPS = (\n    "later_operator",\n', 1))
+    run = run_python(tmp_path, "import densenet_ext")
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: the compiled part is of another version (") and "later_operator" in last
+    assert last.endswith("; build densenet_ext again")
+
+
 def test_why_there_are_no_gpu_kernels_depends_on_the_torch_that_runs() -> None:
     built = {"why_no_cuda": "built with a torch without CUDA"}
     assert _extension._explain_no_cuda(built, None) == "built with a torch without CUDA"
