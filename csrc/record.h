@@ -2,6 +2,8 @@
 // same stands in Python in units/reading.py, which takes ten times as long: there are thousands of entries.
 //
 // Most of the time goes into fetching the objects from memory, so that what has to be looked at is asked for ahead.
+// Where Python says whether a dictionary has changed since it was compared (PEP 509, until Python 3.11), its entries
+// are not looked at again, but for those that are dictionaries themselves.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,15 +25,19 @@ class Record {
       const auto e = py::reinterpret_borrow<py::tuple>(each);
       const auto expected = e[3].cast<py::tuple>();
       const bool in_order = e[2].is_none();
-      Holder holder = {kept(e[0]), e[1].cast<py::ssize_t>(), in_order ? nullptr : kept(e[2]), values_.size()};
+      Holder holder = {kept(e[0]), e[1].cast<py::ssize_t>(), in_order ? nullptr : kept(e[2]), values_.size(),
+                       inner_.size()};
       ahead_.push_back(holder.values);
       for (const py::handle value : expected) values_.push_back(kept(value));
       holder.end = values_.size();
       if (!in_order && PyDict_Check(holder.values))
         for (const py::handle name : e[2].cast<py::tuple>()) {
           PyObject* now = PyDict_GetItemWithError(holder.values, name.ptr());
-          if (now && PyDict_Check(now)) ahead_.push_back(kept(now));
+          if (!now || !PyDict_Check(now)) continue;
+          ahead_.push_back(now);
+          inner_.push_back(py::reinterpret_borrow<py::object>(now));
         }
+      holder.inner_end = inner_.size();
       holders_.push_back(holder);
     }
     for (const py::handle each : typed) {
@@ -42,12 +48,15 @@ class Record {
     if (PyErr_Occurred()) throw py::error_already_set();
   }
 
-  bool holds() const {
-    for (PyObject* object : ahead_) __builtin_prefetch(object);
+  bool holds() {
+    for (const PyObject* object : ahead_) __builtin_prefetch(object);
     for (const Typed& each : typed_)
       if ((PyObject*)Py_TYPE(each.object) != each.type) return false;
-    for (const Holder& each : holders_)
+    for (Holder& each : holders_) {
+      if (is_untouched(each)) continue;
       if (!holds_still(each)) return false;
+      note_version(each);
+    }
     return true;
   }
 
@@ -56,12 +65,43 @@ class Record {
     PyObject* values;
     py::ssize_t count;
     PyObject* names;  // or null: all values
-    size_t begin, end = 0;
+    size_t begin, inner_begin, end = 0, inner_end = 0;
+    uint64_t version = kNoVersion;  // in which it was last found to hold
   };
   struct Typed {
     PyObject *object, *type;
   };
 
+  static constexpr uint64_t kNoVersion = 0;
+
+  // The number that a dictionary gets anew with every change, and that no other dictionary has.
+  static uint64_t version_of([[maybe_unused]] PyObject* values) {
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyDict_Check(values)) return ((PyDictObject*)values)->ma_version_tag;
+#endif
+    return kNoVersion;
+  }
+  // Whether nothing was changed in a dictionary that held, nor put into the empty ones in it.
+  bool is_untouched(const Holder& e) const {
+    if (e.version == kNoVersion || e.version != version_of(e.values)) return false;
+    for (size_t i = e.inner_begin; i < e.inner_end; ++i)
+      if (PyDict_Size(inner_[i].ptr()) != 0) return false;
+    return true;
+  }
+  // Notes that a dictionary holds as it is now. One with another that is new in it, or has entries, is compared always.
+  void note_version(Holder& e) {
+    e.version = kNoVersion;
+    const uint64_t version = version_of(e.values);
+    if (version == kNoVersion) return;
+    size_t inner = e.inner_begin;
+    for (size_t i = e.begin; e.names && i < e.end; ++i) {
+      PyObject* now = PyDict_GetItemWithError(e.values, PyTuple_GET_ITEM(e.names, py::ssize_t(i - e.begin)));
+      if (!now || !PyDict_Check(now)) continue;
+      if (inner == e.inner_end || PyDict_Size(now) != 0) return;
+      inner_[inner++] = py::reinterpret_borrow<py::object>(now);
+    }
+    if (inner == e.inner_end) e.version = version;
+  }
   PyObject* kept(py::handle object) {
     kept_.push_back(py::reinterpret_borrow<py::object>(object));
     return object.ptr();
@@ -107,6 +147,7 @@ class Record {
   std::vector<Holder> holders_;
   std::vector<PyObject*> values_;
   std::vector<Typed> typed_;
+  std::vector<py::object> inner_;  // the dictionaries that entries are: those of hooks
   std::vector<PyObject*> ahead_;
   std::vector<py::object> kept_;
   py::object absent_;

@@ -54,6 +54,43 @@ def test_a_record_sees_every_change_of_its_entries(made: Any) -> None:
     assert not known.holds()
 
 
+def test_a_record_looks_into_the_dictionaries_that_are_there_now(made: Any) -> None:
+    before: dict[int, Any] = {}
+    values: dict[str, Any] = {"hooks": before, "more": {}}
+    known = made([(values, 2, ("hooks", "more"), ({}, {}))])
+    assert known.holds()
+    now: dict[int, Any] = {}
+    values["hooks"] = now
+    assert known.holds()
+    before[0] = print  # nobody's any more
+    assert known.holds()
+    now[0] = print
+    assert not known.holds()
+    now.clear()
+    values["more"][0] = print
+    assert not known.holds()
+    values["more"].clear()
+    assert known.holds()
+
+
+def test_a_record_compares_what_is_changed_in_place(made: Any) -> None:
+    """A dictionary with entries, which is equal to the expected one, may change without the one that holds it."""
+    inner: dict[str, Any] = {"a": 1}
+    values: dict[str, Any] = {"number": 3, "inner": inner}
+    known = made([(values, 2, ("number", "inner"), (3, {"a": 1}))])
+    assert known.holds()
+    inner["a"] = 2
+    assert not known.holds()
+    inner["a"] = 1
+    assert known.holds()
+    values["inner"] = 5  # no dictionary any more
+    assert not known.holds()
+    values["inner"] = {"a": 1}
+    assert known.holds()
+    values["inner"]["b"] = 2
+    assert not known.holds()
+
+
 def test_a_record_counts_entries_where_it_is_told_how_many(made: Any) -> None:
     values = {"a": 1}
     counted, any_number = made([(values, 1, ("a",), (1,))]), made([(values, -1, ("a",), (1,))])
