@@ -21,7 +21,7 @@ from densenet_ext.algorithm.conversions import cast, frozen_norm, grad_like, nor
 from densenet_ext.algorithm.layout import joined, new_features, pixels, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
-from densenet_ext.algorithm.single import allocate_stats, move
+from densenet_ext.algorithm.single import SingleNorm, allocate_stats
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.values import Norm, Tensors
 
@@ -36,7 +36,7 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
         return reference.cat_bn_relu(features, norm)
     config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features))
     tensors = [*features, *norm_tensors(norm)]
-    out = run(CAT_BN_RELU, config, tensors, lambda results: move(norm, size, results))[0]
+    out = run(CAT_BN_RELU, config, tensors, lambda results: SingleNorm(norm).move(size, results))[0]
     return out
 
 
@@ -60,7 +60,7 @@ def bottleneck(
         groups=(norm.group,),
     )
     tensors = [*features, *norm_tensors(norm), conv_weight, conv_bias]
-    out = run(BOTTLENECK, config, tensors, lambda results: move(norm, size, results))[0]
+    out = run(BOTTLENECK, config, tensors, lambda results: SingleNorm(norm).move(size, results))[0]
     return out.to(result_dtype(out))
 
 

@@ -21,33 +21,36 @@ from densenet_ext.algorithm.operation import Config, Operation, kept_level, regi
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
+    SingleNorm,
     allocate_shared_stats,
     batch_stats,
     found,
     input_sums,
     inputs_of,
-    move,
     needs_sums,
     norm_again,
     norm_call,
     norms_of,
     rows_size,
+    single,
 )
 from densenet_ext.algorithm.values import Norm, Stats, Tensors
 
 
-def head(x: Tensor, norm: Norm, *, stats: Stats | None = None) -> Tensor:
+def head(x: Tensor, norm: Norm | SingleNorm, *, stats: Stats | None = None) -> Tensor:
     """[N, C], the average over the pixels of relu(bn(x)), of x [N, C, *spatial].
 
     ``stats``: those of x, given by who knows that x has not changed since they were taken; None: they are taken from x.
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
+    moving = single(norm)
+    norm = moving.norm
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
     config = Config((norm.batch_stats,), (norm.eps,), x.dtype, save=kept_level("features"), groups=(norm.group,))
-    out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: move(norm, x.shape, results))[0]
+    out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: moving.move(x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from densenet_ext import kernels
 from densenet_ext.algorithm.conversions import grad_like, norm_tensors
 from densenet_ext.algorithm.layout import pixels
-from densenet_ext.algorithm.norm import update_running_stats
+from densenet_ext.algorithm.norm import Movement
 from densenet_ext.algorithm.operation import Config
 from densenet_ext.algorithm.sync import merge_stats, merge_sums
 from densenet_ext.algorithm.values import Norm, Stats, Tensors
@@ -154,11 +154,23 @@ def found(own: Inputs, asked: Inputs, *, x: Tensor | None, **grads: Tensor | Non
     return list(Inputs(x=x, **grads))
 
 
-def move(norm: Norm, size: Sequence[int], results: Sequence[Tensor]) -> None:
-    """Moves the norm's running statistics by what a batch of ``size`` [N, C, *spatial] had.
+class SingleNorm:
+    """The norm of a unit, and what follows from it alone: made once, used by every call until it changes."""
 
-    results: a unit's, of which the second and third are mean and variance, and the fourth the count of rows that
-    several processes had.
-    """
-    if norm.update:
-        update_running_stats([norm], [results[1]], [results[2]], [results[3] if norm.group else pixels(size)])
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+        self._movement = Movement([norm], [0], [slice(0, None)])
+
+    def move(self, size: Sequence[int], results: Sequence[Tensor]) -> None:
+        """Moves the running statistics by what a batch of ``size`` [N, C, *spatial] had.
+
+        results: a unit's, of which the second and third are mean and variance, and the fourth the count of rows that
+        several processes had.
+        """
+        counts = [results[3]] if self.norm.group else pixels(size)
+        self._movement.move([results[1]], [results[2]], counts)
+
+
+def single(norm: Norm | SingleNorm) -> SingleNorm:
+    """Returns the norm with what follows from it."""
+    return norm if isinstance(norm, SingleNorm) else SingleNorm(norm)

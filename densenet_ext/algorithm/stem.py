@@ -20,17 +20,18 @@ from densenet_ext.algorithm.operation import Config, Operation, kept_level, regi
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
+    SingleNorm,
     allocate_shared_stats,
     batch_stats,
     found,
     input_sums,
     inputs_of,
-    move,
     needs_sums,
     norm_again,
     norm_call,
     norms_of,
     rows_size,
+    single,
     volume,
 )
 from densenet_ext.algorithm.values import Norm, Tensors
@@ -38,7 +39,7 @@ from densenet_ext.algorithm.values import Norm, Tensors
 
 def stem(
     x: Tensor,
-    norm: Norm,
+    norm: Norm | SingleNorm,
     kernel_size: int | tuple[int, ...] = 3,
     stride: int | tuple[int, ...] = 2,
     padding: int | tuple[int, ...] = 1,
@@ -47,6 +48,8 @@ def stem(
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
+    moving = single(norm)
+    norm = moving.norm
     check_count(norm, x.shape)
     dims = x.dim() - 2
     window = volume(dims, kernel_size, 1)
@@ -62,7 +65,7 @@ def stem(
         save=kept_level("features"),
         groups=(norm.group,),
     )
-    out = run(STEM, config, inputs_of(x, norm), lambda results: move(norm, x.shape, results))[0]
+    out = run(STEM, config, inputs_of(x, norm), lambda results: moving.move(x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

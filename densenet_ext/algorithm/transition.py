@@ -33,17 +33,18 @@ from densenet_ext.algorithm.packed import are_held
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
+    SingleNorm,
     allocate_shared_stats,
     batch_stats,
     found,
     input_sums,
     inputs_of,
-    move,
     needs_sums,
     norm_again,
     norm_call,
     norms_of,
     rows_size,
+    single,
     volume,
 )
 from densenet_ext.algorithm.values import Norm, Stats, Tensors
@@ -51,7 +52,7 @@ from densenet_ext.algorithm.values import Norm, Stats, Tensors
 
 def transition(
     x: Tensor,
-    norm: Norm,
+    norm: Norm | SingleNorm,
     conv_weight: Tensor,
     window: int | tuple[int, ...] = 2,
     *,
@@ -65,6 +66,8 @@ def transition(
 
     Raises PyTorch's own ValueError for one value per channel in training.
     """
+    moving = single(norm)
+    norm = moving.norm
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
         return reference.transition(x, norm, conv_weight, window, conv_bias=conv_bias)
@@ -78,7 +81,7 @@ def transition(
         groups=(norm.group,),
     )
     tensors = inputs_of(x, norm, stats, conv_weight, conv_bias)
-    out = run(TRANSITION, config, tensors, lambda results: move(norm, x.shape, results))[0]
+    out = run(TRANSITION, config, tensors, lambda results: moving.move(x.shape, results))[0]
     return as_pooled(out) if x.dim() == 5 else out
 
 

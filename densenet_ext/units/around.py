@@ -17,12 +17,11 @@ from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, not_a_tensor, ran, straight
 from densenet_ext.units.flow import Flow, incoming, to_channels_last
 from densenet_ext.units.metadata import with_metadata
+from densenet_ext.units.norms import NormReading
 from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
     is_plain,
-    is_usual,
-    norm_of,
     obstacle,
     other_avg_pool,
     other_conv,
@@ -77,10 +76,11 @@ class Transition(MapUnit):
     def step(self, module: nn.Module, flow: Flow) -> Flow | Mismatch | None:
         """Returns the pooled features in channels_last memory."""
 
-        def read() -> tuple[nn.Module, nn.Module] | None:
+        def read() -> tuple[NormReading, nn.Module] | None:
             if self.reason(module) is not None:
                 return None
-            return submodule(module, self.norm), submodule(module, self.conv)  # type: ignore[return-value]
+            norm, conv = submodule(module, self.norm), submodule(module, self.conv)
+            return NormReading(norm), conv  # type: ignore[arg-type, return-value]
 
         if hooks_on_all_modules() is not None:
             return None
@@ -88,9 +88,9 @@ class Transition(MapUnit):
         known = read() if compiling else _TRANSITIONS.get(module, self, read, lambda: self.built.watched(module))
         if known is None:
             return None
-        norm, conv = norm_of(known[0]), known[1]
+        norm, conv = known[0].now(), known[1]
         weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if not is_plain(weight) or not is_usual(norm):
+        if norm is None or not is_plain(weight):
             return None
         words = checks.mismatch(flow.x, weight.shape[1], weight.dim() - 2, weight)
         if words is None and flow.x.numel() > 0 and min(flow.x.shape[2:]) < 2:
@@ -103,7 +103,7 @@ class Transition(MapUnit):
         return Flow(out, flow.behind(weight))
 
 
-_TRANSITIONS: Readings[tuple[nn.Module, nn.Module]] = Readings()
+_TRANSITIONS: Readings[tuple[NormReading, nn.Module]] = Readings()
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,11 @@ class Stem:
     def step(self, module: nn.Module, flow: Flow) -> Flow | None:
         """Returns the pooled features in channels_last memory; None where they have to be computed one by one."""
 
-        def read() -> tuple[nn.Module, nn.Module] | None:
+        def read() -> tuple[NormReading, nn.Module] | None:
             if self.reason(module) is not None:
                 return None
-            return module._modules[self.norm], module._modules[self.pool]  # type: ignore[return-value]
+            norm, pool = module._modules[self.norm], module._modules[self.pool]
+            return NormReading(norm), pool  # type: ignore[arg-type, return-value]
 
         # what a norm with its ReLU inside is made of is not watched
         known = read() if torch.compiler.is_compiling() or self.relu is None else None
@@ -165,22 +166,19 @@ class Stem:
             known = _STEMS.get(module, self, read, lambda: self._watched(module))
         if known is None:
             return None
-        norm, pool = known
-        x, settings = flow.x, norm_of(norm)
-        if x.dim() - 2 != pooled_dimensions(pool) or x.shape[1] != norm.num_features:
-            return None
-        if not is_usual(settings):
+        x, norm, pool = flow.x, known[0].now(), known[1]
+        if norm is None or x.dim() - 2 != pooled_dimensions(pool) or x.shape[1] != known[0].module.num_features:
             return None
         window: Any = pool.kernel_size, pool.stride, pool.padding
         ran(module, self.kind)
-        return Flow(with_metadata(lambda x: stem(x, settings, *window), x), flow.layout)
+        return Flow(with_metadata(lambda x: stem(x, norm, *window), x), flow.layout)
 
     def _watched(self, module: nn.Module) -> list[Part]:
         parts = [Part(module, hooks=False)]
         return parts + [Part(part) for part in (module._modules[name] for name in self.names) if part is not None]
 
 
-_STEMS: Readings[tuple[nn.Module, nn.Module]] = Readings()
+_STEMS: Readings[tuple[NormReading, nn.Module]] = Readings()
 
 
 @dataclass(frozen=True)

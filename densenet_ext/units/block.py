@@ -21,6 +21,7 @@ from densenet_ext.units.built import Built
 from densenet_ext.units.entry import MapUnit, Mismatch, ran
 from densenet_ext.units.flow import Flow
 from densenet_ext.units.metadata import with_metadata
+from densenet_ext.units.norms import settings_of, tensors_of
 from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
@@ -36,7 +37,7 @@ from densenet_ext.units.parts import (
     parameter,
     submodule,
 )
-from densenet_ext.units.reading import ABSENT, Entry, Readings, record
+from densenet_ext.units.reading import Entry, Readings, record
 
 
 class Parts(NamedTuple):
@@ -270,14 +271,13 @@ class _LayerParts:
 
     def tensors(self) -> list[Entry]:
         """Returns the parameters and buffers that the layer's values are made of, where they are."""
-        holders = [vars(module)[kind] for module in (*self.norms, *self._convs) for kind in ("_parameters", "_buffers")]
-        return [(held, len(held), tuple(held), tuple(held.values())) for held in holders]
+        return tensors_of((*self.norms, *self._convs))
 
     def settings(self) -> list[Entry]:
         """Returns the numbers and flags that they are made of, where they are."""
         drops = [(values, ("training", drop.attribute)) for values, drop in self._drops]
-        settings = [*((vars(norm), _NORM_SETTINGS) for norm in self.norms), *drops]
-        return [(values, -1, names, tuple(values.get(name, ABSENT) for name in names)) for values, names in settings]
+        own: list[Entry] = [(values, -1, names, tuple(map(values.get, names))) for values, names in drops]
+        return settings_of(self.norms) + own
 
     def values(self) -> Layer | BasicLayer:
         """Returns the layer as the algorithm takes it, as it stands at this call."""
@@ -295,9 +295,6 @@ class _LayerParts:
         W2, bias2 = parameter(convs[1], "weight"), parameter(convs[1], "bias")
         norm1, norm2 = norm_of(norms[0]), norm_of(norms[1])
         return Layer(norm1, W1, norm2, W2, rate, bias1, bias2, channels, inner_rate, inner_channels)
-
-
-_NORM_SETTINGS = ("training", "momentum", "eps", "track_running_stats")
 
 
 def norms_of(layers: Sequence[Layer | BasicLayer]) -> list[Norm]:

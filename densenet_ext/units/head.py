@@ -16,12 +16,11 @@ from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
 from densenet_ext.units.flow import incoming
 from densenet_ext.units.metadata import with_metadata
+from densenet_ext.units.norms import NormReading
 from densenet_ext.units.parts import (
     activates,
     hook_on,
     hooks_on_all_modules,
-    is_usual,
-    norm_of,
     obstacle,
     other_flatten,
     other_global_average,
@@ -38,8 +37,8 @@ OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
 }
 """What a module is instead of what it stands for behind the last norm, by the name of that; or None."""
 
-_RUNNING: Readings[bool] = Readings()
-"""Of the models whose heads run fused."""
+_RUNNING: Readings[NormReading] = Readings()
+"""The last norms of the models whose heads run fused."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,19 @@ class Head:
                 return f"{name} {reason}"
         return None
 
-    def _runs(self, module: nn.Module) -> bool:
+    def _norm(self, module: nn.Module) -> NormReading | None:
+        """Returns the norm, or None where the head runs unfused."""
+
+        def read() -> NormReading | None:
+            features: Any = submodule(module, self.features)
+            return None if self.reason(module) is not None else NormReading(list(features._modules.values())[-1])
+
         # what a norm with its ReLU inside is made of is not watched
         if torch.compiler.is_compiling() or self.activated:
-            return self.reason(module) is None
+            return read()
         if hooks_on_all_modules() is not None:
-            return False
-        read = lambda: True if self.reason(module) is None else None  # noqa: E731
-        return bool(_RUNNING.get(module, self, read, lambda: self._watched(module)))
+            return None
+        return _RUNNING.get(module, self, read, lambda: self._watched(module))
 
     def _watched(self, module: nn.Module) -> list[Part]:
         features: Any = submodule(module, self.features)
@@ -99,7 +103,8 @@ class Head:
 
     def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
         """Returns what ``usual(module, x)`` does."""
-        if not self._runs(module):
+        norm = self._norm(module)
+        if norm is None:
             return usual(module, x)
         features: Any = submodule(module, self.features)
         mismatch = first_mismatch(features, x)
@@ -108,13 +113,12 @@ class Head:
         unit = unit_of(features)
         sequence = unit if isinstance(unit, Sequence) else Sequence()
         flow = sequence.run(features, incoming(x), stop=-1)
-        norm: Any = list(features.children())[-1]
-        values, stats = norm_of(norm), flow.stats
-        if flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.num_features and is_usual(values):
+        values, stats = norm.now(), flow.stats
+        if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.module.num_features:
             ran(module, self.kind)
             out = with_metadata(lambda maps: head(maps, values, stats=stats), flow.x)
         else:  # the norm says what is wrong with it
-            out = F.relu(norm(flow.shown())).flatten(2).mean(2)
+            out = F.relu(norm.module(flow.shown())).flatten(2).mean(2)
         for name in self.rest:
             out = submodule(module, name)(out)  # type: ignore[misc]
         return out
