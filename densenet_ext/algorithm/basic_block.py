@@ -103,16 +103,17 @@ def basic_block(
     config = own.config._replace(dtype=dtype, lowered=is_lowered(x, dtype))
     tensors = [x, new_seed(config.drop_rates, x.device), *own.parameters]
 
+    taken: list[Tensor] = []  # mean and variance of the columns in this process
+
     def move(results: Sequence[Tensor]) -> None:
-        mean, var, count = results[1:4]
+        mean, var, count, own_mean, own_var = results[1:]
+        taken[:] = (own_mean, own_var) if own_mean.numel() else (mean, var)
         M = pixels(x.shape)
         rows = [count if group else M for group in config.groups] if own.synced else M
         own.movement.move([mean], [var], rows)
 
-    out, mean, var, _, own_mean, own_var = run(own.repeated.operation, config, tensors, move)
-    if not mean.numel() or torch.compiler.is_compiling():
-        return out, None
-    return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
+    out = run(own.repeated.operation, config, tensors, move)
+    return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 
 # ---- the functions of the unit ---------------------------------------------------------------------------------------

@@ -129,8 +129,11 @@ def dense_block(
     config = own.config_of(dtype, kept_level(save), is_lowered(x, dtype))
     tensors = [x, new_seed(own.all_drop_rates, x.device), *own.parameters]
 
+    taken: list[Tensor] = []  # mean and variance of the columns in this process
+
     def move(results: Sequence[Tensor]) -> None:
-        mean, var, z_mean, z_var, counts = results[2:7]
+        mean, var, z_mean, z_var, counts, own_mean, own_var = results[2:]
+        taken[:] = (own_mean, own_var) if own_mean.numel() else (mean, var)
         M = pixels(x.shape)
         rows: int | list[int | Tensor] = M
         if own.synced:
@@ -140,10 +143,8 @@ def dense_block(
             rows = [counts[i : i + 1] if group else M for i, group in zip(at, config.groups, strict=True)]
         own.movement.move([mean, z_mean], [var, z_var], rows)
 
-    out, _, mean, var, _, _, _, own_mean, own_var = run(own.repeated.operation, config, tensors, move)
-    if not mean.numel() or torch.compiler.is_compiling():
-        return out, None
-    return out, Stats(own_mean, own_var) if own_mean.numel() else Stats(mean, var)
+    out = run(own.repeated.operation, config, tensors, move)
+    return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 
 # ---- the functions of the unit ---------------------------------------------------------------------------------------

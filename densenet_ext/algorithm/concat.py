@@ -36,8 +36,7 @@ def cat_bn_relu(features: Sequence[Tensor], norm: Norm) -> Tensor:
         return reference.cat_bn_relu(features, norm)
     config = Config((norm.batch_stats,), (norm.eps,), promoted(features), features=len(features))
     tensors = [*features, *norm_tensors(norm)]
-    out = run(CAT_BN_RELU, config, tensors, lambda results: SingleNorm(norm).move(size, results))[0]
-    return out
+    return run(CAT_BN_RELU, config, tensors, lambda results: SingleNorm(norm).move(size, results))
 
 
 def bottleneck(
@@ -60,7 +59,7 @@ def bottleneck(
         groups=(norm.group,),
     )
     tensors = [*features, *norm_tensors(norm), conv_weight, conv_bias]
-    out = run(BOTTLENECK, config, tensors, lambda results: SingleNorm(norm).move(size, results))[0]
+    out = run(BOTTLENECK, config, tensors, lambda results: SingleNorm(norm).move(size, results))
     return out.to(result_dtype(out))
 
 

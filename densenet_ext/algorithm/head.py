@@ -50,7 +50,7 @@ def head(x: Tensor, norm: Norm | SingleNorm, *, stats: Stats | None = None) -> T
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
     config = Config((norm.batch_stats,), (norm.eps,), x.dtype, save=kept_level("features"), groups=(norm.group,))
-    out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: moving.move(x.shape, results))[0]
+    out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: moving.move(x.shape, results))
     return as_pooled(out) if x.dim() == 5 else out
 
 

@@ -69,7 +69,7 @@ def dense_layer(features: Sequence[Tensor], layer: Layer, save: str = "bottlenec
             rows = [counts[i : i + 1] if groups[i] else pixels(size) for i in (0, 1)]
             update_running_stats(norms, [mean, z_mean], [var, z_var], rows)
 
-    out = run(LAYER, config, tensors, move)[0]
+    out = run(LAYER, config, tensors, move)
     return out.to(result_dtype(out))
 
 

@@ -98,16 +98,13 @@ def _running_stats(operation: Operation, config: Config) -> list[int]:
     return [i for start, batch in starts if not batch for i in (start + 2, start + 3)]
 
 
-def _frozen_stats(operation: Operation, config: Config, tensors: Tensors) -> Tensor:
+def _frozen_stats(operation: Operation, config: Config, tensors: Tensors) -> Tensor | None:
     """A copy of the running statistics of all frozen norms, one after the other, where a backward pass may follow.
 
     It gives the gradient of what the forward pass computed, wherever the running statistics have moved since.
     """
     running = [] if config.save == "nothing" else [tensors[i] for i in _running_stats(operation, config)]
-    if not running:
-        assert tensors[0] is not None
-        return tensors[0].new_empty(0)
-    return torch.cat(running)  # type: ignore[arg-type]
+    return torch.cat(running) if running else None  # type: ignore[arg-type]
 
 
 class _Saved(NamedTuple):
@@ -118,8 +115,10 @@ class _Saved(NamedTuple):
     sizes: list[int]  # of each of these
 
 
-def _save(ctx: Any, operation: Operation, config: Config, tensors: Tensors, results: Tensors) -> None:
-    """Saves what the backward pass reads of ``tensors`` and ``results``, whose last are the ``_frozen_stats``."""
+def _save(
+    ctx: Any, operation: Operation, config: Config, tensors: Tensors, results: Tensors, frozen: Tensor | None
+) -> None:
+    """Saves what the backward pass reads of ``tensors`` and ``results``, and the ``_frozen_stats``."""
     stats = [] if config.save == "nothing" else _running_stats(operation, config)
     ctx.saved = _Saved(len(tensors), stats, [tensors[i].shape[0] for i in stats])  # type: ignore[union-attr]
     kept, results = list(tensors), list(results)
@@ -130,7 +129,7 @@ def _save(ctx: Any, operation: Operation, config: Config, tensors: Tensors, resu
         unread.append(0)
     for i in unread:
         kept[i] = None
-    ctx.save_for_backward(*kept, *results)
+    ctx.save_for_backward(*kept, *results, frozen)
 
 
 def _load(ctx: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -139,6 +138,7 @@ def _load(ctx: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
     saved = list(ctx.saved_tensors)
     tensors, results, frozen = saved[:count], saved[count:-1], saved[-1]
     if stats:
+        assert frozen is not None
         for i, values in zip(stats, frozen.split(sizes), strict=True):
             tensors[i] = values
     return tensors, results
@@ -158,30 +158,29 @@ def _is_recorded(tensors: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def run(
-    operation: Operation, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]
-) -> Sequence[Tensor]:
-    """The operation's results; the first is its output, differentiable in ``tensors``, the others are values.
+def run(operation: Operation, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]) -> Tensor:
+    """The operation's output, differentiable in ``tensors``.
 
-    ``then`` is called with them, to move running statistics: before autograd saves anything, because a recomputation
-    by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and eager's norms have moved by then.
+    ``then`` is called with all results, which are values then, to move running statistics: before autograd saves
+    anything, because a recomputation by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and
+    eager's norms have moved by then.
     """
     operation.check(tensors)
     if config.save != "nothing" and not _is_recorded(tensors):
         config = config._replace(save="nothing")
     if torch.compiler.is_compiling():
         given = [x is not None for x in tensors]
-        out, *values, _ = _CUSTOM_OPS[operation.name]([x for x in tensors if x is not None], given, *config)
-        results = [out, *(value.detach() for value in values)]
-        then(results)
-        return results
+        results = _CUSTOM_OPS[operation.name]([x for x in tensors if x is not None], given, *config)
+        then([results[0], *(value.detach() for value in results[1:-1])])
+        return results[0]
     if config.save == "nothing":
         assert tensors[0] is not None
         with _without_autocast(tensors[0].device.type):
             results = operation.forward(config, tensors)
         then(results)
-        return results
-    return _Fused.apply(operation, config, then, *tensors)[:-1]
+        return results[0]
+    out: Tensor = _Fused.apply(operation, config, then, *tensors)
+    return out
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -202,22 +201,21 @@ class _Fused(torch.autograd.Function):
         config: Config,
         then: Callable[[Sequence[Tensor]], object],
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         kind = tensors[0].device.type  # type: ignore[union-attr]
         with _without_autocast(kind):
-            results = (*operation.forward(config, tensors), _frozen_stats(operation, config, tensors))
-        then(results[:-1])
+            results, frozen = operation.forward(config, tensors), _frozen_stats(operation, config, tensors)
+        then(results)
         ctx.operation, ctx.config = operation, config
         enabled = autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         ctx.input_requires_grad = tensors[0].requires_grad  # type: ignore[union-attr]
-        _save(ctx, operation, config, tensors, results)
-        ctx.mark_non_differentiable(*results[1:])
+        _save(ctx, operation, config, tensors, results, frozen)
         ctx.set_materialize_grads(False)
-        return results
+        return results[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         operation, config = ctx.operation, ctx.config
         needs = ctx.needs_input_grad[3:]
         if grad is None:
@@ -273,11 +271,11 @@ def register(operation: Operation) -> Operation:
 
     def forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
         values, expanded = _config(config), _expand(tensors, given)
-        return _distinct([*operation.forward(values, expanded), _frozen_stats(operation, values, expanded)])
+        return _distinct(operation.forward(values, expanded), _frozen_stats(operation, values, expanded))
 
     def fake_forward(tensors: Sequence[Tensor], given: Sequence[bool], *config: Any) -> list[Tensor]:
         values, expanded = _config(config), _expand(tensors, given)
-        return _distinct([*operation.allocate(values, expanded), _frozen_stats(operation, values, expanded)])
+        return _distinct(operation.allocate(values, expanded), _frozen_stats(operation, values, expanded))
 
     def backward(grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool], *config: Any) -> list[Tensor]:
         grads = operation.backward(_config(config), grad, tensors, results, needs)
@@ -295,7 +293,7 @@ def register(operation: Operation) -> Operation:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, ctx.given, *ctx.config = inputs
-        _save(ctx, operation, _config(ctx.config), _expand(tensors, ctx.given), output)
+        _save(ctx, operation, _config(ctx.config), _expand(tensors, ctx.given), output[:-1], output[-1])
         ctx.set_materialize_grads(False)
 
     def autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -326,8 +324,9 @@ def register(operation: Operation) -> Operation:
     return operation
 
 
-def _distinct(results: list[Tensor]) -> list[Tensor]:
-    """The results, each a tensor of its own: what a custom operation returns must not share memory."""
+def _distinct(results: list[Tensor], frozen: Tensor | None) -> list[Tensor]:
+    """The results, each a tensor of its own: what a custom operation returns must not share memory, nor be None."""
+    results = [*results, results[0].new_empty(0) if frozen is None else frozen]
     return [x.clone() if any(x is other for other in results[:i]) else x for i, x in enumerate(results)]
 
 

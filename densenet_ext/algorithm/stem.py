@@ -65,7 +65,7 @@ def stem(
         save=kept_level("features"),
         groups=(norm.group,),
     )
-    out = run(STEM, config, inputs_of(x, norm), lambda results: moving.move(x.shape, results))[0]
+    out = run(STEM, config, inputs_of(x, norm), lambda results: moving.move(x.shape, results))
     return as_pooled(out) if x.dim() == 5 else out
 
 

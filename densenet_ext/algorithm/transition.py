@@ -81,7 +81,7 @@ def transition(
         groups=(norm.group,),
     )
     tensors = inputs_of(x, norm, stats, conv_weight, conv_bias)
-    out = run(TRANSITION, config, tensors, lambda results: moving.move(x.shape, results))[0]
+    out = run(TRANSITION, config, tensors, lambda results: moving.move(x.shape, results))
     return as_pooled(out) if x.dim() == 5 else out
 
 
