@@ -1,8 +1,6 @@
 // The layers of a block as its operators take them, kept from call to call; and the gradients of their tensors.
 #pragma once
 
-#include <algorithm>
-
 #include "kept.h"
 
 namespace dx::ops {
@@ -76,30 +74,40 @@ inline int64_t keep_layers(const std::vector<Tensor>& tensors, const std::vector
   return Kept::add(std::make_shared<const KeptLayers>(tensors, given, std::move(options)));
 }
 
-// Whether elements lie without gaps, `order` being the dimensions from the fastest to the slowest.
-inline bool dense(const Form& form, const std::vector<int64_t>& order) {
+// Dimension number i of `dims`, from the fastest to the slowest in memory.
+inline int64_t contiguous_order(int64_t i, int64_t dims) { return dims - 1 - i; }
+inline int64_t channels_last_order(int64_t i, int64_t dims) {
+  if (i == 0) return 1;
+  return i < dims - 1 ? dims - i : 0;
+}
+
+// Whether elements lie without gaps in this order of the dimensions.
+template <class Order>
+bool dense(const Form& form, const Order& order) {
   int64_t step = 1;
-  for (const int64_t d : order) {
+  for (int64_t i = 0; i < form.dims; ++i) {
+    const int64_t d = order(i, form.dims);
     if (form.sizes[d] != 1 && form.strides[d] != step) return false;
     step *= form.sizes[d];
   }
   return true;
 }
 
-// Strides of a gradient: its tensor's where that is contiguous or channels_last, else contiguous ones.
-inline std::vector<int64_t> gradient_strides(const Form& form) {
-  std::vector<int64_t> order;
-  for (int64_t d = form.dims - 1; d >= 0; --d) order.push_back(d);
-  std::vector<int64_t> strides(form.strides, form.strides + form.dims);
-  if (dense(form, order)) return strides;
-  if (form.dims > 2) {
-    std::vector<int64_t> channels_last = order;
-    std::rotate(channels_last.begin(), channels_last.end() - 2, channels_last.end() - 1);
-    if (dense(form, channels_last)) return strides;
+// A gradient of a tensor of this form, uninitialised: its strides are the tensor's where that is contiguous or
+// channels_last, else contiguous ones. There are hundreds, so that usually nothing else is allocated.
+inline Tensor new_gradient(const Form& form, int32_t dtype) {
+  const int64_t* strides = form.strides;
+  std::vector<int64_t> contiguous;
+  if (!dense(form, contiguous_order) && !(form.dims > 2 && dense(form, channels_last_order))) {
+    contiguous.resize(form.dims);
+    int64_t step = 1;
+    for (int64_t d = form.dims - 1; d >= 0; --d) contiguous[d] = step, step *= form.sizes[d];
+    strides = contiguous.data();
   }
-  int64_t step = 1;
-  for (const int64_t d : order) strides[d] = step, step *= form.sizes[d];
-  return strides;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(form.dims, form.sizes, strides, dtype, form.device_type, form.device_index, &made));
+  return Tensor(made);
 }
 
 // Uninitialised gradients of the layers' tensors that `asked` has bits for, in the dtype of sums.
@@ -107,6 +115,7 @@ template <class A>
 std::vector<Tensor> new_gradients(const KeptLayers& layers, const std::vector<int64_t>& asked) {
   BlockOptions::check_length(asked.size(), layers.given.size(), "asked");
   std::vector<Tensor> grads;
+  grads.reserve(layers.tensors.size());
   size_t at = 0;
   for (size_t l = 0; l < asked.size(); ++l) {
     STD_TORCH_CHECK((asked[l] & ~layers.given[l]) == 0, "densenet_ext: asked: expected bits of tensors of layer ", l,
@@ -115,12 +124,7 @@ std::vector<Tensor> new_gradients(const KeptLayers& layers, const std::vector<in
       if (!(bits & 1)) continue;
       const Tensor& t = layers.tensors[at++];
       if (!(wanted & 1)) continue;
-      const Form form(t);
-      const std::vector<int64_t> strides = gradient_strides(form);
-      AtenTensorHandle made = nullptr;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(form.dims, form.sizes, strides.data(), int32_t(Storage<A>::type),
-                                                      form.device_type, form.device_index, &made));
-      grads.emplace_back(made);
+      grads.push_back(new_gradient(Form(t), int32_t(Storage<A>::type)));
     }
   }
   return grads;

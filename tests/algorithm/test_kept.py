@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm.block import Layers
-from densenet_ext.algorithm.kept import KeptLayers, is_dense, new_gradient
+from densenet_ext.algorithm.kept import KeptLayers, Wanted, is_dense, new_gradient
 from densenet_ext.algorithm.operation import check_data, kept_level
 from densenet_ext.units.entry import observed, unit_of
 from tests.support.helpers import make_layers
@@ -109,6 +109,33 @@ def outcome(module: nn.Module, x: Tensor) -> list[Tensor]:
     out = module(x)
     grads = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
     return [out.detach(), *grads, *(buffer.clone() for buffer in module.buffers())]
+
+
+@COMPILED
+def test_the_operation_lays_gradients_out_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the parameter lies in memory where that is contiguous or channels_last, else contiguous."""
+    found: list[Tensor] = []
+
+    class Spy(Wanted):
+        def gradients(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+            found.extend(grads)
+            return super().gradients(grads)
+
+    monkeypatch.setattr("densenet_ext.algorithm.block.Wanted", Spy)
+    module, x = block(True), torch.randn(2, 5, 4, 4)
+    other = copy.deepcopy(module)
+    weights = [parameter for parameter in other.parameters() if parameter.dim() == 4]
+    for i, weight in enumerate(weights):
+        dims = (3, 2, 1, 0) if i < 3 else (0, 2, 3, 1)  # neither, or channels_last
+        weight.data = weight.permute(*dims).contiguous().permute(*(dims.index(d) for d in range(4)))
+    assert not is_dense(weights[1]) and is_dense(weights[3]) and not weights[3].is_contiguous()
+    expected = outcome(module, x)
+    found.clear()
+    for ours, theirs in zip(outcome(other, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for parameter, grad in zip(other.parameters(), found, strict=True):
+        like = new_gradient(parameter, torch.float32)
+        assert like is not None and (grad.shape, grad.stride()) == (like.shape, like.stride())
 
 
 def to_last(module: nn.Module) -> None:
