@@ -16,6 +16,7 @@ LEFT_OUT = {
     "test_depth_benchmark.py": "the same",
     "test_workloads.py": "the same",
     "test_gpu_benchmarks.py": "arithmetic and files again; `make gpu` runs the benchmarks themselves",
+    "test_gpu_kernels.py": "the same",
     "test_docs.py": "the pages show what the processor computes",
     "test_gpu_tool.py": "how `make gpu` runs its stages",
     "test_lost_gpu.py": "runs pytest with a stand-in for a GPU",
