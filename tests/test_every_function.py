@@ -54,6 +54,7 @@ UNDER_ANOTHER_NAME = {
     "kernels/fakes.py:register": "tensors without data and of other kinds, in test_operator_arguments",
     "kernels/plain_rows.py:affine": "bn_relu",
     "kernels/plain_rows.py:dropped": "append_features, feature_grad and the 3x3 convolution with dropout",
+    "kernels/plain_rows.py:rstd_scale": "what eager gives in conv3x3_calls.py, for test_conv3x3 and test_winograd",
     "modules.py:enter_as_usual": "subclasses of ours with a forward of their own, in test_modules",
     "units/around.py:first_mismatch": "errors of a Sequential's units, in tests/fusing",
 }

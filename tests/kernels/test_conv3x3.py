@@ -1,5 +1,5 @@
 """BatchNorm, ReLU and the 3x3 convolution in one operator each way: against autograd, against the plain form by eager's
-own error, on images of odd sizes, over threads, with what is not asked left out."""
+own error, on images of odd sizes, over threads, with what is not asked left out. Winograd's own: test_winograd.py."""
 
 from __future__ import annotations
 
@@ -15,91 +15,37 @@ from torch import Tensor
 from benchmarks import conv3x3
 from densenet_ext import _extension
 from densenet_ext.kernels import plain
+from tests.kernels.conv3x3_calls import (  # noqa: F401  one is a fixture
+    BACKWARD,
+    FORWARD,
+    SHAPES,
+    calls,
+    check_as_good_as_eager,
+    conv,
+    eager_backward,
+    eager_forward,
+    ops,
+    winograd,
+    written,
+)
 from tests.kernels.test_kernels import level, outside_is_untouched, threads  # noqa: F401  fixtures
-from tests.support import kernel_calls
-from tests.support.helpers import DEVICE, F64, assert_as_good, error
-from tests.support.kernel_calls import CONV_GRADS, DTYPES, SEED, SUMS, Call, converted, rows, vector
+from tests.support.helpers import DEVICE, F64, error
+from tests.support.kernel_calls import CONV_GRADS, DTYPES, SEED, SUMS, Call, converted
 
 pytestmark = pytest.mark.skipif(
     _extension.module is None or DEVICE.type != "cpu", reason="calls the compiled CPU operators"
 )
-ops = torch.ops.densenet_ext
-
-# Sizes with the convolution's dimensions, input and output channels: primes, k = 12, one pixel, one line, one column;
-# lines longer than a band, images of more lines than a stripe.
-SHAPES = [
-    ([3, 1, 7, 7], 2, 31, 12),
-    ([2, 1, 13, 11], 2, 48, 12),
-    ([1, 1, 1, 1], 2, 17, 5),
-    ([5, 1, 1, 1], 3, 16, 32),
-    ([2, 1, 1, 3], 1, 7, 1),
-    ([1, 1, 9, 1], 2, 1, 33),
-    ([2, 1, 1, 4999], 1, 5, 3),
-    ([1, 1, 101, 5], 2, 20, 24),
-    ([2, 5, 3, 4], 3, 40, 48),
-    ([1, 1, 14, 28], 2, 130, 64),
-    # pixels in the lanes, where these are 16
-    ([3, 1, 5, 16], 2, 19, 12),
-    ([2, 1, 3, 31], 2, 37, 8),
-    ([1, 1, 6, 32], 2, 48, 24),
-    ([2, 2, 3, 16], 3, 17, 10),
-    ([2, 1, 1, 61], 1, 16, 11),
-]
 shapes = pytest.mark.parametrize(("size", "dims", "C", "k"), SHAPES, ids=str)
 
 
-@pytest.fixture
-def winograd() -> Iterator[Callable[[str], None]]:
-    """Says for a test where float's convolutions take Winograd's products: "faster", "always" or "never"."""
-    module = _extension.module
-    assert module is not None
-    yield module.set_winograd
-    module.set_winograd("faster")
-
-
 @pytest.fixture(params=["direct", "winograd"])
-def products(request: pytest.FixtureRequest, winograd: Callable[[str], None]) -> str:
+def products(request: pytest.FixtureRequest, winograd: Callable[[str], None]) -> str:  # noqa: F811
     """Runs the test with either kind of products; where numbers are not multiplied as float they stay direct ones."""
     winograd("always" if request.param == "winograd" else "never")
     return str(request.param)
 
 
-def calls(size: list[int], dims: int, C: int, k: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of both directions, with all that can be given and asked for."""
-    M = size[0] * size[1] * size[2] * size[3]
-    weight = torch.randn(k, C, *[3] * dims, dtype=F64) / (C * 3**dims) ** 0.5
-    norm = kernel_calls.norm(C)
-    forward = {"x": rows(M, C, True), "size": size, **norm, "conv_weight": weight, "conv_bias": vector(k)}
-    forward |= {"drop_rate": 0.3, "seed": SEED, "layer": 3, "drop_rows": 1}
-    forward |= {"out": rows(M, k, True), "out_mean": vector(k), "out_var": vector(k)}
-    backward = {name: forward[name] for name in list(forward)[:8]}
-    backward |= {"grad": rows(M, k, True), "features": rows(M, k, True), "features_mean": vector(k)}
-    backward |= {"features_grad_mean": vector(k), "features_grad_var": vector(k)}
-    backward |= {name: forward[name] for name in ("drop_rate", "seed", "layer", "drop_rows")}
-    backward |= {"scaled": True, "grad_in": None, "accumulate": True, "grad_x": rows(M, C, True)}
-    backward |= {"grad_conv_weight": torch.zeros_like(weight), "grad_conv_bias": vector(k)}
-    return forward, {**backward, **{name: vector(C) for name in SUMS}}
-
-
-def written(name: str, args: dict[str, Any], outputs: tuple[str, ...], plainly: bool = False) -> list[Tensor]:
-    """The results of one call."""
-    (getattr(plain, name) if plainly else getattr(ops, name).default)(*args.values())
-    return [args[output] for output in outputs if args[output] is not None]
-
-
-FORWARD, BACKWARD = ("out", "out_mean", "out_var"), ("grad_x", *CONV_GRADS, *SUMS)
-
-
 # ---- the formulas ----------------------------------------------------------------------------------------------------
-def conv(x: Tensor, size: list[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows of torch's own convolution of rows."""
-    dims = weight.dim() - 2
-    image = x.view(*([size[0] * size[1], size[2]] if dims == 1 else [size[0]]), *size[4 - dims :], x.shape[1])
-    image = image.flatten(0, 1) if dims == 1 else image
-    convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return convolution(image.movedim(-1, 1), weight, bias, padding=1).movedim(1, -1).reshape(-1, weight.shape[0])
-
-
 @pytest.mark.parametrize("drop_rows", [1, None])
 @pytest.mark.parametrize("compiled", [True, False])
 @shapes
@@ -132,92 +78,10 @@ def test_gradients_are_autograds(size: list[int], dims: int, C: int, k: int, com
 
 
 # ---- every dtype, by eager's own error -------------------------------------------------------------------------------
-def eager_forward(args: dict[str, Any]) -> list[Tensor]:
-    """The same in PyTorch's own steps, each of which stores its result in the dtype of x."""
-    x, out, size = args["x"], args["out"], args["size"]
-    y = torch.empty_like(x)
-    plain.bn_relu(x, *(args[name] for name in ("mean", "var", "weight", "bias", "eps")), y)
-    z = conv(y, size, args["conv_weight"].to(x.dtype), args["conv_bias"].to(x.dtype))
-    drop = (args["drop_rate"], args["seed"], args["layer"], args["drop_rows"])
-    plain.append_features(z, out, args["out_mean"], args["out_var"], *drop)
-    return [args[name] for name in FORWARD]
-
-
-def eager_backward(args: dict[str, Any]) -> list[Tensor]:
-    x, g = args["x"], torch.empty_like(args["grad"])
-    norm = [args[name] for name in ("mean", "var", "weight", "bias", "eps")]
-    features = [args[name] for name in ("features", "features_mean", "features_grad_mean", "features_grad_var")]
-    plain.feature_grad(args["grad"], *features, args["drop_rate"], args["seed"], args["layer"], g, args["drop_rows"])
-    y = torch.empty_like(x)
-    plain.bn_relu(x, *norm, y)
-    y.requires_grad_()
-    weight = args["conv_weight"].to(x.dtype).requires_grad_()
-    with torch.enable_grad():
-        da, dW = torch.autograd.grad(conv(y, args["size"], weight), [y, weight], g)
-    args["grad_conv_weight"].copy_(dW)
-    args["grad_conv_bias"].copy_(g.sum(0, dtype=args["grad_conv_bias"].dtype))
-    plain.bn_relu_backward_reduce(da, x, *norm, args["grad_weight"], args["grad_bias"])
-    r, s = plain.rstd_scale(args["var"], args["weight"], args["eps"])
-    args["grad_mean"].sub_(s * args["grad_bias"])
-    args["grad_var"].sub_(s * r * args["grad_weight"] / 2)
-    plain.bn_relu_backward(da, x, *norm, None, None, da)
-    args["grad_x"].add_(da)
-    return [args[name] for name in BACKWARD]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @shapes
 def test_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype, level: str) -> None:  # noqa: F811
     check_as_good_as_eager(size, dims, C, k, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("size", "dims", "C", "k"),
-    [shape for shape in SHAPES if shape[1] > 1]
-    + [([2, 1, 8, 6], 2, 33, 96), ([1, 1, 5, 260], 2, 128, 16), ([1, 3, 3, 4], 3, 200, 64)],
-    ids=str,
-)
-def test_winograd_is_as_good_as_eager(
-    size: list[int],
-    dims: int,
-    C: int,
-    k: int,
-    dtype: torch.dtype,
-    level: str,  # noqa: F811
-    winograd: Callable[[str], None],
-) -> None:
-    """Tiles beyond an image's edge, slices beyond a volume's, rows of tiles that are cut into bands,
-    sums that take more memory than tasks keep."""
-    winograd("always")
-    check_as_good_as_eager(size, dims, C, k, dtype)
-
-
-def check_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype) -> None:
-    for name, args, outputs, usual in zip(
-        ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"),
-        calls(size, dims, C, k),
-        (FORWARD, BACKWARD),
-        (eager_forward, eager_backward),
-        strict=True,
-    ):
-        got = converted(Call(args, outputs), dtype)
-        stored = Call({key: converted(Call(args, outputs), dtype)[key] for key in args}, outputs)
-        eager, exact = converted(stored, dtype), converted(stored, F64)
-        found, theirs = written(name, got, outputs), usual(eager)
-        right = written(name, exact, outputs, plainly=True)
-        if outputs is FORWARD:  # statistics are of the values as stored, and their errors no matter of the convolution
-            mean, var = torch.empty(k, dtype=F64), torch.empty(k, dtype=F64)
-            plain.channel_stats(found[0].double(), mean, var)
-            torch.testing.assert_close(found[1].double(), mean, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found[2].double(), var, rtol=1e-4, atol=1e-5)
-            found, theirs, right = found[:1], theirs[:1], right[:1]
-        # sums over few rows and channels may cancel: one of eager's may be right by chance
-        least = 0.0 if dtype == F64 else 40 * torch.finfo(dtype).eps * (10 if C < 8 or len(got["x"]) < 50 else 1)
-        assert_as_good(found, theirs, right, factor=2.0, floor=64.0, least=least)
-        assert all(
-            outside_is_untouched(value) for value in got.values() if isinstance(value, Tensor) and value.dim() == 2
-        )
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -274,7 +138,7 @@ def test_threads_share_the_work(
     k: int,
     count: int,
     threads: Callable[[int], None],  # noqa: F811
-    winograd: Callable[[str], None],
+    winograd: Callable[[str], None],  # noqa: F811
 ) -> None:
     """One thread's results but for the order of sums, and always the same bits."""
     winograd("always")
@@ -369,42 +233,6 @@ def test_infinity_gives_what_eager_gives(what: str, level: str, products: str) -
         ours, eagers = (converted(Call({**args, "drop_rate": 0.0, what: spoilt}, outputs), torch.float32) for _ in "12")
         for a, b in zip(written(name, ours, outputs), usual(eagers), strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
-
-
-# ---- which products --------------------------------------------------------------------------------------------------
-NETWORKS = [shape for shape in conv3x3.shapes() if shape.image[0] > 4]
-
-
-@pytest.mark.parametrize("shape", NETWORKS, ids=lambda shape: f"{shape.where}-{shape.image[0]}")
-def test_winograd_where_networks_are_large(shape: conv3x3.Shape, winograd: Callable[[str], None]) -> None:
-    """The estimate takes it there, and its outputs have no larger errors than direct sums."""
-    layer = conv3x3.Layer(shape._replace(batch=min(shape.batch, 16)), torch.float32)
-    outputs = {}
-    for use in ("faster", "always", "never"):
-        winograd(use)
-        layer.ours()
-        outputs[use] = layer.out.clone()
-    assert torch.equal(outputs["faster"], outputs["always"])
-    y = (layer.x.double() * (1 + 1e-5) ** -0.5).relu().view(layer.size[0], *shape.image, shape.C).movedim(-1, 1)
-    conv = F.conv2d if len(shape.image) == 2 else F.conv3d
-    exact = conv(y, layer.weight.double(), padding=1).movedim(1, -1).reshape(-1, shape.k)
-    assert error(outputs["always"], exact) <= error(outputs["never"], exact)
-
-
-def test_direct_sums_where_there_are_few_tiles(winograd: Callable[[str], None]) -> None:
-    args, _ = calls([1, 1, 4, 4], 2, 64, 32)
-    results = {}
-    for use in ("faster", "always", "never"):
-        winograd(use)
-        results[use] = written("bn_relu_conv3x3", converted(Call(args, FORWARD), torch.float32), FORWARD)[0].clone()
-    assert torch.equal(results["faster"], results["never"])
-    assert not torch.equal(results["always"], results["never"])
-
-
-def test_the_use_has_three_names() -> None:
-    assert _extension.module is not None
-    with pytest.raises(ValueError, match="expected 'faster', 'always' or 'never', got 'sometimes'"):
-        _extension.module.set_winograd("sometimes")
 
 
 # ---- nothing ---------------------------------------------------------------------------------------------------------

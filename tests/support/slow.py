@@ -21,6 +21,7 @@ SLOW = {
     "test_emulation_operators.py::test_every_form_of_the_3x3_convolution": "the same",
     "test_kernels.py::*[avx2]": "the widest SIMD level and the portable one show most",
     "test_conv3x3.py::*[avx2]": "the same",
+    "test_winograd.py::*[avx2]": "the same",
     "test_depth_benchmark.py": "starts a process for each depth, 3 s each",
     "tests/training/test_train_resume.py": "kills and resumes runs, 35 s in all",
     "tests/compare/test_train_compare.py": "trains in both forms, 35 s in all",
