@@ -14,7 +14,6 @@ import argparse
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from tests.cuda.emulation import mutation_backward, mutation_conv3x3, mutation_l
 from tests.cuda.emulation.library import Library, compile_library
 from tests.cuda.emulation.mutation_cases import Case
 from tests.cuda.emulation.mutation_list import FAMILIES, Mutation
+from tests.support.forks import Fork
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -68,14 +68,12 @@ class Workshop:
 
     def seconds(self, cases: Sequence[Case], library: Path) -> tuple[str | None, float]:
         """What the first case that failed said, or None, and how long it took."""
-        names = [case.__name__ for case in cases]
         start = time.monotonic()
-        command = [sys.executable, "-m", "tests.cuda.emulation.mutations", "--library", str(library), *names]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if run.returncode == -signal.SIGXCPU:
+        run = Fork(run_cases, str(library), [case.__name__ for case in cases]).finish(timeout=20 * MOST_SECONDS)
+        if run.code == -signal.SIGXCPU:
             return "does not end", time.monotonic() - start
-        lines = [line for line in run.stderr.splitlines() if line.strip()]
-        said = None if run.returncode == 0 else lines[-1] if lines else f"ended by signal {-run.returncode}"
+        lines = [line for line in run.output.splitlines() if line.strip()]
+        said = None if run.code == 0 else lines[-1] if lines else f"ended by signal {-run.code}"
         return said, time.monotonic() - start
 
     def mutate(self, mutation: Mutation) -> tuple[str | None, float]:
@@ -89,6 +87,15 @@ class Workshop:
             return self.seconds(mutation.cases, self.compile())
         finally:
             file.write_text(text)
+
+
+def run_cases(library: str, names: Sequence[str]) -> None:
+    """Runs cases of the library's kernels; raises what one of them does, and ends where they take too long."""
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 1))
+    kernels = Library(Path(library))
+    for name in names:
+        torch.manual_seed(0)
+        CASES[name](kernels)
 
 
 def run(mutations: Sequence[Mutation]) -> list[str]:
@@ -111,16 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="those whose names have this in them")
     parser.add_argument("--list", action="store_true", help="print their names and end")
-    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("cases", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.library:
-        resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 1))
-        kernels = Library(options.library)
-        for case in options.cases:
-            torch.manual_seed(0)
-            CASES[case](kernels)
-        return 0
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     if options.list:
         print("\n".join(mutation.name for mutation in chosen))
