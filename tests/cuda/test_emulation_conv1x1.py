@@ -98,23 +98,32 @@ def test_backward_cases(kernels, arithmetic, case) -> None:
 
 
 # ---- blocks that work through several tiles -------------------------------------------------------------------------
+# Each launch once: where more shared memory changes nothing of it, the size stands with one amount of that.
+
+# Weights of few channels stay in 66 KiB, many of 16 bits in 227; others stream, in narrow tiles where there is less
+# than 163, but double's, which are narrow anyway.
+FORWARD_TILES = [(arithmetic, 66, 30, 40) for arithmetic in ARITHMETIC]
+FORWARD_TILES += [(arithmetic, 227, 450, 100) for arithmetic in ("bf16", "fp16")]
+FORWARD_TILES += [(arithmetic, 163, 450, 100) for arithmetic in ARITHMETIC]
+FORWARD_TILES += [(arithmetic, 66, 450, 100) for arithmetic in ARITHMETIC if arithmetic != "double"]
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("shared", [227, 163, 66], ids="{}KiB".format)
-@pytest.mark.parametrize(("C", "N"), [(30, 40), (450, 100)])
+@pytest.mark.parametrize(("arithmetic", "shared", "C", "N"), FORWARD_TILES)
 def test_forward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N) -> None:
-    """Weights stay in shared memory, with 227 KiB also many, with 163 these stream; with 66 the tiles are narrow."""
     torch.manual_seed(C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
     run_forward(kernels, *use(arithmetic), 300, C, N, orders=(5,))
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize(("C", "N", "wgrad"), [(40, 30, True), (140, 100, True), (40, 150, True), (40, 150, False)])
-@pytest.mark.parametrize("shared", [227, 99], ids="{}KiB".format)
-def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, C, N, wgrad, shared) -> None:
+# With 99 KiB tiles have 64 output channels, as double's and those of few channels have with more of it.
+WIDER = [(140, 100, True), (40, 150, True), (40, 150, False)]
+BACKWARD_TILES = [(arithmetic, 99, *size) for arithmetic in ARITHMETIC for size in ((40, 30, True), *WIDER)]
+BACKWARD_TILES += [(arithmetic, 227, *size) for arithmetic in ARITHMETIC if arithmetic != "double" for size in WIDER]
+
+
+@pytest.mark.parametrize(("arithmetic", "shared", "C", "N", "wgrad"), BACKWARD_TILES)
+def test_backward_with_several_tiles_in_a_block(kernels, monkeypatch, arithmetic, shared, C, N, wgrad) -> None:
     torch.manual_seed(C + N)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     monkeypatch.setenv("DENSENET_EXT_TEST_SHARED", str(shared * 1024))
@@ -199,9 +208,14 @@ def test_forward_in_tiles_of_96_channels(kernels, monkeypatch, arithmetic, N) ->
 
 
 @pytest.mark.parametrize("arithmetic", SHIPPED)
-@pytest.mark.parametrize(("N", "wgrad"), [(96, True), (150, True), (192, True), (192, False)])
-@pytest.mark.parametrize("shared", [227, 163], ids="{}KiB".format)
-def test_backward_in_tiles_of_96_or_192_channels(kernels, monkeypatch, arithmetic, N, wgrad, shared) -> None:
+@pytest.mark.parametrize(
+    ("shared", "N", "wgrad"),
+    [
+        (163, 96, True),
+        *((shared, N, wgrad) for shared in (227, 163) for N, wgrad in ((150, True), (192, True), (192, False))),
+    ],
+)
+def test_backward_in_tiles_of_96_or_192_channels(kernels, monkeypatch, arithmetic, shared, N, wgrad) -> None:
     """192 at once where a block can have 227 KiB of shared memory, else 96 in two turns, and dW by itself."""
     torch.manual_seed(N)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
