@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from densenet_ext import checks
-from densenet_ext.errors import Ended
+from densenet_ext.errors import Ended, Interrupted
 from densenet_ext.training.options import ASKED, flag, read
 
 _SIZES = dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201", "densenet264"), 224)
@@ -135,6 +136,9 @@ def errors_told() -> Iterator[None]:
         yield
     except Ended as error:
         if rank != 0 and error.everywhere:
+            if not isinstance(error, Interrupted):
+                # Where one process has ended torchrun ends all, and the first one may still have the sentence to say.
+                time.sleep(10)
             raise SystemExit(error.exit_code) from error
         end(error, error.exit_code, error)
     except ModuleNotFoundError as error:

@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
+from densenet_ext.cli import errors_told
+from densenet_ext.errors import Interrupted, SharedError, UserError
 from tests.support.forks import Fork, torchrun
 from tests.support.training_data import cifar
 from tests.support.training_runs import MEASURED, checkpoint, differences, run, start
@@ -117,6 +119,23 @@ def test_what_holds_in_each_process(failed):
 def test_an_error_in_one_process_ends_all_with_a_sentence(failed):
     assert failed.code != 0 and failed.text.count("Error in process 1: no more images") == 1, failed.output
     assert "[rank" not in failed.output and "terminate called" not in failed.output  # no traceback but torchrun's
+
+
+def test_the_first_process_has_time_to_tell_an_error_of_all():
+    ended = Fork(torchrun, 2, two_processes.refuse).finish()
+    assert ended.code != 0 and ended.text.count("Error: --batch-size: expected less") == 1, ended.output
+
+
+def test_who_says_nothing_waits_but_after_a_signal(monkeypatch, capsys):
+    """torchrun waits for all processes after a signal, and ends them after an error of one."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    for error, count in ((UserError("wrong"), 1), (Interrupted("saved", signal.SIGTERM), 1), (SharedError("gone"), 2)):
+        with pytest.raises(SystemExit) as ended, errors_told():
+            raise error
+        assert ended.value.code == error.exit_code and len(waited) == count
+    assert capsys.readouterr() == ("", "")
 
 
 def test_errors_are_told_once(options, tmp_path):

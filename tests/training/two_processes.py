@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from unittest import mock
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 import densenet_ext
 from densenet_ext.cli import errors_told
-from densenet_ext.errors import TrainingError
+from densenet_ext.errors import TrainingError, UserError
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes, joined, make_processes
@@ -24,6 +26,14 @@ def main() -> None:
         if not processes.is_global_zero:
             raise TrainingError("no more images")
         processes.total(torch.ones(1))  # waits for the one that has gone
+
+
+def refuse() -> None:
+    """Raises the same error in each process, in the first one a second later, as on a busy machine."""
+    with errors_told():
+        if os.environ["RANK"] == "0":
+            time.sleep(1)
+        raise UserError("--batch-size: expected less")
 
 
 def learner_of(processes: Processes, drop_rate: float = 0.0, **options: object) -> Learner:
