@@ -135,7 +135,7 @@ def test_code_under_torchrun(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     file = tmp_path / "page.py"
     file.write_text(script(code, first_line))
     monkeypatch.chdir(tmp_path)
-    ended = Fork(torchrun, 2, runpy.run_path, str(file), None, "__main__").finish(timeout=180)
+    ended = Fork(torchrun, 2, runpy.run_path, str(file), None, "__main__").finish()
     assert ended.code == 0, ended.output
 
 

@@ -22,6 +22,7 @@ from unittest import mock
 from tests.support.command_line import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600.0  # seconds: beside others, on few cores, processes of a few seconds have taken minutes
 
 
 def environment() -> dict[str, str]:
@@ -68,7 +69,7 @@ class Fork:
         """Returns what it has printed so far."""
         return Path(self._printed.name).read_text()
 
-    def finish(self, timeout: float = 120) -> Ended:
+    def finish(self, timeout: float = PATIENCE) -> Ended:
         """Waits for its end; after ``timeout`` seconds kills it and raises TimeoutError."""
         self._process.join(timeout)
         code = self.poll()
