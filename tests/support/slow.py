@@ -43,7 +43,7 @@ SLOW = {
     "test_fuse_generic.py::test_compiles_without_graph_break": "the same, 5 s a style",
     "test_fuse_transition.py::test_compiles_without_graph_break": "the same",
     "test_matrix.py::test_compile": "the same, 3 s each",
-    "test_matrix.py::test_batch_sizes": "torch.compile of every library's network, 7 s each",
+    "test_matrix.py::test_batch_sizes": "torch.compile of every library's network, 3 to 8 s each",
     "test_docs_cuda.py::test_the_page_with_a_stand_in": "runs a page, 7 s",
     "test_docs.py::test_code": "runs the pages, 80 s in all",
     "test_docs.py::test_code_under_torchrun": "runs pages in two processes",
