@@ -39,8 +39,9 @@ def shortened(words: list[str]) -> list[str]:
     if "--resume" in words or not {"train", "compare"} & set(words):
         return words
     data = words[words.index("--data") + 1] if "--data" in words else "digits"
-    seeds = ("--seeds", 1) if "compare" in words else ()
-    return [*words, *map(str, (*SHORT[data], *seeds))]
+    # The networks that are the default of each data set train on these pages, too.
+    twice = ("--model", "densenet_bc:10,4", "--seeds", 1) if "compare" in words else ()
+    return [*words, *map(str, (*SHORT[data], *twice))]
 
 
 def execute(line: str) -> Ended:
@@ -80,4 +81,4 @@ def test_commands_of_the_page(page, folder):
 def test_commands_are_shortened_by_what_is_appended():
     assert shortened(["train", "--download", "--lr", "1"]) == ["train", "--lr", "1", "--epochs", "1"]
     assert shortened(["reuse", "file"]) == ["reuse", "file"] and shortened(["train", "--resume"])[-1] == "--resume"
-    assert shortened(["compare", "--seeds", "5"])[-2:] == ["--seeds", "1"]
+    assert shortened(["compare", "--seeds", "5"])[-4:] == ["--model", "densenet_bc:10,4", "--seeds", "1"]
