@@ -166,7 +166,7 @@ def test_3x3_weights_are_copied_by_few_kernels_and_take_no_memory_of_their_own(
     [
         # Many rows for each multiprocessor, as in training: workspaces lie in the scratch for relu(bn2(z)), but the one
         # of the kernel that writes that.
-        (24, {"aten::convolution": 1}, {"aten::convolution_backward": 2, "aten::new_empty": 1}),
+        (16, {"aten::convolution": 1}, {"aten::convolution_backward": 2, "aten::new_empty": 1}),
         # Few rows: the 1x1 convolution's take more than that scratch, sums need none.
         (2, {"aten::convolution": 1, "aten::new_empty": 2}, {"aten::convolution_backward": 2, "aten::new_empty": 1}),
     ],
