@@ -48,7 +48,7 @@ UNDER_ANOTHER_NAME = {
     "algorithm/single.py:allocate_stats": "transition, stem and head",
     "algorithm/single.py:allocate_shared_stats": "transition, stem and head, in tests/distributed",
     "algorithm/single.py:input_sums": "the gradients of transition, stem and head",
-    "algorithm/single.py:move": "the buffers of transition, stem and head",
+    "algorithm/single.py:single": "transition, stem and head, whichever form of a norm they are given",
     "algorithm/sync.py:merge_stats": "needs several processes: tests/distributed",
     "algorithm/sync.py:merge_sums": "needs several processes: tests/distributed",
     "kernels/fakes.py:register": "tensors without data and of other kinds, in test_operator_arguments",
@@ -56,6 +56,7 @@ UNDER_ANOTHER_NAME = {
     "kernels/plain_rows.py:dropped": "append_features, feature_grad and the 3x3 convolution with dropout",
     "kernels/plain_rows.py:rstd_scale": "what eager gives in conv3x3_calls.py, for test_conv3x3 and test_winograd",
     "modules.py:enter_as_usual": "subclasses of ours with a forward of their own, in test_modules",
+    "units/norms.py:tensors_of": "changed parameters and buffers of blocks and of transitions, in test_reading",
     "units/around.py:first_mismatch": "errors of a Sequential's units, in tests/fusing",
 }
 

@@ -62,6 +62,8 @@ def test_a_gpu_runs_tests_in_the_order_that_was_asked_for(device: str, monkeypat
     ]
     names += ["tests/kernels/test_kernels.py::test_d[emulated]", "tests/kernels/test_kernels.py::test_d[compiled]"]
     items = [Mock(nodeid=name) for name in names]
+    seconds = dict(zip((names[1], names[2], names[3]), (30, 20, 10), strict=True))
+    monkeypatch.setattr(order, "LONGEST", {name.partition("::")[0]: each for name, each in seconds.items()})
     monkeypatch.setattr(torch, "get_default_device", lambda: torch.device(device))
     conftest.pytest_collection_modifyitems(Mock(), items)
     found = [names.index(item.nodeid) for item in items]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -48,6 +49,7 @@ def test_one_fault_is_one_failure(tmp_path: Path, processes: int) -> None:
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={tmp_path}/out.xml", *options]
         + [f"--rootdir={tmp_path}", str(tmp_path)],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         capture_output=True,
         text=True,
     )
