@@ -23,7 +23,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[workloads.Workload]:
     monkeypatch.setattr(workloads, "SHORTEST", 1e-4)
     monkeypatch.setattr(workloads, "onnx_runtime", unavailable)
     monkeypatch.setattr(workloads, "open_vino", unavailable)
-    return [workloads.Workload("tiny", mode, 2, 8) for mode in ("training", "inference")]
+    return [
+        workloads.Workload("tiny", mode, batch, 8)
+        for mode, batch in (("training", 2), ("inference", 2), ("inference", 1))
+    ]
 
 
 def unavailable(*_: object) -> Any:
@@ -34,16 +37,16 @@ def unavailable(*_: object) -> Any:
 def test_rows_are_saved_one_by_one_and_none_is_begun_too_late(tiny: list[workloads.Workload]) -> None:
     saved: list[int] = []
     found = workloads.run(tiny, 2, False, no_words, lambda found: saved.append(len(found["rows"])))
-    assert saved == [1, 2, 4, 6] and found["threads"] == torch.get_num_threads()
+    assert saved == [1, 2, 3, 4, 6, 8] and found["threads"] == torch.get_num_threads()
     forms = [workloads.OURS, workloads.PACKED]
     for row in found["rows"]:
-        ours = forms[:1] if row["mode"] == "training" else forms
+        ours = forms if row["mode"] == "inference" and row["batch"] == 1 else forms[:1]
         assert list(row["milliseconds"]) == [*ours, "PyTorch, channels_last", "PyTorch, contiguous"]
         assert row["fastest"] not in forms and row["ours"] in ours
         assert set(row["missing"]) == (set() if row["mode"] == "training" else {"ONNX Runtime", "OpenVINO"})
     words: list[str] = []
     assert workloads.run(tiny, 2, False, words.append, no_words, seconds=-1)["rows"] == []
-    assert len(words) == 4 and all(text.endswith("no time is left") for text in words)
+    assert len(words) == 6 and all(text.endswith("no time is left") for text in words)
 
 
 def test_the_tables_have_a_line_a_row_and_a_line_a_workload() -> None:
