@@ -132,9 +132,8 @@ struct Points {
   DX_INLINE float* at(int64_t vector, int64_t tile) const { return data + (vector * tiles + tile) * kTile; }
 };
 
-// ---- transforms
-// ------------------------------------------------------------------------------------------------------ B^T along one
-// dimension.
+// ---- transforms -----------------------------------------------------------------------------------------------------
+// B^T along one dimension.
 DX_INLINE void input_points(const Vec<float> (&d)[4], Vec<float> (&u)[4]) {
   u[0] = d[0] - d[2];
   u[1] = d[1] + d[2];
