@@ -25,7 +25,8 @@ class _Weight:
     def pack_again(self) -> None:
         """Has the next call pack the weight as it is now."""
         ops = kernels.select(self.weight)
-        self.version, self._kept = self.weight._version, Kept(ops, ops.keep_packed([self.weight]))
+        # An alias: packed forms are found by address, which nobody else may get when the weight is given other memory.
+        self.version, self._kept = self.weight._version, Kept(ops, ops.keep_packed([self.weight.detach()]))
 
 
 _weights: dict[int, _Weight] = {}

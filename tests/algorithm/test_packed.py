@@ -56,3 +56,12 @@ def test_operations_are_given_a_weight_again_where_its_version_has_changed() -> 
     finally:
         kernels.select(weight).keep_packed = keep
         release(held)
+
+
+def test_nobody_else_gets_the_memory_of_a_weight_that_was_given_another() -> None:
+    weight = torch.ones(64, 48, 3, 3)
+    held, address = hold([weight]), weight.data_ptr()
+    weight.data = weight.detach() * 2
+    others = [torch.empty_like(weight) for _ in range(20)]
+    assert weight.data_ptr() != address and address not in [other.data_ptr() for other in others]
+    release(held)
