@@ -1,6 +1,6 @@
 // z = relu(bn(x)) @ W^T: BatchNorm and ReLU as the prologue of the 1x1 convolution. A panel of rows is normalised into
-// cache-sized scratch and multiplied from there; the normalised tensor never exists in memory. The output's statistics
-// are taken from the panel just written, as stored.
+// cache-sized scratch, while the panel before it is multiplied; the normalised tensor never exists in memory. The
+// output's statistics are taken from the panel just written, as stored.
 #pragma once
 
 template <class T, class P = Product<T>>
@@ -10,11 +10,12 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
   constexpr int L = kLanes<A>;
   const Grid grid = make_grid<A>(pool.tasks, p.M, p.N, 0.5 * P::kDepth);
   const int64_t steps = depth_steps<P>(p.C), pitch = panel_pitch<A>(steps), Np = padded<A>(p.N);
-  const int64_t panel = panel_rows<P>(pitch * int64_t(sizeof(Operand))), panel_size = panel * pitch;
+  const int64_t panel = panel_rows_by_turns<P>(pitch * int64_t(sizeof(Operand)), p.M / grid.rows);
+  const int64_t panel_size = panel * pitch;
   const int64_t packed_count = packed_size<P>(p.C, p.N);
   Scratch scratch(Affine<A>::bytes(p.C) + CallWeights<Operand>::bytes(kept, packed_count) + Scratch::bytes<A>(Np) +
                   TaskMoments::bytes(pool.tasks, p.N));
-  TaskScratch own(pool.tasks, Scratch::bytes<Operand>(panel_size));
+  TaskScratch own(pool.tasks, 2 * Scratch::bytes<Operand>(panel_size));
   const Affine<A> affine(scratch, p.norm, p.C);
   const PackedForm form = {1, sizeof(Operand), P::kDepth, kLanes<A>, packed_count, grid.columns};
   CallWeights<Operand> weights(scratch, kept, form, packed_count);
@@ -22,17 +23,21 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
   A* bias = scratch.take<A>(Np);
   std::fill_n(bias, Np, A(0));
   if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
-  const Each<Operand> panels = own.take<Operand>(panel_size);
+  const Each<Operand> even = own.take<Operand>(panel_size), odd = own.take<Operand>(panel_size);
   const TaskMoments moments(scratch, pool.tasks, p.N);
   weights.write([&](Operand* to) { pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, to, pool); });
 
   pool.run([&](int task) {
-    const AlongColumns<P> y = {panels[task], pitch};
+    AlongColumns<P> y = {even[task], pitch}, next_y = {odd[task], pitch};
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.N);
     MomentsSum sum = moments[task].from(range.begin);
+    const auto fills = [&](int64_t m, const AlongColumns<P>& to) {
+      const int64_t rows = std::clamp<int64_t>(all.end - m, 0, panel), behind = m + panel < all.end ? panel : 0;
+      return PanelAhead<P, T>(rows, p.C, {{p.x.row(m), p.x.pitch}, affine}, to, behind);
+    };
+    fills(all.begin, y).finish();
     for_panels(all, panel, [&](int64_t m0, int64_t rows) {
-      fill_panel<A>(rows, p.C, NormalisedRows<T>{{p.x.row(m0), p.x.pitch}, affine}, y);
-      ReadsAhead next(ReadAhead(p.x, m0 + rows, std::min(panel, all.end - m0 - rows), p.C));
+      PanelAhead<P, T> next = fills(m0 + panel, next_y);
       for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
         constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
         for (int64_t r0 = 0; r0 < rows; r0 += R) {
@@ -55,6 +60,8 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
           }
         }
       });
+      next.finish();
+      std::swap(y, next_y);
       if (p.out_mean) sum.add_panel(p.out.row(m0) + range.begin, p.out.pitch, rows, range.end - range.begin);
     });
   });

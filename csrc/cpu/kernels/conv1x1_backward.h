@@ -65,7 +65,7 @@ struct DzPanel {
 };
 
 // dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for the task's columns; a tile's rows are output
-// channels here. ahead as in tile_product.
+// channels here. ahead: an aside, as in tile_product.
 template <class P>
 DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad,
                          ReadsAhead& ahead) {

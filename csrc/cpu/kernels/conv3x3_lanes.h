@@ -27,7 +27,7 @@ __attribute__((noinline)) void lanes_tile(int rows, int64_t steps, int64_t step,
     for (int shift = 0; shift < 3; ++shift) {
       const typename P::Operand *a0 = left[row][0] + shift, *a1 = left[row][1] + shift;
       for (int64_t k = 0; k < steps; ++k) {
-        ahead.lines();
+        ahead.step();
         const typename P::Right pixels[S] = {P::load_right(a0), P::load_right(a1)};
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)

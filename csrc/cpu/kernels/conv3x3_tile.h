@@ -53,7 +53,7 @@ __attribute__((noinline)) void conv_tile(const ConvTile<P> t, const typename P::
 #pragma GCC unroll 16
       for (int s = 0; s < S; ++s) a[s] = left[row][s] + run * pitch;
       for (int64_t k = 0; k < t.steps; ++k) {
-        ahead.lines();
+        ahead.step();
         typename P::Right right[NV];
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * L);

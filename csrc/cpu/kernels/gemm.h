@@ -43,15 +43,12 @@ DX_INLINE void for_column_blocks(int64_t begin, int64_t end, const F& f) {
 }
 
 // acc[r][j] = sum_k a(r, k) * b(k, j). The left operand is addressed as a[r * row_stride + k * k_stride]; a stride
-// given as template argument (not 0) is known to the compiler. The right operand's rows are `b_stride` apart. ahead()
-// is called in each step of the inner dimension.
-struct NothingAhead {
-  DX_INLINE void operator()() const {}
-};
-template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Ahead = NothingAhead>
+// given as template argument (not 0) is known to the compiler. The right operand's rows are `b_stride` apart. Each step
+// of the inner dimension calls aside.step(): work that is done beside the multiply-adds.
+template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Aside>
 DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
                             const typename P::Operand* b, int64_t b_stride,
-                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], ReadsAhead& ahead) {
+                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], Aside& aside) {
   using A = typename P::A;
   constexpr int R = kTileRows<NV>;
   const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
@@ -65,7 +62,7 @@ DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
   for (int64_t k = 0; k < K; ++k) {
-    ahead.lines();
+    aside.step();
     typename P::Right right[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<A>);

@@ -44,7 +44,7 @@ class ReadsAhead {
   explicit ReadsAhead(const Reads&... reads) : reads_{reads...}, left_(int(sizeof...(reads))), several_(left_ > 1) {}
   // What is asked for before all others, instead of what was so till now.
   void set_first(const ReadAhead& first) { first_ = first; }
-  DX_INLINE void lines() {
+  DX_INLINE void step() {
     line();
     if (several_) line();
   }
