@@ -74,7 +74,9 @@ void basic_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
     at.check_apart();
     // what the layers before the last do not take
     copies.lend(scratch.a + M * before_last, M * (widest_a - before_last), 1);
-    call.run(call.layers, [&] { dx::basic_block(at, call.buffer, input, call.layers, scratch); });
+    call.run_forward(call.layers, input, false, [&](const Buffer<T>& some, Rows<const T> x) {
+      dx::basic_block(at, some, x, call.layers, scratch);
+    });
   });
 }
 

@@ -98,6 +98,16 @@ const SameConvolution<T>& convolution_of(const BasicLayer<T>& layer) {
   return layer.conv;
 }
 
+// What lies between a layer's two convolutions, in columns.
+template <class T>
+int64_t between(const DenseLayer<T>& layer) {
+  return layer.b;
+}
+template <class T>
+int64_t between(const BasicLayer<T>&) {
+  return 0;
+}
+
 // What forward and backward pass read of their arguments alike.
 template <class D, class T>
 class BlockCall {
@@ -201,6 +211,24 @@ class BlockCall {
     ours ? at_.together(kPasses * elements, f) : f();
   }
 
+  // Runs f(buffer, x) forward: over all images at once, or, where nothing is taken of them together, over some after
+  // the others. Their features then still lie in the caches when the next layer reads them. The numbers are the same.
+  // keeps: whether f keeps more of each layer than its features.
+  template <class Layers, class F>
+  void run_forward(const Layers& layers, Rows<const T> x, bool keeps, const F& f) const {
+    const int64_t parts = keeps || buffer.mean || buffer.seed ? 1 : parts_of(layers);
+    if (parts > 1) at_.pack_once();
+    run(layers, [&] {
+      for (int64_t i = 0; i < parts; ++i) {
+        Buffer<T> some = buffer;
+        const int64_t first = buffer.images.batch * i / parts, row = first * buffer.images.pixels();
+        some.images.batch = buffer.images.batch * (i + 1) / parts - first;
+        some.X = {buffer.X.data + row * buffer.X.pitch, buffer.X.pitch};
+        f(some, Rows<const T>{x.data + row * x.pitch, x.pitch});
+      }
+    });
+  }
+
   A* vector(const OptionalTensor& t, const char* name, int64_t count, bool written) const {
     return t ? checked_vector<A>(at_, *t, name, count, written) : nullptr;
   }
@@ -214,6 +242,23 @@ class BlockCall {
   const BlockOptions& options_;
 
  private:
+  // How many parts of the images run_forward takes. Few enough that features are more than the weights, which every
+  // part reads again.
+  template <class Layers>
+  int64_t parts_of(const Layers& layers) const {
+    int64_t columns = 0, weights = 0;
+    for (const auto& layer : layers) {
+      const auto& conv = convolution_of(layer);
+      if (!has_kernel(at_, buffer.images, conv)) return 1;
+      columns = std::max(columns, between(layer));
+      weights += layer.C * between(layer) + conv.C * conv.N * taps_of(conv);
+    }
+    const int64_t bytes = buffer.M() * (buffer.C + columns) * int64_t(sizeof(T));
+    const int64_t at_once = std::max(at_.cached_bytes(), 2 * weights * int64_t(sizeof(A)));
+    if (at_.cached_bytes() == 0 || bytes <= 2 * at_once) return 1;
+    return std::min(buffer.images.batch, (bytes + at_once - 1) / at_once);
+  }
+
   int window_dims_;
   bool has_seed_ = false;
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <exception>
 #include <thread>
+#include <unordered_map>
 
 #include "../cpu/levels.h"
 #include "../cpu/packed_weights.h"
@@ -28,11 +29,11 @@ class Cpu : public TorchCalls {
     cpu::kernels<T>().name(p, pool_of_product(p, elements)); \
   }
 // whose weights may be kept packed
-#define DX_RUN_PACKED(name, Params)                                                           \
-  template <class T>                                                                          \
-  void name(const Params<T>& p, int64_t elements) const {                                     \
-    const auto packed = uses_packed_ ? cpu::PackedWeights::find(address(p.weight)) : nullptr; \
-    cpu::kernels<T>().name(p, pool_of_product(p, elements), packed.get());                    \
+#define DX_RUN_PACKED(name, Params)                                        \
+  template <class T>                                                       \
+  void name(const Params<T>& p, int64_t elements) const {                  \
+    const auto packed = packed_of(address(p.weight));                      \
+    cpu::kernels<T>().name(p, pool_of_product(p, elements), packed.get()); \
   }
   DX_RUN(channel_stats, ChannelStats)
   DX_RUN(append_features, AppendFeatures)
@@ -55,6 +56,10 @@ class Cpu : public TorchCalls {
 #undef DX_RUN_PACKED
 
   void use_packed(bool use) const { uses_packed_ = use; }
+
+  // About what a core has of caches on processors of these years, a part of the shared one included.
+  int64_t cached_bytes() const { return int64_t(2) * 1024 * 1024 * torch::stable::get_num_threads(); }
+  void pack_once() const { packs_once_ = true; }
 
   template <class A>
   Identity<A> identity_norm(const A*, int64_t) const {
@@ -134,7 +139,17 @@ class Cpu : public TorchCalls {
             }};
   }
 
-  mutable bool uses_packed_ = false;
+  std::shared_ptr<cpu::PackedWeights> packed_of(const void* weight) const {
+    if (uses_packed_)
+      if (auto kept = cpu::PackedWeights::find(weight)) return kept;
+    if (!packs_once_) return nullptr;
+    auto& own = of_this_call_[weight];
+    if (!own) own = std::make_shared<cpu::PackedWeights>();
+    return own;
+  }
+
+  mutable bool uses_packed_ = false, packs_once_ = false;
+  mutable std::unordered_map<const void*, std::shared_ptr<cpu::PackedWeights>> of_this_call_;
 };
 
 }  // namespace dx::ops

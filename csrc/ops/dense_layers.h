@@ -119,7 +119,9 @@ void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
       copies.lend(scratch.a, M * widest_a, 0);
     // relu(bn2(z)) is there from one kernel without a workspace to PyTorch's convolution
     if (z_all && !call.drops_inside()) at.lend(scratch.a, M * widest_a * int64_t(sizeof(T)));
-    call.run(call.layers, [&] { dx::dense_block(at, call.buffer, input, call.layers, z_all, scratch); });
+    call.run_forward(call.layers, input, z_all != nullptr, [&](const Buffer<T>& some, Rows<const T> x) {
+      dx::dense_block(at, some, x, call.layers, z_all, scratch);
+    });
   });
 }
 

@@ -40,6 +40,11 @@ class TorchCalls : public Place {
   // Whether kernels may read weights as they were packed by an earlier call: where a backend packs them, it does.
   void use_packed(bool) const {}
 
+  // Bytes of features that a call had better have in work at a time, as they lie in caches then; 0: as many as there
+  // are. And that it will call kernels with the same weights several times.
+  int64_t cached_bytes() const { return 0; }
+  void pack_once() const {}
+
   // Runs f, which calls nothing but kernels: where a backend can make ready for many of them, it does.
   template <class F>
   void together(int64_t, const F& f) const {
