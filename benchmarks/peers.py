@@ -16,7 +16,7 @@ from torch import nn
 
 import densenet_ext as dx
 from densenet_ext.errors import UserError
-from densenet_ext.training.data.vision import import_torchvision
+from densenet_ext.vision import import_torchvision
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LEVELS = ("bottlenecks", "features")

@@ -77,7 +77,7 @@ def pytest_sessionfinish() -> None:
 def declare_torchvision_operators() -> None:
     """Lets torchvision import beside a CPU build of torch, which lacks two of its operators."""
     from densenet_ext.errors import UserError
-    from densenet_ext.training.data.vision import import_torchvision
+    from densenet_ext.vision import import_torchvision
 
     try:
         import_torchvision()

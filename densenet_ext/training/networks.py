@@ -8,10 +8,9 @@ import warnings
 from torch import nn
 
 import densenet_ext
-from densenet_ext import checks
+from densenet_ext import checks, vision
 from densenet_ext.errors import UserError
 from densenet_ext.fusing.verify import make_plain
-from densenet_ext.training.data import vision
 
 OURS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet_bc")
 """The builders of this package."""

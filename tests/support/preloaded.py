@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 
+from densenet_ext import vision
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 
 for name in (
     "lightning_fabric.strategies",

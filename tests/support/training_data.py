@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from densenet_ext import errors
-from densenet_ext.training.data import datasets, load, vision
+from densenet_ext import errors, vision
+from densenet_ext.training.data import datasets, load
 from densenet_ext.training.options import Options
 
 

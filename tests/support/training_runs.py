@@ -14,9 +14,9 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 
+from densenet_ext import vision
 from densenet_ext.cli import main
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 from tests.support import command_line
 from tests.support.command_line import Ended
 from tests.support.forks import Fork, torchrun

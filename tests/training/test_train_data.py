@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+from densenet_ext import vision
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 from tests.support.training_data import (
     cifar,
     data_of,
@@ -255,11 +255,11 @@ def test_the_missing_operators_of_torchvision_are_declared(tmp_path):
     (package / "datasets.py").write_text("where = __file__\n")
     (package / "transforms").mkdir()
     (package / "transforms" / "v2.py").touch()
-    code = "from densenet_ext.training.data import vision; print(vision.import_torchvision().datasets.where)"
+    code = "from densenet_ext import vision; print(vision.import_torchvision().datasets.where)"
     assert str(package / "datasets.py") in in_python(code, tmp_path)
     (package / "__init__.py").write_text("raise RuntimeError('compiled for CUDA 99')")
     code = (
-        "from densenet_ext import errors\nfrom densenet_ext.training.data import vision\n"
+        "from densenet_ext import errors, vision\n"
         "try: vision.import_torchvision()\n"
     )
     assert "(compiled for CUDA 99): pip" in in_python(f"{code}except errors.UserError as error: print(error)", tmp_path)

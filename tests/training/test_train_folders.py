@@ -13,8 +13,8 @@ pytest.importorskip("tqdm")
 
 from PIL import Image
 
+from densenet_ext import vision
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 from tests.support.training_data import (
     corrupt_files,
     data_of,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from densenet_ext import vision
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 from densenet_ext.training.processes import agreed
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from densenet_ext import vision
 from densenet_ext.errors import UserError
-from densenet_ext.training.data import vision
 from densenet_ext.training.data.datasets import SPLIT_SEED, Data, Examples
 from densenet_ext.training.data.loading import share
 from densenet_ext.training.processes import agreed
