@@ -16,12 +16,8 @@ from typing import Any, NoReturn
 
 from densenet_ext import checks
 from densenet_ext.errors import Ended, Interrupted
-from densenet_ext.training.options import ASKED, flag, read
-
-_SIZES = dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201", "densenet264"), 224)
-_SIZES["densenet_bc"] = 32
-"""The networks of the command plan, each with the height and width of the images that it is made for."""
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+from densenet_ext.memory import command as planning
+from densenet_ext.training.options import ASKED, flag, integer, read
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -60,21 +56,8 @@ def reuse(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a training step needs in memory at each level of saving, without running it."""
-    import torch
-
-    import densenet_ext
-
-    with torch.device("meta"):
-        network = getattr(densenet_ext, arguments.model)()
-    size = arguments.image or _SIZES[arguments.model]
-    shape, dtype = (arguments.batch, network.in_channels, size, size), getattr(torch, _DTYPES[arguments.dtype])
-    try:
-        found = densenet_ext.plan(
-            network, shape, dtype, arguments.save, arguments.memory, optimizer_state=arguments.optimizer_state
-        )
-    except ValueError as error:
-        arguments.refuse(str(error))
-    print(f"{arguments.model}: {found}")
+    step = (arguments.image, arguments.batch, arguments.dtype, arguments.save)
+    print(planning.plan(arguments.model, *step, arguments.memory, arguments.optimizer_state))
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(
             command.__name__, help=words.partition("\n")[0], description=words, allow_abbrev=False
         )
-        one.set_defaults(command=command, refuse=one.error)
+        one.set_defaults(command=command)
         return one.add_argument
 
     for command in (train, compare):
@@ -103,22 +86,22 @@ def _parser() -> argparse.ArgumentParser:
         if command is train:
             argument("--resume", action="store_true", help="Go on with the run in --out, with its options.")
         else:
-            seeds = read(int, checks.integer, 1)
-            argument("--seeds", type=seeds, default=5, metavar="N", help="Train with seeds 0 to N - 1. Default: 5.")
+            argument("--seeds", default=5, help="Train with seeds 0 to N - 1. Default: 5.", **integer(1))
     argument = add(reuse)
     argument("checkpoint", type=Path, help="Of any DenseNet, from torch.save or as .safetensors.")
     argument("--out", type=Path, help="The picture: .png, .svg or .pdf. Default: beside the checkpoint.")
     argument("--new-first", action="store_true", help="Layers put new features first; libraries append them.")
     argument = add(plan)
-    count = {"type": read(int, checks.integer, 1), "metavar": "N"}
-    argument("--model", choices=tuple(_SIZES), default="densenet121", help="The network.")
-    argument("--image", help="Height and width of the images. Default: those that the network is made for.", **count)
-    argument("--batch", default=32, help="Images per step. Default: 32.", **count)
-    argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="Precision of training; 16 bits mean autocast.")
+    argument("--model", choices=tuple(planning.SIZES), default="densenet121", help="The network.")
+    size = "Height and width of the images. Default: those that the network is made for."
+    argument("--image", help=size, **integer(1))
+    argument("--batch", default=32, help="Images per step. Default: 32.", **integer(1))
+    dtype = "Precision of training; 16 bits mean autocast."
+    argument("--dtype", choices=tuple(planning.DTYPES), default="fp32", help=dtype)
     argument("--save", choices=checks.LEVELS, help="What blocks keep for the backward pass.")
     argument("--memory", type=read(str, checks.memory), help="Such as 80GiB: shows the largest batch that fits.")
     state = "Tensors that the optimizer keeps per parameter: SGD with momentum 1, Adam 2."
-    argument("--optimizer-state", type=read(int, checks.integer, 0), default=0, metavar="N", help=state)
+    argument("--optimizer-state", default=0, help=state, **integer(0))
     return parser
 
 
@@ -135,26 +118,25 @@ def errors_told() -> Iterator[None]:
     try:
         yield
     except Ended as error:
-        if rank != 0 and error.everywhere:
-            if not isinstance(error, Interrupted):
-                # Where one process has ended torchrun ends all, and the first one may still have the sentence to say.
-                time.sleep(10)
-            raise SystemExit(error.exit_code) from error
-        end(error, error.exit_code, error)
+        if rank == 0 or not error.everywhere:
+            end(error, error.exit_code, error)
+        if not isinstance(error, Interrupted):
+            # Where one process has ended torchrun ends all, and the first one may still have the sentence to say.
+            time.sleep(10)
+        raise SystemExit(error.exit_code) from error
     except ModuleNotFoundError as error:
         end(f"this needs {error.name}: pip install 'densenet_ext[train]'", 1, error)
-    except ConnectionResetError as error:
-        # A batch on its way out of a worker that has just been killed, before its end is known.
-        end(f"DataLoader worker ended: {error} (try fewer --workers; the last checkpoint is kept)", 1, error)
-    except OSError as error:
-        end(error, 1, error)
     except KeyboardInterrupt as error:
         end("stopped at once; the last checkpoint is kept", 130, error)
-    except RuntimeError as error:
-        # The DataLoader raises it when the signal arrives that a worker has died, wherever the process is then.
-        if "DataLoader worker" not in str(error):
+    except (OSError, RuntimeError) as error:
+        # The DataLoader raises a RuntimeError when the signal arrives that a worker has died, wherever the process is
+        # then; a connection is reset when a batch is on its way out of a worker whose end is not known yet.
+        words = f"DataLoader worker ended: {error}" if isinstance(error, ConnectionResetError) else str(error)
+        if "DataLoader worker" in words:
+            words += " (try fewer --workers; the last checkpoint is kept)"
+        elif isinstance(error, RuntimeError):
             raise
-        end(f"{error} (try fewer --workers; the last checkpoint is kept)", 1, error)
+        end(words, 1, error)
 
 
 def main(words: Sequence[str] | None = None) -> None:

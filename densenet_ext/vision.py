@@ -23,7 +23,12 @@ def import_torchvision() -> ModuleType:
     to install, where it can't be imported all the same.
     """
     try:
-        torchvision = _import()
+        try:
+            torchvision = importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if "operator torchvision::" not in str(error):
+                raise
+            torchvision = _import_without_operators()
         importlib.import_module("torchvision.transforms.v2")
         return torchvision
     except ModuleNotFoundError as error:
@@ -34,15 +39,9 @@ def import_torchvision() -> ModuleType:
         raise UserError(f"torchvision doesn't go with torch {torch.__version__} ({reason}): {_install()}") from error
 
 
-def _import() -> ModuleType:
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    # The import itself asks for these two by name.
+def _import_without_operators() -> ModuleType:
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
+    for operator in ("nms", "qnms"):  # the import itself asks for these two by name
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _KEPT.append(library)
     for left_behind in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:

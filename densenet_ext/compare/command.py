@@ -49,7 +49,7 @@ def compare(given: Mapping[str, Any], seeds: int, out: Path | None, download: bo
     with joined(chosen.device, chosen.amp) as processes:
         data, network = prepared(chosen, processes, download)
         words = announcement(network, data, chosen, processes, folder)
-        images = Learner(network, chosen, processes).batches(data.train, shuffle=True).images  # or refuses
+        images = sum(Learner(network, chosen, processes).batches(data.train, shuffle=True).counts)  # or refuses
         options.save(chosen, folder)
         print("\n".join(words))
         print(f"fused and unfused side by side, from the same weights through the same batches, seeds: {seeds}")
@@ -101,9 +101,9 @@ class Comparer:
         """Returns the figures of the complete seeds, and what they depend on, as comparison.json holds them."""
         chosen = {name: value for name, value in asdict(self.chosen).items() if name not in _LEFT_OUT}
         return {
-            "data": self.data.name,
+            "data": self.chosen.data,
             "model": self.chosen.model,
-            "image": [self.data.channels, self.data.image_size, self.data.image_size],
+            "image": list(self.data.train.shape),
             "options": chosen,
             "machine": {
                 "device": device_name(self.processes.device),

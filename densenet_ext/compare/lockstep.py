@@ -24,7 +24,6 @@ WARM_UP = 3  # steps of a seed that are not timed: they allocate, and choose alg
 
 def step_bytes(learner: Learner, images: Tensor, labels: Tensor) -> StepBytes:
     """Returns what a step of ``learner`` takes on ``images`` [N, C, H, W] and ``labels`` [N]; it learns from it."""
-    images, labels = images.to(learner.device), labels.to(learner.device)
 
     def step() -> Tensor:
         return learner.step(images, labels, len(labels))
@@ -52,7 +51,7 @@ def train_in_lockstep(
     options, run = learner.options, SeedRun(learner.options.seed)
     train = learner.batches(data.train, shuffle=True)
     # torch.compile meets the last, smaller batch and evaluation at the end of the first epoch.
-    warm_up = max(WARM_UP, len(train) if options.compile and options.epochs > 1 else 0)
+    warm_up = max(WARM_UP, len(train.counts) if options.compile and options.epochs > 1 else 0)
 
     def no_number(form: str, what: str) -> SharedError:
         return SharedError(f"seed {run.seed}, {form}: {what}. {learner.advice}")
@@ -66,8 +65,7 @@ def train_in_lockstep(
     for number in range(1, options.epochs + 1):
         sums = {form: Sums() for form in FORMS}
         for step, (images, labels) in enumerate(train.epoch(number)):
-            place = f"epoch {number}, step {step + 1} of {len(train)}"
-            images, labels = images.to(learner.device), labels.to(learner.device)
+            place = f"epoch {number}, step {step + 1} of {len(train.counts)}"
             done, count, losses = len(run.differences), len(labels), {}
             for form in FORMS if done % 2 == 0 else reversed(FORMS):
                 (loss, wrong), seconds = _timed(learners[form], images, labels)

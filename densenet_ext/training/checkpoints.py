@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import io
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from densenet_ext.errors import UserError
-from densenet_ext.files import check_archive, replace_file
+from densenet_ext.files import replace_file
 
 LAST, BEST = "checkpoint.pt", "best.pt"
 
@@ -43,22 +42,3 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     torch.save(state, buffer)
     for path in paths:
         replace_file(buffer.getbuffer(), path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Returns what :func:`save_checkpoint` wrote, on the CPU, read without running code from it (``weights_only``).
-
-    Raises UserError when the file is missing, damaged (by the archive's own checksums), or holds something else.
-    """
-    try:
-        check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    except Exception as error:  # damaged archives and foreign pickles raise several kinds
-        # torch.load's own words would be advice to load it without weights_only
-        reason = str(error) if isinstance(error, zipfile.BadZipFile) else "it holds something else"
-        raise UserError(f"the checkpoint {path} is damaged, or none of train: {reason}") from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"the checkpoint {path} is none of train: it holds no model")
-    return state

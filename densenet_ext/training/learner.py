@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,13 @@ from torch.distributed.checkpoint import state_dict as states
 
 from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
-from densenet_ext.training.data.loading import Batches
+from densenet_ext.training.data.loading import Batches, derived
 from densenet_ext.training.metrics import Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
-from densenet_ext.training.seeds import derived
 
 MOMENTUM = 0.9
 DROPS = (0.5, 0.75)  # parts of the epochs after which the learning rate is divided by 10
-
 _FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_FILE = states.StateDictOptions(full_state_dict=True)
 
@@ -39,7 +38,8 @@ class Learner:
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), options.lr, MOMENTUM, weight_decay=options.weight_decay, nesterov=True
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda epoch: factor(epoch, options.epochs))
+        drops = [math.ceil(part * options.epochs) for part in DROPS]
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, drops, gamma=0.1)
         self._stepping: Any = self.processes.setup_optimizers(self.optimizer)
         self.steps = 0
 
@@ -60,8 +60,8 @@ class Learner:
     def step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """Makes one step of SGD on this process's part of a batch of ``count`` images over all processes.
 
-        ``images`` [n, C, H, W] float32, ``labels`` [n]. Returns [2] float32 on the device, not waited for: the sum of
-        the part's losses, and how many first guesses are wrong.
+        ``images`` [n, C, H, W] float32 and ``labels`` [n] are on the device. Returns [2] float32, not waited for: the
+        sum of the part's losses, and how many first guesses are wrong.
         """
         # Dropout draws from torch's generators: what it draws depends on the step alone, so that a resumed run draws it
         # again, and not the same in every process.
@@ -69,30 +69,26 @@ class Learner:
         self.steps += 1
         if not self.network.training:  # every step would go through all modules
             self.network.train()
-        images, labels = self._moved(images, labels)
-        scores = self._wrapped(images)
-        losses = F.cross_entropy(scores.float(), labels, reduction="sum")
+        figures = _figures(self._wrapped(images), labels)
         # Gradients are averaged over the processes, whose parts may differ in size: this is the whole batch's mean.
-        self.processes.backward(losses * (self.processes.world_size / count))
+        self.processes.backward(figures[0] * (self.processes.world_size / count))
         self._stepping.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return _figures(losses, scores, labels)
+        return figures.detach()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Sums:
         """Returns losses and errors on this and all other processes' parts of ``batches``, in evaluation mode.
 
-        Every process has to have the same number of batches, some of which may be empty.
+        Every process has to have the same number of batches, on the device; some of them may be empty.
         """
         self.processes.share_buffers(self.network)
         self.network.eval()
         figures, count = [torch.zeros(2, device=self.device)], 0
         for images, labels in batches:
-            images, labels = self._moved(images, labels)
             with self.processes.autocast():
                 scores = self.network(images)
-            losses = F.cross_entropy(scores.float(), labels, reduction="sum")
-            figures.append(_figures(losses, scores, labels))
+            figures.append(_figures(scores, labels))
             count += len(labels)
         # Added up on the host: float64 is not on every device, and the device would be waited for in any case.
         sums = torch.stack(figures).cpu().double().sum(0).tolist()
@@ -127,7 +123,7 @@ class Learner:
             "steps": self.steps,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes what :meth:`state` has given. Raises UserError when it is another network's."""
         try:
             states.set_model_state_dict(self.network, state["model"], options=_FROM_FILE)
@@ -139,18 +135,12 @@ class Learner:
         self.processes.strategy.precision.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
-    def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-
-def factor(epoch: int, epochs: int) -> float:
-    """Returns what the learning rate is multiplied with in ``epoch`` (from 0 on) of ``epochs``."""
-    return 1 / 10 ** sum(epoch >= part * epochs for part in DROPS)
-
-
-def _figures(losses: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+def _figures(scores: Tensor, labels: Tensor) -> Tensor:
+    """Returns [2] float32: the sum of the losses, and how many first guesses are wrong."""
+    losses = F.cross_entropy(scores.float(), labels, reduction="sum")
     wrong = (scores.detach().argmax(1) != labels).sum()
-    return torch.stack((losses.detach(), wrong.float()))
+    return torch.stack((losses, wrong.float()))
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -7,26 +7,26 @@ stopped or killed and then resumed ends with the same numbers as one that was no
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from densenet_ext.errors import Interrupted, Interruption, SharedError, UserError
+from densenet_ext.reuse.weights_file import read_weights_file
 from densenet_ext.training import metrics
-from densenet_ext.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
+from densenet_ext.training.checkpoints import BEST, LAST, save_checkpoint
 from densenet_ext.training.data.datasets import Data
-from densenet_ext.training.data.loading import Batches
+from densenet_ext.training.data.loading import Batches, derived
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.metrics import Epoch, Sums
 
@@ -37,31 +37,21 @@ if TYPE_CHECKING:
 _READ_EVERY = 16
 
 
-@dataclass(frozen=True)
-class Result:
-    """The end of a run."""
-
-    history: list[Epoch]
-    best: Epoch | None  # with the smallest validation error; None without validation images
-    test: Sums | None  # of the last weights; None without test images
-
-
 class Run:
     """The training of ``learner`` on ``data``, whose state is kept in ``folder``, which has to exist."""
 
-    def __init__(self, learner: Learner, data: Data, folder: Path, shown: bool = True) -> None:
+    def __init__(self, learner: Learner, data: Data, folder: Path) -> None:
         self.learner, self.data, self.folder = learner, data, folder
         self.options, self.processes = learner.options, learner.processes
         self.history: list[Epoch] = []
         self._sums, self._step, self._seconds = Sums(), 0, 0.0  # of the current epoch's training so far
         self._every = 1 if learner.device.type == "cpu" else _READ_EVERY
-        self._shown = shown and self.processes.is_global_zero
         self._train = learner.batches(data.train, shuffle=True)
+        self._counts = self._train.counts  # images of each step
         self._validation, self._test = (
             None if examples is None else learner.batches(examples) for examples in (data.validation, data.test)
         )
         self._interruption = Interruption()
-        self._board: TensorBoardLogger | None = None  # in the first process, while it trains
 
     def resume(self) -> None:
         """Takes the state that the folder keeps, if it has one already.
@@ -71,7 +61,7 @@ class Run:
         path = self.folder / LAST
         if not path.exists():
             return
-        state = load_checkpoint(path)
+        state = read_weights_file(path)
         try:
             here, there = self._fingerprint(), state["data"]
             if here != there:
@@ -84,44 +74,39 @@ class Run:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def train(self) -> Result:
-        """Trains to the last epoch and measures on the test images.
+    def train(self) -> Sums | None:
+        """Trains to the last epoch and returns the figures on the test images, None without them.
 
         Raises SharedError when the loss is no number any more (the last good checkpoint stays), TrainingError when a
         file can't be written, Interrupted after Ctrl-C or SIGTERM, with the state saved.
         """
-        done = len(self.history) * self._train.images + self._sums.images
-        bar = metrics.bar(self.options.epochs * self._train.images, done, self._shown)
-        if self.processes.is_global_zero:
+        images, first = sum(self._counts), self.processes.is_global_zero
+        bar = metrics.bar(self.options.epochs * images, len(self.history) * images + self._sums.images, first)
+        if first:
             metrics.write_csv(self.history, self.folder)  # a run that was killed behind its checkpoint lacks a row
-            self._board = metrics.board(self.folder, len(self.history))
+        board = metrics.board(self.folder, len(self.history))  # writes in the first process
         with closing(bar), self._interruption:
             while len(self.history) < self.options.epochs:
-                row = self._epoch(bar)
-                if self._shown:
-                    bar.write(f"{self._place()}: {row}")
+                row = self._epoch(bar, board)
+                if first:
+                    bar.write(f"epoch {row.epoch}/{self.options.epochs}: {row}")
                     sys.stdout.flush()
             test = self._evaluated(self._test, 0)
-        if self._board is not None:
-            self._board.finalize("success")
-        return Result(self.history, best_of(self.history), test)
+        board.finalize("success")
+        return test
 
-    def _place(self, more: int = 0) -> str:
-        return f"epoch {len(self.history) + more}/{self.options.epochs}"
-
-    def _epoch(self, bar: tqdm) -> Epoch:
+    def _epoch(self, bar: tqdm, board: TensorBoardLogger) -> Epoch:
         """Trains the rest of the current epoch, with the checkpoint at its end."""
         start = time.perf_counter() - self._seconds
         number = len(self.history) + 1
-        bar.set_description(self._place(1), refresh=False)
+        bar.set_description(f"epoch {number}/{self.options.epochs}", refresh=False)
         pending: list[Tensor] = []
         for images, labels in self._train.epoch(number, self._step):
-            pending.append(self.learner.step(images, labels, self._train.count(self._step)))
+            pending.append(self.learner.step(images, labels, self._counts[self._step]))
             self._step += 1
-            if len(pending) == self._every or self._step == len(self._train):
-                count = self._read(pending, number)
+            if len(pending) == self._every or self._step == len(self._counts):
+                self._read(pending, number, bar)
                 self._seconds = time.perf_counter() - start
-                self._show(bar, count)
                 self._stop_if_asked()
         validation = self._evaluated(self._validation, number)
         if validation is not None and not math.isfinite(validation.loss):
@@ -137,22 +122,14 @@ class Run:
             None if validation is None else validation.error,
             self._sums.images / self._seconds,
             time.perf_counter() - start,
-            metrics.peak_memory(self.learner.device) / 2**20,
+            metrics.peak_memory(self.learner.device),
         )
         self.history.append(row)
         self._sums, self._step, self._seconds = Sums(), 0, 0.0
         self.learner.end_epoch()
-        if self._board is not None:  # before the checkpoint: a run that is killed in between writes the row again
-            metrics.log(self._board, row)
+        metrics.log(board, row)  # before the checkpoint: a run that is killed in between writes the row again
         self._save()
         return row
-
-    def _show(self, bar: tqdm, images: int) -> None:
-        if not bar.disable:  # asking a GPU's allocator takes a while
-            memory = metrics.peak_memory(self.learner.device) / 2**20
-            figures = f"loss {self._sums.mean_loss:.3f}, error {self._sums.error:.1f}%, {memory:.0f}M"
-            bar.set_postfix_str(figures, refresh=False)
-            bar.update(images)
 
     def _evaluated(self, part: Batches | None, number: int) -> Sums | None:
         """Returns the figures on ``part``, None without one; a run that is stopped here repeats them later."""
@@ -167,17 +144,20 @@ class Run:
 
         return self.learner.evaluate(until_asked())
 
-    def _read(self, pending: list[Tensor], number: int) -> int:
-        """Adds up the figures of the steps in ``pending``, of all processes; returns how many images that were."""
+    def _read(self, pending: list[Tensor], number: int, bar: tqdm) -> None:
+        """Adds up the figures of the steps in ``pending``, of all processes, and shows them."""
         first = self._step - len(pending)
         figures = self.processes.total(torch.stack(pending).cpu().double()).tolist()
         pending.clear()
-        before = self._sums.images
         for step, (loss, wrong) in enumerate(figures, start=first):
             if not math.isfinite(loss):
-                raise self._no_number(f"the loss is {loss} in epoch {number}, step {step + 1} of {len(self._train)}")
-            self._sums.add(loss, int(wrong), self._train.count(step))
-        return self._sums.images - before
+                raise self._no_number(f"the loss is {loss} in epoch {number}, step {step + 1} of {len(self._counts)}")
+            self._sums.add(loss, int(wrong), self._counts[step])
+        if not bar.disable:  # asking a GPU's allocator takes a while
+            memory = metrics.peak_memory(self.learner.device)
+            shown = f"loss {self._sums.mean_loss:.3f}, error {self._sums.error:.1f}%, {memory:.0f}M"
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update(sum(self._counts[first : self._step]))
 
     def _no_number(self, what: str) -> SharedError:
         saved = f"{self.folder / LAST} keeps epoch {len(self.history)}" if self.history else "no epoch was complete"
@@ -188,7 +168,7 @@ class Run:
         if int(self.processes.total(torch.tensor(self._interruption.number))) == 0:
             return
         self._save()
-        place = f"epoch {len(self.history) + 1}, step {self._step} of {len(self._train)}"
+        place = f"epoch {len(self.history) + 1}, step {self._step} of {len(self._counts)}"
         if len(self.history) == self.options.epochs:
             place = "the test after the last epoch"
         # Without a number the signal came to another process.
@@ -206,8 +186,8 @@ class Run:
             "options": asdict(self.options),
             "data": self._fingerprint(),
             "classes": list(self.data.classes),
-            "channels": self.data.channels,
-            "image_size": self.data.image_size,
+            "channels": self.data.train.shape[0],
+            "image_size": self.data.train.shape[1],
             "history": [asdict(row) for row in self.history],
             "sums": asdict(self._sums),
             "step": self._step,
@@ -216,17 +196,13 @@ class Run:
         save_checkpoint(state, *([self.folder / BEST] if is_best else []), self.folder / LAST)
         metrics.write_csv(self.history, self.folder)
 
-    def _fingerprint(self) -> dict[str, list[Any]]:
+    def _fingerprint(self) -> list[list[int]]:
         """Returns [images, a digest of their labels] for each part of the data: other images have another."""
-        parts = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
-        return {
-            name: [len(part), hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=8).hexdigest()]
-            for name, part in parts.items()
-            if part is not None
-        }
+        parts = (self.data.train, self.data.validation, self.data.test)
+        return [[len(part), derived(*part.labels.tolist())] for part in parts if part is not None]
 
 
-def best_of(history: list[Epoch]) -> Epoch | None:
+def best_of(history: Sequence[Epoch]) -> Epoch | None:
     """Returns the first epoch with the smallest validation error; None without validation."""
     measured = [row for row in history if row.validation_error is not None]
     return min(measured, key=lambda row: row.validation_error or 0.0, default=None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,23 +67,22 @@ class Sums:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss; NaN before the first image."""
-        return self.loss / self.images if self.images else math.nan
+        """The mean loss of at least one image."""
+        return self.loss / self.images
 
     @property
     def error(self) -> float:
-        """Percent; NaN before the first image."""
-        return 100 * self.wrong / self.images if self.images else math.nan
+        """The error of at least one image, in percent."""
+        return 100 * self.wrong / self.images
 
 
 def write_csv(history: Iterable[Epoch], folder: Path) -> None:
     """Writes metrics.csv whole: rows that a killed run has left after its last checkpoint are gone afterwards."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Epoch))
     for epoch in history:
-        row = asdict(epoch)
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in astuple(epoch))
     write_text(folder / FILE, text.getvalue())
 
 
@@ -116,7 +114,6 @@ def bar(images: int, done: int = 0, shown: bool = True) -> tqdm:
     from tqdm import tqdm
 
     # tqdm shows nothing where a terminal does not know its width, as in a container; this takes 80 columns then.
-    columns, lines = shutil.get_terminal_size((80, 24))
     return tqdm(
         total=images,
         initial=done,
@@ -124,17 +121,16 @@ def bar(images: int, done: int = 0, shown: bool = True) -> tqdm:
         unit=" img",
         unit_scale=True,
         smoothing=0.05,
-        ncols=columns,
-        nrows=lines,
+        ncols=shutil.get_terminal_size().columns,
         bar_format="{desc}{percentage:3.0f}%|{bar}|{remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
     )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes so far: that PyTorch has allocated on a GPU, or else that this process has held."""
+def peak_memory(device: torch.device) -> float:
+    """Returns the most MiB so far: that PyTorch has allocated on a GPU, or else that this process has held."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows, where nothing of this package has been run
 
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024
+    return held / 2**20 if sys.platform == "darwin" else held / 2**10

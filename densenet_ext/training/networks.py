@@ -14,6 +14,7 @@ from densenet_ext.fusing.verify import make_plain
 
 OURS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet_bc")
 """The builders of this package."""
+NAMES = "densenet121 to 264, densenet_bc, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME."
 _BC = re.compile(r"densenet_bc:(\d+),(\d+)")
 _OTHERS = re.compile(r"(timm|torchvision):(.+)")
 
@@ -24,9 +25,7 @@ def check(option: str, text: str) -> str:
         checks.bc_depth(f"{option}: DEPTH of {text}", int(numbers[1]))
         checks.integer(f"{option}: K of {text}", int(numbers[2]), 1)
     elif text not in OURS and not _OTHERS.fullmatch(text):
-        raise ValueError(
-            f"{option}: expected {', '.join(OURS)}, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME, got {text!r}"
-        )
+        raise ValueError(f"{option}: expected {NAMES[:-1]}, got {text!r}")
     return text
 
 
@@ -35,11 +34,10 @@ def build(text: str, *, classes: int, channels: int, save: str, fused: bool = Tr
 
     Raises UserError for a name that is unknown to its library, and for a network without dense blocks.
     """
-    other = _OTHERS.fullmatch(text)
+    other, numbers = _OTHERS.fullmatch(text), _BC.fullmatch(text)
     if other:
         network = _of_library(other[1], other[2], classes, channels)
     else:
-        numbers = _BC.fullmatch(text)
         size = {"depth": int(numbers[1]), "growth_rate": int(numbers[2])} if numbers else {}
         builder = getattr(densenet_ext, text.partition(":")[0])
         network = builder(num_classes=classes, in_channels=channels, save=save, **size)

@@ -21,8 +21,6 @@ from densenet_ext.errors import UserError
 from densenet_ext.training import networks
 
 FILE = "options.json"
-
-
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"model": "densenet_bc:22,12", "epochs": 30, "batch_size": 64},
     "cifar10": {"model": "densenet_bc:100,12", "epochs": 300, "batch_size": 64},
@@ -71,21 +69,13 @@ def _by_data(name: str, help: str, **argument: Any) -> Any:
     return _option(MISSING, f"{help} Default: {defaults}.", **argument)
 
 
-def _fraction(name: str, value: Any) -> float:
-    if checks.probability(name, value) == 1:
-        raise ValueError(f"{name}: expected a number from 0 to below 1, got 1")
-    return float(value)
-
-
-def _integer(least: int, *most: int) -> dict[str, Any]:
+def integer(least: int, *most: int) -> dict[str, Any]:
+    """Returns argparse's arguments for an integer from ``least`` to ``most``."""
     return {"type": read(int, checks.integer, least, *most), "metavar": "N"}
 
 
 def _number(check: Callable[..., Any]) -> dict[str, Any]:
     return {"type": read(float, check), "metavar": "X"}
-
-
-_NETWORKS = "densenet121 to 264, densenet_bc:DEPTH,K, timm:NAME or torchvision:NAME."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +84,21 @@ class Options:
 
     data: str = _option("digits", "The data set; digits come with scikit-learn.", choices=tuple(DATA))
     root: str | None = _option(None, "Its folder: train/CLASS/*, val/CLASS/*, or CLASS/* alone.", free=True)
-    model: str = _by_data("model", _NETWORKS, type=read(str, networks.check), metavar="NAME")
+    model: str = _by_data("model", networks.NAMES, type=read(str, networks.check), metavar="NAME")
     save: str = _option("bottlenecks", "What blocks keep for the backward pass.", choices=checks.LEVELS)
     fused: bool = _option(True, "Run each block over one buffer, or as usual.", compared=False)
-    epochs: int = _by_data("epochs", "Passes over the training images.", **_integer(1))
-    batch_size: int = _by_data("batch_size", "Images a step, of all processes.", **_integer(1))
+    epochs: int = _by_data("epochs", "Passes over the training images.", **integer(1))
+    batch_size: int = _by_data("batch_size", "Images a step, of all processes.", **integer(1))
     lr: float = _option(0.1, "Learning rate, a tenth from 50 % and 75 % of the epochs on.", **_number(checks.positive))
     weight_decay: float = 1e-4
     amp: str = _option("off", "Mixed precision (autocast).", choices=tuple(AMP))
     compile: bool = _option(False, "Run the network through torch.compile.")
     device: str | None = _option(None, "Such as cuda:1. Default: a GPU where there is one, else cpu.", free=True)
-    workers: int = _option(0, "Processes that load images.", free=True, **_integer(0))
-    seed: int = _option(0, "For weights, order, augmentation.", compared=False, **_integer(0, 2**63 - 1))
+    workers: int = _option(0, "Processes that load images.", free=True, **integer(0))
+    seed: int = _option(0, "For weights, order, augmentation.", compared=False, **integer(0, 2**63 - 1))
     deterministic: bool = _option(False, "Same numbers in every run; on the CPU they are in any case.")
-    validation: float = _option(0.1, "Fraction of training images held out.", **_number(_fraction))
-    image_size: int | None = _option(None, "Height and width that images are brought to.", **_integer(8))
+    validation: float = _option(0.1, "Fraction of training images held out.", **_number(checks.probability))
+    image_size: int | None = _option(None, "Height and width that images are brought to.", **integer(8))
     on_corrupt: str = _option("refuse", "If images can't be read.", choices=("refuse", "skip"))
     sync_bn: bool = _option(False, "Under torchrun: norms see the whole batch.", compared=False)
     fsdp: bool = _option(False, "Under torchrun: FSDP2 in place of DDP.", compared=False, free=True)

@@ -34,13 +34,12 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces 
 
 # Who waits while the first process downloads, or checks its part of the images, has nothing to do for long.
 _TIMEOUT = timedelta(hours=3)
-# Running statistics differ between the processes while they train, and are shared when they are used. The argument has
-# got another name in torch 2.13.
-_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+# Running statistics differ between the processes while they train, and are shared when they are used: DDP is not to
+# send them at every step. The argument has got another name in torch 2.13.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _NO_BROADCAST: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
 }
-_PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Processes(Fabric):
@@ -65,49 +64,52 @@ class Processes(Fabric):
 
     def wrap(self, network: nn.Module, sync_bn: bool = False) -> nn.Module:
         """Returns what to call for a training step: ``network``, whose gradients are those of all processes."""
+        sharded, sync_bn = isinstance(self.strategy, ModelParallelStrategy), sync_bn and self.world_size > 1
+        if sync_bn and sharded:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
         wrapped = self.setup_module(network)
-        if sync_bn and self.world_size > 1 and isinstance(self.strategy, DDPStrategy):
+        if sync_bn and not sharded:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return wrapped
 
 
-def make_processes(device: str = "cpu", amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Processes:
+def make_processes(device: str = "cpu", amp: str = "off", fsdp: bool = False) -> Processes:
     """Returns this process on ``device`` among those of torchrun, or alone.
 
     Raises UserError for ``fsdp`` without torchrun, and for a device that it can't train on.
     """
-    known = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    if not started_by_torchrun() and torch.backends.mps.is_available():
-        known.append("mps")
+    alone = not started_by_torchrun()
+    known = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * (alone and torch.backends.mps.is_available())
     kind, _, index = device.partition(":")
     if kind not in known:
         raise UserError(f"--device: expected one of {', '.join(known)}, got {device!r}")
     # Named as a plugin: from precision="16-mixed" Fabric makes bfloat16 on the CPU, and FSDP2 refuses it.
-    precision = MixedPrecision(_PRECISIONS[amp], kind) if amp in _PRECISIONS else Precision()
-    if not started_by_torchrun():
+    precision = Precision() if amp == "off" else MixedPrecision("bf16-mixed" if amp == "bf16" else "16-mixed", kind)
+    if alone:
         if fsdp:
             raise UserError("--fsdp: expected several processes: torchrun --nproc-per-node N -m densenet_ext train ...")
         devices = [int(index or 0)] if kind == "cuda" else 1
         return Processes(accelerator=kind, devices=devices, plugins=[precision, LightningEnvironment()])
     size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-    def shard(network: nn.Module, mesh: Any) -> nn.Module:
-        from torch.distributed.fsdp import fully_shard
-
-        if sync_bn and size > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        # As one: all parameters of a DenseNet are some tens of MiB, and gathering them block by block would send more
-        # messages than it saves memory. Sharded again after a forward pass, too: evaluation has no backward pass.
-        fully_shard(network, mesh=mesh["data_parallel"], reshard_after_forward=True)
-        return network
-
     strategy: Strategy = (
-        ModelParallelStrategy(shard, data_parallel_size=size, tensor_parallel_size=1, timeout=_TIMEOUT)
+        ModelParallelStrategy(_shard, data_parallel_size=size, tensor_parallel_size=1, timeout=_TIMEOUT)
         if fsdp
         else DDPStrategy(timeout=_TIMEOUT, **_NO_BROADCAST)
     )
     plugins: Any = [precision, TorchElasticEnvironment()]
     return Processes(accelerator=kind, devices=here, num_nodes=size // here, strategy=strategy, plugins=plugins)
+
+
+def _shard(network: nn.Module, mesh: Any) -> nn.Module:
+    """Returns ``network`` sharded as one.
+
+    All parameters of a DenseNet are some tens of MiB, and gathering them block by block would send more messages than
+    it saves memory. They are sharded again after a forward pass, too: evaluation has no backward pass.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(network, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    return network
 
 
 def started_by_torchrun() -> bool:
@@ -132,13 +134,13 @@ def agreed(processes: Processes, find: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def joined(device: str | None, amp: str = "off", fsdp: bool = False, sync_bn: bool = False) -> Iterator[Processes]:
+def joined(device: str | None, amp: str = "off", fsdp: bool = False) -> Iterator[Processes]:
     """Joins the processes that torchrun has started, or this one alone; ``device`` None is a GPU where there is one.
 
     Raises UserError as :func:`make_processes`, and SharedError instead of the error that a process gets when another
     one has gone.
     """
-    processes = make_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), amp, fsdp, sync_bn)
+    processes = make_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), amp, fsdp)
     processes.launch()
     try:
         yield processes

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from densenet_ext import errors, vision
-from densenet_ext.training.data import datasets, load
+from densenet_ext.training.data import datasets
 from densenet_ext.training.options import Options
+from densenet_ext.training.running import load_data
 
 
 def is_there(path: str, checksum: str | None = None) -> bool:
@@ -74,7 +75,7 @@ def data_of(name: str, root: Path | None = None, process: Process | None = None,
     """The data set ``name``, with the usual options but for those that are given."""
     given = {"data": name, "root": None if root is None else str(root), "workers": 2, **options}
     download = given.pop("download", False)
-    return load(Options.of(given), process or Process(), download)
+    return load_data(Options.of(given), process or Process(), download)
 
 
 def message_of(name: str, root: Path | None = None, **options: Any) -> str:

@@ -63,7 +63,7 @@ def cifar_root(tmp_path_factory):
 
 def test_digits_are_split_into_three_parts_that_never_change(digits):
     assert [len(digits.train), len(digits.validation), len(digits.test)] == [1293, 144, 360]
-    assert digits.channels == 1 and digits.image_size == 16 and digits.classes == tuple("0123456789")
+    assert digits.train.shape == (1, 16, 16) and digits.classes == tuple("0123456789")
     again = data_of("digits", validation=0.5)
     assert same(again.test, digits.test) is False  # normalised by other training images
     assert torch.equal(again.test.labels, digits.test.labels)
@@ -94,7 +94,7 @@ def test_digits_are_shifted_by_at_most_one_pixel_and_the_border_repeated(digits)
 
 def test_digits_of_another_size(digits):
     larger = data_of("digits", image_size=32)
-    assert larger.image_size == 32 and larger.train[0][0].shape == larger.train[0, 1][0].shape == (1, 32, 32)
+    assert larger.train.shape == larger.train[0][0].shape == larger.train[0, 1][0].shape == (1, 32, 32)
     assert torch.equal(larger.train.labels, digits.train.labels)
 
 
@@ -149,7 +149,7 @@ def test_examples_can_be_pickled_before_and_after_use(cifar_root):
 @pytest.mark.parametrize("name, classes, train, test", [("cifar10", 10, 100, 20), ("cifar100", 100, 120, 20)])
 def test_cifar(cifar_root, name, classes, train, test):
     data = data_of(name, cifar_root)
-    assert data.channels == 3 and data.image_size == 32 and len(data.classes) == classes
+    assert data.train.shape == (3, 32, 32) and len(data.classes) == classes
     assert [len(data.train), len(data.validation), len(data.test)] == [round(0.9 * train), train // 10, test]
     images = images_of(data.train)
     assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32)
@@ -174,8 +174,8 @@ def test_cifar_is_mirrored_and_shifted_by_at_most_four_pixels(cifar_root):
 
 def test_cifar_of_another_size(cifar_root):
     data = data_of("cifar10", cifar_root, image_size=48)
-    assert data.image_size == 48 and data.train.shape == (3, 48, 48)
-    assert data.train[0][0].shape == data.train[0, 1][0].shape == data.test[0][0].shape == (3, 48, 48)
+    shapes = {each.shape for each in (data.train, data.train[0][0], data.train[0, 1][0], data.test[0][0])}
+    assert shapes == {(3, 48, 48)}
 
 
 def test_cifar_needs_its_files(tmp_path):
@@ -258,10 +258,7 @@ def test_the_missing_operators_of_torchvision_are_declared(tmp_path):
     code = "from densenet_ext import vision; print(vision.import_torchvision().datasets.where)"
     assert str(package / "datasets.py") in in_python(code, tmp_path)
     (package / "__init__.py").write_text("raise RuntimeError('compiled for CUDA 99')")
-    code = (
-        "from densenet_ext import errors, vision\n"
-        "try: vision.import_torchvision()\n"
-    )
+    code = "from densenet_ext import errors, vision\ntry: vision.import_torchvision()\n"
     assert "(compiled for CUDA 99): pip" in in_python(f"{code}except errors.UserError as error: print(error)", tmp_path)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 
 from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
-from densenet_ext.training.data.loading import Batches, share
+from densenet_ext.training.data.loading import Batches
 from densenet_ext.training.options import Options
 from tests.support.training_data import Process, data_of, image_folder, needs_torchvision
 
@@ -74,7 +74,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert sorted(indices(first)) == sorted(indices(second)) == list(range(23))
     assert indices(first) != indices(second) and indices(first) != list(range(23))
     assert equal(first, epochs_of(training(), [1]))
-    assert [len(batch) for batch in first] == [5, 5, 5, 5, 3] == [batches.count(step) for step in range(len(batches))]
+    assert [len(batch) for batch in first] == [5, 5, 5, 5, 3] == batches.counts
     assert all(batch[:, 1].equal(batch[:, 0].floor() % 3) for batch in first)
 
 
@@ -98,7 +98,7 @@ def test_seeds_have_their_own_orders():
 def test_evaluation_takes_the_images_as_they_are():
     batches = evaluation()
     found = epochs_of(batches, [1])
-    assert torch.cat(found)[:, 0].tolist() == list(range(23)) and len(batches) == len(found) == 5
+    assert torch.cat(found)[:, 0].tolist() == list(range(23)) and len(batches.counts) == len(found) == 5
     assert equal(found, epochs_of(evaluation(), [2]))
 
 
@@ -143,32 +143,25 @@ def test_an_epoch_that_was_left_early_disturbs_no_other(workers):
 @pytest.mark.parametrize("count, size, steps", [(21, 1, 4), (22, 1, 5), (23, 2, 4), (24, 2, 5), (20, 2, 4)])
 def test_a_last_batch_with_less_than_two_images_per_process_is_dropped(count, size, steps):
     batches = training(count=count, size=size)
-    assert len(batches) == len(epochs_of(batches, [1])) == steps
+    assert len(batches.counts) == len(epochs_of(batches, [1])) == steps
 
 
 def test_batches_of_one_image_are_kept():
     batches = training(1)
-    assert len(batches) == 23 and len(epochs_of(batches, [1])) == 23
+    assert len(batches.counts) == 23 and len(epochs_of(batches, [1])) == 23
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_part_may_be_empty_in_evaluation(workers):
     batches = evaluation(rank=3, size=4, workers=workers)
     found = epochs_of(batches, [1])
-    assert [len(part) for part in found] == [1, 1, 1, 1, 0] and batches.count(4) == 3
-
-
-def test_shares():
-    for count, size in ((10, 3), (2, 4), (0, 2), (7, 7)):
-        parts = [share(count, rank, size) for rank in range(size)]
-        expected = [part.tolist() for part in torch.arange(count).tensor_split(size)]
-        assert [list(part) for part in parts] == expected
+    assert [len(part) for part in found] == [1, 1, 1, 1, 0] and batches.counts[4] == 3
 
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match=r"^--batch-size: expected at most 23, the training images, got 24$"):
         training(24)
-    assert len(training(23)) == 1 and len(evaluation(24)) == 1
+    assert training(23).counts == evaluation(24).counts == [23]
 
 
 def test_a_batch_smaller_than_the_processes_is_refused():

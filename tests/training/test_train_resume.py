@@ -17,6 +17,7 @@ pytest.importorskip("tqdm")
 
 import densenet_ext as dx
 from densenet_ext.errors import UserError
+from densenet_ext.reuse.weights_file import read_weights_file
 from densenet_ext.training import checkpoints, loop, running
 from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
@@ -175,37 +176,55 @@ def test_dropout_draws_the_same_after_a_resume(amp):
     assert steps(learner(), [1]) != [expected[1]]  # dropout is on, and another step draws something else
 
 
-@pytest.mark.parametrize("where", ["training", "tensorboard", "checkpoint", "metrics"])
-def test_metrics_have_every_epoch_once_after_a_kill(tmp_path, monkeypatch, where):
-    """Killed in the last epoch before anything is written, or before TensorBoard, the checkpoint or metrics.csv."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    place, name = {
-        "training": (Learner, "end_epoch"),
-        "tensorboard": (loop.metrics, "log"),
-        "checkpoint": (loop, "save_checkpoint"),
-        "metrics": (loop.metrics, "write_csv"),
-    }[where]
-    usual, calls = getattr(place, name), []
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
+
+def kill_at(patch, call, place, name):
+    """Ends the run without a word at that call of a function."""
+    usual, calls = getattr(place, name), []
 
     def killed(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise Killed
         usual(*arguments)
 
-    monkeypatch.setattr(place, name, killed)
-    with pytest.raises(Killed):
-        running.train({"model": "densenet_bc:10,4", "batch_size": 256, "epochs": 3}, tmp_path / "run")
-    monkeypatch.undo()
-    assert run("train", "--resume", "--out", tmp_path / "run").code == 0
-    history = checkpoint(tmp_path / "run")["history"]
+    patch.setattr(place, name, killed)
+
+
+@pytest.fixture(scope="module")
+def killed_in_training(tmp_path_factory):
+    """A run that was killed in its third and last epoch."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3, Learner, "end_epoch")
+        running.train({"model": "densenet_bc:10,4", "batch_size": 256, "epochs": 3}, out)
+    return out
+
+
+@pytest.mark.parametrize("where", ["training", "tensorboard", "checkpoint", "metrics"])
+def test_metrics_have_every_epoch_once_after_a_kill(killed_in_training, tmp_path, monkeypatch, where):
+    """Killed in the last epoch before anything is written, or before TensorBoard, the checkpoint or metrics.csv."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = shutil.copytree(killed_in_training, tmp_path / "run")
+    if where != "training":
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(
+                patch,
+                *{
+                    "tensorboard": (1, loop.metrics, "log"),
+                    "checkpoint": (1, loop, "save_checkpoint"),
+                    "metrics": (2, loop.metrics, "write_csv"),  # the first one is that of the start
+                }[where],
+            )
+            running.train({}, out, resume=True)
+    assert run("train", "--resume", "--out", out).code == 0
+    history = checkpoint(out)["history"]
     assert [row["epoch"] for row in history] == [1, 2, 3]
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert [float(row["loss"]) for row in rows] == [pytest.approx(row["loss"], rel=1e-5) for row in history]
-    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     points = [(point.step, pytest.approx(point.value)) for point in events.Scalars("loss/training")]
     assert points == [(row["epoch"], row["loss"]) for row in history]
@@ -260,10 +279,10 @@ def test_folders_without_a_run_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"PK\x03\x04 half a file", "is damaged, or none of train"),
-        ({"epoch": 3}, "holds no model"),
+        (b"PK\x03\x04 half a file", "is damaged, or holds Python objects"),
+        ({"epoch": 3}, "it lacks 'data'"),
         ({"model": {}}, "it lacks 'data'"),
-        ({"network": torch.nn.Linear(2, 2)}, "none of train: it holds something else"),
+        ({"network": torch.nn.Linear(2, 2)}, "is damaged, or holds Python objects"),
     ],
 )
 def test_damaged_checkpoints_are_refused(finished, content, message):
@@ -288,10 +307,10 @@ def test_flipped_bytes_are_refused_or_change_nothing(tmp_path):
     for place in range(0, len(whole), 97):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         try:
-            found = checkpoints.load_checkpoint(path)
+            found = read_weights_file(path)
         except UserError as error:
             refused += 1
-            assert "is damaged, or none of train" in str(error)
+            assert "is damaged, or holds Python objects" in str(error)
         else:
             assert torch.equal(found["model"]["weight"], state["model"]["weight"]) and found["steps"] == 3
     assert refused > 8000 / 97

@@ -17,12 +17,13 @@ from densenet_ext.errors import UserError
 from densenet_ext.training.processes import agreed
 
 if TYPE_CHECKING:
+    from densenet_ext.training.options import Options
     from densenet_ext.training.processes import Processes
 
 v2 = vision.import_torchvision().transforms.v2  # before a spawned worker unpickles transforms
 
 SPLIT_SEED = 2017  # not the run's seed: every run is measured on the same images
-DIGITS_SIZE, CIFAR_SIZE = 16, 32  # height and width
+_DIGITS_SIZE, _CIFAR_SIZE = 16, 32  # height and width
 _DIGITS_TEST = 360  # a fifth of the 1797 images
 
 
@@ -60,10 +61,7 @@ class Examples(Dataset[tuple[Tensor, int]]):
 class Data:
     """A data set as a network gets it."""
 
-    name: str
     classes: tuple[str, ...]  # names; the index is the label
-    channels: int
-    image_size: int  # height and width
     train: Examples  # augmented
     validation: Examples | None
     test: Examples | None
@@ -78,45 +76,47 @@ def split(count: int, fraction: float) -> tuple[Tensor, Tensor]:
     """
     held_out = round(fraction * count)
     if fraction and not 0 < held_out < count:
-        raise UserError(f"--validation: {fraction:g} of {count} images leaves none to validate with, or to train on")
+        raise UserError(
+            f"--validation: a part of {fraction:g} of {count} images leaves none to validate with, or to train on"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def digits(size: int, validation: float) -> Data:
+def digits(chosen: Options) -> Data:
     """Returns the 1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits").
 
-    They are scaled to ``size``, 16 by default, and shifted by at most one pixel. A fifth is for the test, and of the
-    rest the fraction ``validation`` is held out.
+    They are scaled to 16x16, or the size that was ``chosen``, and shifted by at most one pixel. A fifth is for the
+    test, and of the rest a fraction is held out.
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    found, size = load_digits(), chosen.image_size or _DIGITS_SIZE
     # Two transitions would leave 2x2 of 8x8 pixels; and a shift by one pixel is half of an original one.
     images = F.interpolate(torch.from_numpy(found.images).float().unsqueeze(1), size=(size, size), mode="bilinear")
     labels = torch.from_numpy(found.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     test, rest = order[:_DIGITS_TEST], order[_DIGITS_TEST:]
-    kept, held_out = (rest[part] for part in split(len(rest), validation))
+    kept, held_out = (rest[part] for part in split(len(rest), chosen.validation))
     pixels = images[kept].double()
     images = ((images - pixels.mean()) / pixels.std()).float()
-    shifted = v2.RandomCrop(size, padding=max(1, size // DIGITS_SIZE), padding_mode="edge")
+    shifted = v2.RandomCrop(size, padding=max(1, size // _DIGITS_SIZE), padding_mode="edge")
 
     def examples(indices: Tensor, augmentation: Any = None) -> Examples:
         return Examples(images[indices], labels[indices], (1, size, size), v2.Identity(), augmentation)
 
     validated = examples(held_out) if len(held_out) else None
-    names = tuple(str(digit) for digit in range(10))
-    return Data("digits", names, 1, size, examples(kept, shifted), validated, examples(test))
+    return Data(tuple("0123456789"), examples(kept, shifted), validated, examples(test))
 
 
-def cifar(name: str, root: Path, size: int, validation: float, download: bool, processes: Processes) -> Data:
+def cifar(chosen: Options, processes: Processes, download: bool) -> Data:
     """Returns CIFAR-10 or CIFAR-100 as the DenseNet paper has it (Huang et al. 2017, section 4.1): C10+ and C100+.
 
-    Training images are mirrored at random and shifted by at most 4 pixels. The fraction ``validation`` of them is held
-    out. All are normalised by the training images' channel means and deviations. Raises UserError unless the files of
-    torchvision's archive are there, with their checksums.
+    Training images are mirrored at random and shifted by at most 4 pixels. A fraction of them is held out. All are
+    normalised by the training images' channel means and deviations. Raises UserError unless the files of torchvision's
+    archive are there, with their checksums.
     """
+    name, root, size = chosen.data, Path(chosen.root or "."), chosen.image_size or _CIFAR_SIZE
     kind = getattr(vision.import_torchvision().datasets, name.upper())
 
     def archives(fetch: bool) -> tuple[Any, Any]:
@@ -129,31 +129,18 @@ def cifar(name: str, root: Path, size: int, validation: float, download: bool, p
     if download:
         agreed(processes, lambda: archives(True) if processes.is_global_zero else None)
     train, test = agreed(processes, lambda: archives(False))
-    images, labels = (torch.from_numpy(train.data).permute(0, 3, 1, 2), torch.tensor(train.targets))
-    kept, held_out = split(len(labels), validation)
-    normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*channel_statistics(images[kept]))]
+    kept, held_out = split(len(train.data), chosen.validation)
+    channels = train.data[kept.numpy()].transpose(3, 0, 1, 2)  # [3, n, 32, 32] uint8; summed in float64
+    means, deviations = [channel.mean() / 255 for channel in channels], [channel.std() / 255 for channel in channels]
+    normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(means, deviations)]
     # Normalised first, so that what is shifted in has the mean colour.
-    shifted = [v2.RandomCrop(CIFAR_SIZE, padding=4), v2.RandomHorizontalFlip()]
-    resized = [] if size == CIFAR_SIZE else [v2.Resize(size, antialias=True)]
+    shifted = [v2.RandomCrop(_CIFAR_SIZE, padding=4), v2.RandomHorizontalFlip()]
+    resized = [] if size == _CIFAR_SIZE else [v2.Resize(size, antialias=True)]
     seen, augmented = v2.Compose([*normalised, *resized]), v2.Compose([*normalised, *shifted, *resized])
 
-    def examples(images: Tensor, labels: Tensor, augmentation: Any = None) -> Examples:
-        return Examples(images, labels, (3, size, size), seen, augmentation)
+    def examples(archive: Any, indices: Any, augmentation: Any = None) -> Examples:
+        images = torch.from_numpy(archive.data).permute(0, 3, 1, 2)[indices]
+        return Examples(images, torch.tensor(archive.targets)[indices], (3, size, size), seen, augmentation)
 
-    trained = examples(images[kept], labels[kept], augmented)
-    validated = examples(images[held_out], labels[held_out]) if len(held_out) else None
-    tested = examples(torch.from_numpy(test.data).permute(0, 3, 1, 2), torch.tensor(test.targets))
-    return Data(name, tuple(train.classes), 3, size, trained, validated, tested)
-
-
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Returns mean and deviation of every channel of ``images`` [N, C, H, W] uint8, on the scale from 0 to 1.
-
-    From counts of the 256 values, so that they are exact whatever the number of threads.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    shares = counts / counts.sum(1, keepdim=True)  # [C, 256]
-    means = shares @ values
-    variances = (shares * (values - means[:, None]) ** 2).sum(1)
-    return means.tolist(), variances.sqrt().clamp(min=1 / 255).tolist()
+    validated = examples(train, held_out) if len(held_out) else None
+    return Data(tuple(train.classes), examples(train, kept, augmented), validated, examples(test, slice(None)))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
-from collections import Counter
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,8 @@ from tqdm import tqdm
 from densenet_ext import vision
 from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import SPLIT_SEED, Data, Examples
-from densenet_ext.training.data.loading import share
+from densenet_ext.training.data.loading import derived
 from densenet_ext.training.processes import agreed
-from densenet_ext.training.seeds import derived
 
 if TYPE_CHECKING:
     from densenet_ext.training.options import Options
@@ -31,8 +28,11 @@ v2 = vision.import_torchvision().transforms.v2
 SIZE = 224
 _MEANS, _DEVIATIONS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _ENDINGS: tuple[str, ...] = vision.import_torchvision().datasets.folder.IMG_EXTENSIONS
-_FOLDERS = {"validation": ("val", "valid", "validation"), "test": ("test",)}
+_FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _NAMED = 10  # at most so many names stand in a message
+
+Samples = list[tuple[str, int]]
+"""Paths of images and their labels, in ascending order of class and path."""
 
 
 def load(chosen: Options, processes: Processes) -> Data:
@@ -43,8 +43,8 @@ def load(chosen: Options, processes: Processes) -> Data:
     "refuse" raises UserError with their names and "skip" leaves them out. UserError, too, for a class without an image.
     """
     root, notes = Path(chosen.root or "."), list[str]()
-    parts = agreed(processes, lambda: find(root))
-    paths = [path for part in parts.values() for path in part.paths]
+    classes, parts = agreed(processes, lambda: find(root))
+    paths = [path for samples in parts.values() for path, _ in samples]
     if len(set(processes.gather(derived(*paths)))) > 1:
         raise UserError(f"--root: expected the same images for every process in {root}, found different ones")
     corrupt = _corrupt(paths, chosen.workers, processes)
@@ -55,106 +55,81 @@ def load(chosen: Options, processes: Processes) -> Data:
         if chosen.on_corrupt == "refuse":
             raise UserError(f"--root: {which}; mend or delete them, or leave them out with --on-corrupt skip")
         notes.append(f"left out: {which}")
-        parts = {
-            name: part.taken([i for i, path in enumerate(part.paths) if path not in corrupt]).check()
-            for name, part in parts.items()
-        }
+        for name, samples in parts.items():
+            parts[name] = [each for each in samples if each[0] not in corrupt]
+            _check(root, classes, parts[name])
     if "validation" not in parts and chosen.validation:
-        parts["train"], parts["validation"] = parts["train"].split(chosen.validation)
+        parts["train"], parts["validation"] = split(parts["train"], chosen.validation)
     size = chosen.image_size or SIZE
     normalised = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEANS, _DEVIATIONS)]
-    seen = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size), *normalised])
-    drawn = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *normalised])
+    resized = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    drawn = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    seen, augmented = (v2.Compose([in_rgb, *each, *normalised]) for each in (resized, drawn))
 
-    def examples(part: Part, augmentation: Any = None) -> Examples:
-        return Examples(Files(part.paths), torch.tensor(part.labels), (3, size, size), seen, augmentation)
+    def examples(samples: Samples, augmentation: Any = None) -> Examples:
+        paths, labels = zip(*samples, strict=True)
+        return Examples(paths, torch.tensor(labels), (3, size, size), seen, augmentation)
 
-    train = parts["train"]
-    validation, test = (examples(parts[name]) if name in parts else None for name in ("validation", "test"))
-    return Data("imagefolder", train.classes, 3, size, examples(train, drawn), validation, test, tuple(notes))
-
-
-class Files:
-    """Images by the index of their file, in RGB."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return in_rgb(self.paths[index])
+    train = examples(parts.pop("train"), augmented)
+    held = {name: examples(samples) for name, samples in parts.items()}
+    return Data(tuple(classes), train, held.get("validation"), held.get("test"), tuple(notes))
 
 
-@dataclass(frozen=True)
-class Part:
-    """The files of one folder and their labels, in ascending order of class and name."""
+def split(samples: Samples, fraction: float) -> tuple[Samples, Samples]:
+    """Returns what is trained on and what is held out: ``fraction`` of each class, the same files in every run.
 
-    folder: Path
-    classes: tuple[str, ...]
-    paths: list[str]
-    labels: list[int]
-
-    def taken(self, indices: Collection[int]) -> Part:
-        """Returns this with the files at ``indices`` alone."""
-        return replace(self, paths=[self.paths[i] for i in indices], labels=[self.labels[i] for i in indices])
-
-    def check(self) -> Part:
-        """Returns this. Raises UserError when a class has no image."""
-        empty = [name for label, name in enumerate(self.classes) if label not in set(self.labels)]
-        if len(self.classes) < 2 or empty:
-            raise UserError(
-                f"--root: expected a folder with images ({', '.join(_ENDINGS)}) for each of at least two classes in "
-                f"{self.folder}, found {f'none that can be read in {empty}' if empty else list(self.classes)}"
-            )
-        return self
-
-    def split(self, fraction: float) -> tuple[Part, Part]:
-        """Returns what is trained on and what is held out: ``fraction`` of each class, the same files in every run.
-
-        A class keeps at least one image to train on. Raises UserError when nothing would be held out.
-        """
-        counts, held_out, first = Counter(self.labels), set[int](), 0
-        for label in range(len(self.classes)):
-            last = first + counts[label]
-            # Rounded over all classes, not each for itself: a tenth of many classes of four images is not nothing.
-            wanted = min(round(last * fraction) - round(first * fraction), counts[label] - 1)
-            order = torch.randperm(counts[label], generator=torch.Generator().manual_seed(derived(SPLIT_SEED, label)))
-            held_out.update((first + order[:wanted]).tolist())
-            first = last
-        if not held_out:
-            raise UserError(
-                f"--validation: {fraction:g} of the {len(self.paths)} images in {self.folder} holds none out"
-            )
-        return self.taken([i for i in range(len(self.paths)) if i not in held_out]), self.taken(sorted(held_out))
+    A class keeps at least one image to train on. Raises UserError when nothing would be held out.
+    """
+    kept, held_out, first = Samples(), Samples(), 0
+    for label, group in itertools.groupby(samples, lambda sample: sample[1]):
+        images = list(group)
+        last = first + len(images)
+        # Rounded over all classes, not each for itself: a tenth of many classes of four images is not nothing.
+        wanted = min(round(last * fraction) - round(first * fraction), len(images) - 1)
+        draw = torch.Generator().manual_seed(derived(SPLIT_SEED, label))
+        order = torch.randperm(len(images), generator=draw).tolist()
+        held_out += [images[i] for i in sorted(order[:wanted])]
+        kept += [images[i] for i in sorted(order[wanted:])]
+        first = last
+    if not held_out:
+        raise UserError(f"--validation: a part of {fraction:g} of the {len(samples)} images to train on holds none out")
+    return kept, held_out
 
 
 # ---- which files there are -------------------------------------------------------------------------------------------
 
 
-def find(root: Path) -> dict[str, Part]:
-    """Returns the parts of the data under ``root``: "train" and maybe "validation" and "test". Raises UserError."""
+def find(root: Path) -> tuple[list[str], dict[str, Samples]]:
+    """Returns the classes under ``root``, and the images of "train" and maybe of "validation" and "test".
+
+    Raises UserError for a folder that can't be read, and for a class that has no image in one of the parts.
+    """
     try:
+        folders = dict[str, Path]()
         # A class may be called "train" as well; but then it holds images, not folders.
-        if not (root / "train").is_dir() or not _classes(root / "train"):
-            return {"train": _part(root)}
-        parts = {"train": _part(root / "train")}
-        for name, folders in _FOLDERS.items():
-            for folder in [root / each for each in folders if (root / each).is_dir()][:1]:
-                parts[name] = _part(folder)
+        if (root / "train").is_dir() and _classes(root / "train"):
+            for name, part in _FOLDERS.items():
+                if (root / name).is_dir():
+                    folders.setdefault(part, root / name)
+        folders.setdefault("train", root)
+        classes, parts = sorted(set[str]().union(*map(_classes, folders.values()))), dict[str, Samples]()
+        for part, folder in folders.items():
+            parts[part] = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
+            _check(folder, classes, parts[part])
     except OSError as error:
         raise UserError(f"--root: cannot read {error.filename or root}: {error.strerror or error}") from error
-    for part in parts.values():
-        differing = set(part.classes) ^ set(parts["train"].classes)
-        if differing:
-            raise UserError(
-                f"--root: expected the same classes in {root / 'train'} and {part.folder}, not {sorted(differing)}"
-            )
-    return parts
+    return classes, parts
 
 
-def _part(folder: Path) -> Part:
-    classes = _classes(folder)
-    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
-    return Part(folder, tuple(classes), [path for path, _ in found], [label for _, label in found]).check()
+def _check(folder: Path, classes: list[str], samples: Samples) -> None:
+    """Raises UserError when there is no choice of classes, or one of them has no image."""
+    labels = {label for _, label in samples}
+    empty = [name for label, name in enumerate(classes) if label not in labels]
+    if len(classes) < 2 or empty:
+        raise UserError(
+            f"--root: expected a folder with images ({', '.join(_ENDINGS)}) for each of at least two classes in "
+            f"{folder}, found {f'none that can be read in {empty}' if empty else classes}"
+        )
 
 
 def _classes(folder: Path) -> list[str]:
@@ -183,16 +158,17 @@ def _images(folder: Path) -> list[str]:
 
 def _corrupt(paths: list[str], workers: int, processes: Processes) -> dict[str, str]:
     """Returns which of ``paths`` can't be decoded, and why; each process looks at its share of them."""
-    mine = share(len(paths), processes.global_rank, processes.world_size)
+    mine = paths[processes.global_rank :: processes.world_size]
     threads = ThreadPoolExecutor(max(1, workers))  # the decoders work without the interpreter's lock
     hidden = None if processes.is_global_zero else True  # None: unless on a terminal
     try:
-        reasons = threads.map(_reason, (paths[i] for i in mine))
+        reasons = threads.map(_reason, mine)
         shown = tqdm(reasons, "checking", len(mine), unit="img", delay=2, leave=False, disable=hidden)
-        found = {paths[i]: reason for i, reason in zip(mine, shown, strict=True) if reason is not None}
+        corrupt = {path: reason for path, reason in zip(mine, shown, strict=True) if reason is not None}
     finally:
         threads.shutdown(cancel_futures=True)
-    return {path: reason for part in processes.gather(found) for path, reason in part.items()}
+    found = {path: reason for part in processes.gather(corrupt) for path, reason in part.items()}
+    return {path: found[path] for path in paths if path in found}
 
 
 def _reason(path: str) -> str | None:

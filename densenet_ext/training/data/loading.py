@@ -1,29 +1,38 @@
-"""Batches in an order that depends on the seed and the epoch alone.
+"""Batches in an order that depends on the seed and the epoch alone, and the seeds of whatever is drawn in a run.
 
-It is the same for any number of workers, and a whole batch is the same for any number of processes. Nothing is drawn
-from torch's global generator.
+The order is the same for any number of workers, and a whole batch is the same for any number of processes. Nothing is
+drawn from torch's global generator.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
-from densenet_ext.training.seeds import derived
 
 if TYPE_CHECKING:
     from densenet_ext.training.options import Options
     from densenet_ext.training.processes import Processes
 
-_Key = int | tuple[int, int]
+
+def derived(*place: int | str) -> int:
+    """Returns a seed of 63 bits for ``place``: the run's seed, what it is for, epoch, index.
+
+    What is drawn at a place depends on that place alone: a resumed run draws what an uninterrupted one draws, whatever
+    number of processes and workers it has, and no generator's state has to be kept.
+    """
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Batches:
@@ -43,7 +52,11 @@ class Batches:
             raise UserError(f"--batch-size: expected at most {images}, the training images, got {batch_size}")
         if shuffle and batch_size < size:
             raise UserError(f"--batch-size: expected at least {size}, an image for each process, got {batch_size}")
-        self._order = _Order(images, batch_size, options.seed, shuffle, processes.global_rank, size)
+        # For each step of an epoch the images of its whole batch, over all processes.
+        self.counts = [min(batch_size, images - first) for first in range(0, images, batch_size)]
+        if shuffle and self.counts[-1] < min(batch_size, 2 * size):
+            self.counts.pop()
+        self._order = _Order(options.seed, shuffle, batch_size, images, len(self.counts), processes)
         self._loader = DataLoader(
             examples,
             batch_sampler=self._order,
@@ -55,61 +68,39 @@ class Batches:
             generator=torch.Generator(),  # otherwise every epoch draws a number from the global one
         )
 
-    def __len__(self) -> int:
-        """Returns the steps of an epoch."""
-        return self._order.steps
-
-    @property
-    def images(self) -> int:
-        """How many images an epoch has, over all processes."""
-        return sum(map(self.count, range(len(self))))
-
-    def count(self, step: int) -> int:
-        """Returns how many images the whole batch of ``step`` has, over all processes."""
-        return self._order.count(step)
-
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this process's batches of epoch ``number`` from step ``start`` on: images [n, C, H, W], labels [n].
 
-        One epoch at a time: asking for the next ends the one before. Raises the DataLoader's RuntimeError when a worker
-        dies.
+        They are on the process's device. One epoch at a time: asking for the next ends the one before. Raises the
+        DataLoader's RuntimeError when a worker dies.
         """
         self._order.number, self._order.start = number, start
-        yield from self._loader
+        device = self._order.processes.device
+        for images, labels in self._loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-class _Order(Sampler[list[_Key]]):
+@dataclass
+class _Order:
     """The keys of one process's part of every batch of epoch ``number``, from step ``start`` on."""
 
-    def __init__(self, images: int, batch_size: int, seed: int, shuffle: bool, rank: int, size: int) -> None:
-        self._images, self._batch_size, self._seed = images, batch_size, seed
-        self._shuffle, self._rank, self._size = shuffle, rank, size
-        whole, rest = divmod(images, batch_size)
-        self.steps = whole + (rest >= 2 * size if shuffle else rest > 0)
-        self.number = self.start = 0
+    seed: int
+    shuffle: bool
+    batch_size: int
+    images: int
+    steps: int
+    processes: Processes
+    number: int = 0
+    start: int = 0
 
-    def count(self, step: int) -> int:
-        return min(self._batch_size, self._images - step * self._batch_size)
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        epoch_seed = derived(self._seed, "order", self.number)
-        order = torch.arange(self._images)
-        if self._shuffle:
-            order = torch.randperm(self._images, generator=torch.Generator().manual_seed(epoch_seed))
-        for step in range(self.start, self.steps):
-            first, part = step * self._batch_size, share(self.count(step), self._rank, self._size)
-            indices = order[first + part.start : first + part.stop].tolist()
-            yield [(index, derived(epoch_seed, index)) for index in indices] if self._shuffle else indices
-
-
-def share(count: int, rank: int, size: int) -> range:
-    """Returns which of ``count`` things process ``rank`` of ``size`` takes: the first ones may take one more."""
-    least, more = divmod(count, size)
-    start = rank * least + min(rank, more)
-    return range(start, start + least + (rank < more))
+    def __iter__(self) -> Iterator[list[Any]]:
+        seed = derived(self.seed, "order", self.number)
+        order = torch.arange(self.images)
+        if self.shuffle:
+            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed))
+        for batch in order.split(self.batch_size)[self.start : self.steps]:
+            indices = batch.tensor_split(self.processes.world_size)[self.processes.global_rank].tolist()
+            yield [(index, derived(seed, index)) for index in indices] if self.shuffle else indices
 
 
 def _collated(shape: tuple[int, int, int], examples: list[tuple[Tensor, int]]) -> Any:

@@ -1,0 +1,32 @@
+"""The command ``plan``: what a training step of one of this package's networks needs in memory."""
+
+from __future__ import annotations
+
+import torch
+
+import densenet_ext
+from densenet_ext.errors import UserError
+
+SIZES = dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201", "densenet264"), 224)
+SIZES["densenet_bc"] = 32
+"""The networks, each with the height and width of the images that it is made for."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def plan(
+    model: str, image: int | None, batch: int, dtype: str, save: str | None, memory: int | None, optimizer_state: int
+) -> str:
+    """Returns in words what a step of ``model`` needs on ``batch`` images of height and width ``image``.
+
+    ``model`` is one of ``SIZES``, ``dtype`` one of ``DTYPES``; the others are those of :func:`densenet_ext.plan`.
+    Raises UserError for images that the network does not take, and a memory that it does not fit into.
+    """
+    with torch.device("meta"):
+        network = getattr(densenet_ext, model)()
+    size = image or SIZES[model]
+    shape = (batch, network.in_channels, size, size)
+    try:
+        found = densenet_ext.plan(network, shape, DTYPES[dtype], save, memory, optimizer_state=optimizer_state)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return f"{model}: {found}"
