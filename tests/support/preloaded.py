@@ -22,7 +22,7 @@ for name in (
     "densenet_ext.training.running",
     "densenet_ext.compare.command",
 ):
-    with contextlib.suppress(ImportError):  # what is not installed, tests ask for themselves
+    with contextlib.suppress(ImportError, UserError):  # what is not installed, tests ask for themselves
         importlib.import_module(name)
 
 with contextlib.suppress(ImportError, UserError):

@@ -12,9 +12,16 @@ pytest.importorskip("tqdm")
 
 from densenet_ext.training.learner import Learner
 from tests.support.training_data import cifar, image_folder
-from tests.support.training_runs import checkpoint, differences, run
+from tests.support.training_runs import checkpoint, differences, run, without_pictures
 
 MODEL = ("--model", "densenet_bc:10,4", "--epochs", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """They have tests of their own, and test_train.py sees that a run leaves them."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture

@@ -23,7 +23,14 @@ from densenet_ext.training.learner import Learner
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import make_processes
 from tests.support.training_data import cifar
-from tests.support.training_runs import TINY, checkpoint, differences, run, start
+from tests.support.training_runs import TINY, checkpoint, differences, run, start, without_pictures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """They have tests of their own, and test_train.py sees that a run leaves them."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture(scope="module")
