@@ -13,10 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -67,27 +65,20 @@ def _unpack(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Allocations(TorchDispatchMode):
-    """Follows, inside its ``with``, the storages that operations make, until they are freed.
+class Allocations:
+    """Follows the storages that operations make, until they are freed: those of the tensors that it is told of.
 
     ``timeline``: the bytes held after each new storage, over what was held at the start.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
         self._known: Any = _known(existing)
         self._held = 0
         self.timeline: list[int] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # most results are a tensor or some tensors: no tree
-        for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._note(value.untyped_storage())
-        return result
-
-    def _note(self, storage: UntypedStorage) -> None:
+    def note(self, tensor: Tensor) -> None:
+        """Notes the storage of an operation's result, unless it was there before."""
+        storage = tensor.untyped_storage()
         if storage in self._known:
             return
         size = storage.nbytes()

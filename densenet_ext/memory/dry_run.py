@@ -1,4 +1,4 @@
-"""Runs a model without data: a copy of it in ``FakeTensorMode``, in which tensors have shapes and no memory.
+"""Runs a model without data: a copy of it in a ``FakeTensorMode``, in which tensors have shapes and no memory.
 
 The fused units run as they do with data, compiled operations doing nothing: what they allocate and save is the same.
 """
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from densenet_ext import checks
 from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
+from densenet_ext.memory.shapes import ShapesMode
 from densenet_ext.units.parts import Probe
 
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -58,7 +58,7 @@ class DryRun:
         own = parameter_dtype(model)
         self.dtype = own if dtype is None else dtype
         self.autocast = self.dtype in LOW_PRECISION and own == torch.float32
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a user's forward makes of its own has data
+        self._mode = ShapesMode()
         with self._mode:
             memo = {id(tensor): self._without_data(tensor) for tensor in _tensors(model)}
         self.model = copy.deepcopy(model, memo)
@@ -66,7 +66,7 @@ class DryRun:
     def _without_data(self, tensor: Tensor) -> Tensor:
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
         dtype = self.dtype if tensor.is_floating_point() and not self.autocast else tensor.dtype
-        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=device)
+        empty = self._mode.empty(tensor.shape, tensor.stride(), dtype, device)
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     def forward(self, input_shape: Sequence[int], owners: Sequence[str] = ()) -> SavedBytes:
@@ -97,7 +97,8 @@ class DryRun:
             x = self._input(input_shape)
             state = (x, *self._state())
             saved = SavedBytes(state)
-            with Allocations(state) as allocations:
+            allocations = Allocations(state)
+            with self._mode.telling(allocations.note):
                 outputs = self._run(x, saved)
                 torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             for parameter in self.model.parameters():

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
+from densenet_ext.memory.shapes import ShapesMode
 from tests.support import command_line
 from tests.support.fusing_helpers import net
 from tests.support.helpers import allocations, kept_for_backward
@@ -300,7 +301,8 @@ def test_a_storage_counts_once_and_what_exists_not_at_all() -> None:
 
 
 def test_a_freed_storage_leaves_the_timeline() -> None:
-    with Allocations() as found:
+    mode, found = ShapesMode(), Allocations()
+    with mode, mode.telling(found.note):
         x = torch.empty(100)
         y = x + 1
         del x
