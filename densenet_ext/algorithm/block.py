@@ -192,8 +192,9 @@ def _results(config: Config, x: Tensor, sizes: _Sizes) -> list[Tensor]:
     acc = kernels.acc_dtype(config.dtype)
     counts = [sizes.C_total if any(config.batch_stats[0::2]) else 0] * 2
     counts += [sizes.b_total if any(config.batch_stats[1::2]) else 0] * 2
-    counts += [len(config.drop_rates) + 1 if any(config.groups) else 0]
-    counts += [counts[0] if any(config.groups) and columns_group(config) else 0] * 2
+    synced = any(config.groups)
+    counts += [len(config.drop_rates) + 1 if synced else 0]
+    counts += [counts[0] if synced and columns_group(config) else 0] * 2
     if config.save == "nothing" and not any(counts):
         return [out, *[out.new_empty(0, dtype=acc)] * (1 + len(counts))]
     z = out.new_empty(pixels(x.shape) * sizes.b_total if config.save == "bottlenecks" else 0)

@@ -58,6 +58,6 @@ def dropout_at(rate: float, channels: bool, seed: Tensor | None, site: int) -> D
 
 def new_seed(rates: Sequence[float], device: torch.device) -> Tensor | None:
     """One seed for all dropouts of a call, from torch's generator; None where nothing is dropped."""
-    if not any(rate > 0 for rate in rates):
+    if not any(rates):
         return None
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device)

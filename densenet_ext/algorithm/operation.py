@@ -187,7 +187,10 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
     # the units choose their dtypes themselves; entering the context costs, so only when there is something to leave
     if autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
