@@ -49,6 +49,8 @@ PEERS = {
     "pytorchcv": (),
     "segmentation-models-pytorch": ("huggingface-hub", "fsspec", "pyyaml", "requests"),
     "torchinfo": (),
+    # programs that print the GPU kernels' machine code (tests/cuda), 6 MB; toolkits for building have none
+    "nvidia-cuda-cuobjdump": ("nvidia-cuda-nvdisasm",),
 }
 
 

@@ -1,8 +1,7 @@
 """The CUDA backend is built as a user builds it, on a machine that may have no GPU: `pip wheel` with nvcc.
 
 From the same build comes ptxas' report: it found registers for all kernels, without spills and local memory; for later
-generations the kernels that need most are compiled alone. And the machine code shows that rows are stored in pieces of
-16 and 8 bytes.
+generations the kernels that need most are compiled alone. And the machine code shows what became of the sources.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -26,6 +25,7 @@ import torch
 
 from build_backend import extension
 from densenet_ext import kernels
+from tests.cuda import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("8.0", "9.0a")
@@ -44,13 +44,6 @@ class Kernel(NamedTuple):
         return re.search(r"<double\b", self.name) is not None
 
 
-def demangled(names: Iterable[str]) -> list[str]:
-    """The names as in the source, without namespaces and arguments."""
-    text = "\n".join(names)
-    lines = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [re.sub(r"^void |dx::cuda::|dx::|\(anonymous namespace\)::|\(.*\)$", "", line) for line in lines]
-
-
 def read_report(text: str) -> list[Kernel]:
     """The kernels of what ptxas prints with -v."""
     found = re.findall(
@@ -60,7 +53,7 @@ def read_report(text: str) -> list[Kernel]:
         text,
         flags=re.DOTALL,
     )
-    names = demangled(entry[0] for entry in found)
+    names = machine_code.demangled(entry[0] for entry in found)
     report = []
     for name, (_, architecture, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
         shared = re.search(r"(\d+) bytes smem", rest)
@@ -81,29 +74,6 @@ ptxas info    : Used 30 registers, used 1 barriers, 128 bytes smem, 360 bytes cm
 """
     (kernel,) = read_report(report)
     assert kernel == ("foo<double>", "sm_80", 30, 16, 12, 128) and kernel.is_double
-
-
-def read_stores(sass: str) -> list[tuple[str, dict[int, int]]]:
-    """Of each kernel in what cuobjdump -sass prints: how many stores to global memory it has, by their bytes."""
-    parts = sass.split("Function : ")[1:]
-    found = []
-    for name, part in zip(demangled(part.split()[0] for part in parts), parts, strict=True):
-        widths = [int(bits or 32) // 8 for bits in re.findall(r"\bSTG\.E(?:\.\w+)*?(?:\.(64|128))? (?:desc|\[)", part)]
-        found.append((name, {width: widths.count(width) for width in set(widths)}))
-    return found
-
-
-def test_reading_machine_code() -> None:
-    if shutil.which("c++filt") is None:
-        pytest.skip("no c++filt")
-    sass = """ Function : _Z3fooIdEvT_
-        /*0010*/  @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
-        /*0020*/       STG.E desc[UR4][R2.64], R4 ;
-        /*0030*/       STG.E.EF.64 [R2.64+0x8], R4 ;
-        /*0040*/       STG.E.U16 [R2.64], R4 ;
-        /*0050*/       STG.E.128 [R2], R4 ;
-"""
-    assert read_stores(sass) == [("foo<double>", {16: 2, 4: 2, 8: 1})]
 
 
 def leave_out(missing: str) -> NoReturn:
@@ -239,38 +209,20 @@ def test_no_kernel_spills_on_later_generations(source: str, record_property: Cal
     assert not bad, bad
 
 
-# Kernel (a pattern): bytes of a store, how many of them there are at least. Rows of a tile or of a thread, once each.
-STORES = {
-    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, (96|128), .*>": (16, 4),
-    r"bn_relu_conv1x1_tiles<(bf|f)loat16, .*, 64, .*>": (16, 2),
-    r"bn_relu_conv1x1_tiles<float, .*, 128, .*>": (16, 8),
-    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, (96|128|192), .*, true, .*>": (16, 4),
-    r"bn_relu_conv1x1_backward_tiles<(bf|f)loat16, .*, 64, .*, true, .*>": (16, 2),
-    r"bn_relu_conv1x1_backward_tiles<float, .*, true, (true|false)>": (16, 2),
-    r"bn_relu_conv3x3_tiles<(bf|f)loat16, .*>": (8, 1),
-    r"conv3x3_dgrad_tiles<(bf|f)loat16, .*>": (16, 1),
-    r"bn_relu_kernel<(bf|f)loat16, 8>": (16, 4),
-    r"bn_relu_kernel<float, 4>": (16, 4),
-    r"feature_grad_kernel<(bf|f)loat16, 8>": (16, 4),
-    r"moments<(bf|f)loat16, 8>": (16, 8),
-}
-
-
 @pytest.mark.slow
-def test_rows_are_stored_in_whole_pieces(build: Build, tmp_path: Path) -> None:
-    """A piece that the compiler takes apart costs several partial writes of one sector."""
-    cuobjdump = shutil.which("cuobjdump", path=f"{find_toolkit()}/bin{os.pathsep}{os.environ['PATH']}")
-    if cuobjdump is None:
-        leave_out("no cuobjdump")
+def test_the_machine_code_is_what_was_meant(build: Build, tmp_path: Path) -> None:
+    """Whole stores, nothing in local memory, products on the tensor cores, asynchronous copies (machine_code.py)."""
+    programs = machine_code.find_programs(find_toolkit())
+    if programs is None:
+        leave_out(f"no {' and '.join(machine_code.PROGRAMS)}")
     zipfile.ZipFile(build.wheel).extractall(tmp_path)
     (library,) = tmp_path.glob("densenet_ext/_C*.so")
-    sass = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
-    kernels = read_stores(sass)
-    for pattern, (size, least) in STORES.items():
-        found = [(name, stores) for name, stores in kernels if re.fullmatch(pattern, name)]
-        assert len(found) >= len(ARCHITECTURES), pattern
-        few = [(name, stores) for name, stores in found if stores.get(size, 0) < least]
-        assert not few, f"fewer than {least} stores of {size} bytes: {few}"
+    kernels = machine_code.disassemble(library, programs, tmp_path)
+    architectures = [f"sm_{a.replace('.', '')}" for a in ARCHITECTURES]
+    assert machine_code.narrow_stores(kernels, architectures) == []
+    assert machine_code.local_memory([kernel for kernel in kernels if "<double" not in kernel.name]) == []
+    assert machine_code.wrong_products(kernels, architectures) == []
+    assert machine_code.missing_copies(kernels, architectures) == []
 
 
 # What every Linux that runs a manylinux wheel has: C's and C++'s own.
