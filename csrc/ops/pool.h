@@ -5,6 +5,9 @@
 #include "tensors.h"
 
 namespace dx::ops {
+// Kernels number the pixels of a side, with its padding, in 32 bits.
+constexpr int64_t kMostOfASide = INT32_MAX;
+
 // size [N, D, H, W]; window, stride, padding [3]; output sizes in floor mode.
 inline Pooling pooling(const Ints& size, const Ints& window, const Ints& stride, const Ints& padding) {
   check_image_size(size);
@@ -18,6 +21,10 @@ inline Pooling pooling(const Ints& size, const Ints& window, const Ints& stride,
                     window[i], ", got ", padding[i]);
     STD_TORCH_CHECK(window[i] - padding[i] <= size[i + 1] + padding[i], "densenet_ext: window: expected at most ",
                     size[i + 1] + 2 * padding[i], " (the padded input), got ", window[i]);
+    STD_TORCH_CHECK(size[i + 1] + 2 * padding[i] <= kMostOfASide, "densenet_ext: size: expected sides of at most ",
+                    kMostOfASide, " pixels with their padding, got ", text_of(size));
+    STD_TORCH_CHECK(stride[i] <= kMostOfASide, "densenet_ext: stride: expected at most ", kMostOfASide, ", got ",
+                    text_of(stride));
     g.size[i] = size[i + 1];
     g.window[i] = window[i];
     g.stride[i] = stride[i];

@@ -18,6 +18,7 @@ from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.values import BasicLayer
 from tests.cuda.emulation.conv1x1 import TOLERANCE, compare
 from tests.cuda.emulation.conv3x3 import wide
+from tests.kernels.test_pools import check_sides_beyond_32_bits
 from tests.support import helpers
 from tests.support.helpers import F64, assert_equal, gradients, make_conv, make_input, make_layers, make_norm
 from tests.support.kernel_calls import DTYPES, IMAGES, MAKERS, converted
@@ -58,6 +59,10 @@ def test_a_full_memory_is_torchs_own_error(emulated_operators: SimpleNamespace, 
     pretend()
     mean, _ = stats(emulated_operators)
     assert mean.tolist() == [1198.5, 1199.5, 1200.5]
+
+
+def test_pools_refuse_sides_beyond_32_bits(emulated_operators: SimpleNamespace) -> None:
+    check_sides_beyond_32_bits(emulated_operators)
 
 
 def test_an_earlier_fault_is_no_full_memory(emulated_operators: SimpleNamespace, pretend) -> None:

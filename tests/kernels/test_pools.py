@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+from typing import Any
+
 import pytest
 import torch
 
-from tests.kernels.test_kernels import level  # noqa: F401  fixture
+from tests.kernels.test_kernels import compiled_only, level  # noqa: F401  fixture
 from tests.support.helpers import F64
 from tests.support.kernel_calls import DTYPES
 
@@ -54,3 +58,41 @@ def test_every_position_of_a_window(dtype: torch.dtype, level: str) -> None:  # 
     sums = torch.empty_like(norm[0]), torch.empty_like(norm[0])
     ops.bn_relu_max_pool_backward_reduce(grad, index, x, *geometry, *norm, *sums)
     assert torch.equal(sums[1], grad[0].to(sums[1].dtype)) and torch.equal(sums[0], 2 * sums[1])
+
+
+def check_sides_beyond_32_bits(ops: Any) -> None:
+    """Every pool refuses a side that has no number of 32 bits; the rows are those of one element."""
+
+    def refuse(size: list[int], expected: str, padding: int = 0, stride: int = 2**20) -> None:
+        x = torch.zeros(1, 1).expand(math.prod(size), 1)
+        one, index = torch.zeros(1), torch.zeros(1, 1, dtype=torch.uint8)
+        norm, strides, paddings = (one, one + 1, None, None, 0.0), [1, 1, stride], [0, 0, padding]
+        place = (size, [1, 1, 2], strides, paddings)
+        calls = [
+            lambda: ops.bn_relu_max_pool(x, *place, *norm, x, None),
+            lambda: ops.bn_relu_max_pool_backward_reduce(x, index, x, *place, *norm, one, one),
+            lambda: ops.bn_relu_max_pool_backward(x, index, x, *place, *norm, None, None, x),
+        ]
+        if padding == 0 and stride < 2**31:  # an average has the whole side as its window
+            window = (size, [1, 1, size[3]])
+            calls += [
+                lambda: ops.bn_relu_avg_pool(x, *window, *norm, x),
+                lambda: ops.bn_relu_avg_pool_backward_reduce(x, x, *window, *norm, None, one, one),
+                lambda: ops.bn_relu_avg_pool_backward(x, x, *window, *norm, None, None, x),
+            ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match=expected):
+                call()
+
+    sides = "densenet_ext: size: expected sides of at most 2147483647 pixels with their padding, got "
+    refuse([1, 1, 1, 2**31], sides + re.escape("[1, 1, 1, 2147483648]"))
+    refuse([0, 1, 1, 2**40], sides)
+    refuse([1, 1, 1, 2**31 - 2], sides, padding=1)
+    refuse([1, 1, 1, 2**31 - 1], "densenet_ext: (x|out|grad_out|grad_x|index): ")  # of another size than told
+    refuse([1, 1, 1, 2**31 - 3], "densenet_ext: (x|out|grad_out|grad_x|index): ", padding=1)
+    refuse([1, 1, 1, 4], "densenet_ext: stride: expected at most 2147483647, got .*2147483648", stride=2**31)
+
+
+@compiled_only
+def test_sides_beyond_32_bits_are_refused() -> None:
+    check_sides_beyond_32_bits(torch.ops.densenet_ext)
