@@ -5,9 +5,6 @@ The emulation checks bounds, alignment, races and barriers of every access that 
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
 
@@ -29,13 +26,6 @@ DTYPES = emulation.DTYPES
 SHAPES = [(1, 1, 0, 0), (37, 12, 12, 40), (130, 33, 3, 4), (130, 64, 0, 64), (37, 20, 4, 8), (7, 530, 0, 6)]
 shapes = pytest.mark.parametrize("M, C, offset, behind", SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture(scope="session")
-def gpu() -> emulation.Library:
-    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
-        pytest.skip("no C++ compiler")
-    return emulation.Library(emulation.compile_library())
 
 
 def empty(M: int, C: int, dtype: torch.dtype, offset: int = 0, behind: int = 0) -> torch.Tensor:

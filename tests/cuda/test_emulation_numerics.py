@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.cuda.emulation.compare import acc_dtype, check, random_norm, random_rows, sliced
-from tests.cuda.emulation.library import Library, compile_library
+from tests.cuda.emulation.library import Library
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 INFINITY, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(scope="session")
-def gpu() -> Library:
-    return Library(compile_library())
 
 
 def infinities(M: int) -> Tensor:

@@ -9,6 +9,7 @@ LEFT_OUT = {
     "*::*[emulated]": "the GPU's operators over emulated kernels, for tensors of the processor",
     "test_emulation*.py": "executes the GPU kernels on the processor, without a GPU",
     "test_cuda_compiles.py": "compiles for several architectures; `make gpu` keeps ptxas' report of its own build",
+    "test_machine_code.py": "reads listings of machine code",
     "test_build.py": "decisions of the build and errors of a machine without torch or compiler; no tensor is computed",
     "test_train*.py": "the command line, its data and its pictures, on the processor",
     "test_benchmarks.py": "arithmetic of the benchmarks and their files, on the processor",
