@@ -136,18 +136,14 @@ cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* work
     using Math = typename C::Math;
     using Shape = ForwardShape<T, Math, C::kChannels>;
     const ForwardPlan<T, Shape> plan(p, workspace);
-    const auto& to = plan.p.prepared;
-    const dim3 grid(unsigned(to.Np / C::kChannels), unsigned(plan.blocks));
     auto* kernel = bn_relu_conv1x1_tiles<T, Math, C::kChannels, false>;
     if constexpr (sizeof(T) < 8)
       if (plan.whole) kernel = bn_relu_conv1x1_tiles<T, Math, C::kChannels, true>;
     const int shared = Shape::shared_bytes(plan.p.resident ? plan.p.chunks : 2);
-    return launch_in_order(
-        [&] { return launch_prepare<Math, A>({p.M, p.C, p.N, p.weight, p.norm, {}, nullptr, nullptr, to}, stream); },
-        [&] { return launch(kernel, grid, Shape::kThreads, size_t(shared), stream, plan.p); },
-        [&] {
-          return launch_merge_moments<A>({p.M, p.N, to.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var}, stream);
-        });
+    const auto prepare = [&] {
+      return launch_prepare<Math, A>({p.M, p.C, p.N, p.weight, p.norm, {}, nullptr, nullptr, plan.p.prepared}, stream);
+    };
+    return launch_convolution<Shape>(plan, prepare, kernel, size_t(shared), p.M, stream);
   });
 }
 

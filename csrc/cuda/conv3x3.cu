@@ -202,21 +202,13 @@ cudaError_t bn_relu_conv3x3(const BnReluConv3x3<T>& p, Stream stream, void* work
     using Shape = typename decltype(choice)::Shape;
     using Math = typename decltype(choice)::Math;
     const Forward3x3Plan<T, Shape> plan(p, workspace);
-    const auto& to = plan.p.prepared;
     const Window& window = plan.p.window;
-    constexpr bool large = Shape::kRows == 512;
-    const dim3 grid(unsigned(to.Np / Shape::kChannels), unsigned(plan.blocks));
-    return launch_in_order(
-        [&] {
-          return launch_prepare<Math, A>({p.N, p.C, p.weight, window.planes, window.taps, p.C, p.norm, to}, stream);
-        },
-        [&] {
-          return launch(bn_relu_conv3x3_tiles<T, Math, Shape::kChannels, large>, grid, Shape::kThreads,
-                        size_t(plan.shared), stream, plan.p);
-        },
-        [&] {
-          return launch_merge_moments<A>({M, p.N, to.Np, plan.blocks, plan.p.partial, p.out_mean, p.out_var}, stream);
-        });
+    const auto prepare = [&] {
+      return launch_prepare<Math, A>({p.N, p.C, p.weight, window.planes, window.taps, p.C, p.norm, plan.p.prepared},
+                                     stream);
+    };
+    auto* kernel = bn_relu_conv3x3_tiles<T, Math, Shape::kChannels, Shape::kRows == 512>;
+    return launch_convolution<Shape>(plan, prepare, kernel, size_t(plan.shared), M, stream);
   });
 }
 

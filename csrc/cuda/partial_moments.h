@@ -1,5 +1,5 @@
-// The statistics of a convolution's result, block by block, and the kernel that merges them (Chan) in the order of the
-// blocks.
+// The statistics of a convolution's result, block by block, the kernel that merges them (Chan) in the order of the
+// blocks, and what launches it behind the convolution.
 #pragma once
 
 #include "conv1x1_common.h"
@@ -23,7 +23,7 @@ template <class A>
 struct MergeMoments {
   int64_t M, N, Np, blocks;
   PartialMoments<A> partial;
-  A *mean, *var;  // [N], or null
+  A *mean, *var;  // [N]
 };
 
 // A warp for each channel: lane i merges the blocks i, i + 32, ..., then the lanes are merged pairwise.
@@ -49,10 +49,25 @@ __global__ void __launch_bounds__(256) merge_moments(const __grid_constant__ Mer
   }
 }
 
-template <class A>
-cudaError_t launch_merge_moments(const MergeMoments<A>& p, Stream stream) {
-  if (!p.mean) return cudaSuccess;
-  return launch(merge_moments<A>, dim3(unsigned(ceil_div(p.N, 8))), 256, 0, stream, p);
+// A convolution's kernels: prepare, which launches what makes its operands; the tiles of its plan; and the statistics
+// of its M rows, where they are wanted.
+template <class Shape, class Plan, class Prepare, class P>
+cudaError_t launch_convolution(const Plan& plan, const Prepare& prepare, void (*tiles)(P), size_t shared, int64_t M,
+                               Stream stream) {
+  const auto& of = plan.p.of;
+  const int64_t Np = plan.p.prepared.Np;
+  return launch_in_order(
+      prepare,
+      [&] {
+        const dim3 grid(unsigned(Np / Shape::kChannels), unsigned(plan.blocks));
+        return launch(tiles, grid, Shape::kThreads, shared, stream, plan.p);
+      },
+      [&] {
+        if (!of.out_mean) return cudaSuccess;
+        using A = typename Shape::A;
+        const MergeMoments<A> merging = {M, of.N, Np, plan.blocks, plan.p.partial, of.out_mean, of.out_var};
+        return launch(merge_moments<A>, dim3(unsigned(ceil_div(of.N, 8))), 256, 0, stream, merging);
+      });
 }
 
 }  // namespace
