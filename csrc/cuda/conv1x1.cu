@@ -76,8 +76,10 @@ __global__ void __launch_bounds__(ForwardShape<T, Math, CHANNELS>::kThreads, 1)
       if (!last) chunk.store_y(norm + (side ^ 1) * Shape::kNorm, buffers + (side ^ 1) * Shape::kBuffer);
     }
     sync_block();
-    const bool relu = p.of.out_relu;
-    sums.store(tile, Shape::kOutPitch, [&](A v) { return relu ? positive_part(v) : v; });
+    if (p.of.out_relu)  // asked once, not of each value
+      sums.store(tile, Shape::kOutPitch, [](A v) { return positive_part(v); });
+    else
+      sums.store(tile, Shape::kOutPitch, [](A v) { return v; });
     sync_block();
     if (done == 0 && p.partial.mean) {
       output.choose_pivots(tile, rows, pivots);

@@ -54,9 +54,16 @@ MUTATIONS = [
     Mutation(
         "forward: the tile takes the place of chunks that are still read",
         "conv1x1.cu",
-        "    sync_block();\n    const bool relu",
-        "    const bool relu",
+        "    sync_block();\n    if (p.of.out_relu)",
+        "    if (p.of.out_relu)",
         FORWARD,
+    ),
+    Mutation(
+        "forward: results are not rectified",
+        "conv1x1.cu",
+        "    if (p.of.out_relu)",
+        "    if (false)",
+        (forward_tf32,),
     ),
     Mutation(
         "forward: the tile is read before it is there",
