@@ -15,11 +15,12 @@ struct BackwardShape {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kBlocks = CHANNELS > 64 || kDouble ? 1 : 2;  // that a multiprocessor holds
   static constexpr int kRows = kDouble ? 16 : kHalf && CHANNELS > 64 ? 64 : 32;
-  static constexpr int kColumns = kHalf ? 128 : kDouble ? 32 : 64;                 // of C
-  static constexpr int kChannels = CHANNELS;                                       // of N
-  static constexpr int kPiece = 16 / sizeof(T);                                    // elements of 16 bytes
-  static constexpr int kPitch = kColumns + kPiece, kDzPitch = kChannels + kPiece;  // odd numbers of pieces
-  static_assert(kPitch / kPiece % 2 == 1 && kDzPitch / kPiece % 2 == 1, "no bank conflicts");
+  static constexpr int kColumns = kHalf ? 128 : kDouble ? 32 : 64;  // of C
+  static constexpr int kChannels = CHANNELS;                        // of N
+  static constexpr int kPiece = 16 / sizeof(T);                     // elements of 16 bytes
+  // In TF32 dz is read both ways, and its pitch is the one of dgrad.
+  static constexpr int kPitch = kColumns + kSkew<Math>, kDzPitch = kChannels + kPiece;
+  static_assert(kPitch / kSkew<Math> % 2 == 1 && kDzPitch / kPiece % 2 == 1, "no bank conflicts");
 
   // A thread's pieces of x and G lie below one another; those of grad_out and z in kDzGroups columns of kDzPieces.
   static constexpr int kAcross = kColumns / kPiece, kDown = kThreads / kAcross, kPieces = kRows / kDown;

@@ -84,6 +84,14 @@ struct Tf32Math {
   }
 };
 
+// Elements that rows of an operand in shared memory have more than their columns, so that what a warp reads at a time
+// lies in different banks: an odd number of pieces of 16 bytes, where it reads 8 rows of such pieces. Fragments of TF32
+// are read element by element, 8 rows x 4 where k is the inner dimension, for which that holds too, else 4 rows x 8.
+template <class Math>
+constexpr int kSkew = 16 / int(sizeof(typename Math::Operand));
+template <>
+inline constexpr int kSkew<Tf32Math> = 8;  // where k is not the inner dimension
+
 // How many of a tile's rows exist.
 __device__ __forceinline__ int rows_from(int64_t M, int64_t m0, int tile) { return M - m0 < tile ? int(M - m0) : tile; }
 

@@ -22,8 +22,8 @@ struct Wgrad3x3Shape {
   using S = typename Math::Operand;
   static constexpr int kThreads = 256, kRows = 64, kChannels = CHANNELS;
   static constexpr int kPiece = 16 / int(sizeof(S)), kColumns = 16 * kPiece, kDown = kThreads / 16;
-  static constexpr int kPitch = kColumns + kPiece, kGradPitch = CHANNELS + kPiece;
-  static_assert(kPitch / kPiece % 2 == 1 && kGradPitch / kPiece % 2 == 1, "no bank conflicts");
+  static constexpr int kPitch = kColumns + kSkew<Math>, kGradPitch = CHANNELS + kSkew<Math>;
+  static_assert(kPitch / kSkew<Math> % 2 == 1 && kGradPitch / kSkew<Math> % 2 == 1, "no bank conflicts");
   static constexpr int kGradPieces = CHANNELS / kPiece;  // of a row
   using Tile = WindowTile<Math, CHANNELS, kColumns>;
 
