@@ -2,7 +2,8 @@
 //
 // The prepared operands lie in the workspace: the weights in the product's own type, [Np, Cp] with zeros around, so
 // that the products copy them to shared memory as they are and look at no edge; and per channel what the prologues
-// need. It moves N C numbers once, against the M C of the product.
+// need. It moves N C numbers once, against the M C of the product. The weights of a block's layers are not prepared
+// together, as the 3x3's are: the constants need the statistics that the layer before makes, and with them a launch.
 #pragma once
 
 #include "../params.h"

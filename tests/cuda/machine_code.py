@@ -1,6 +1,10 @@
 """The machine code of compiled GPU kernels, as NVIDIA's cuobjdump and nvdisasm print it, and what must hold of it.
 
 Each check returns sentences about what does not hold, none where all does.
+
+    python -m tests.cuda.machine_code FILE [PATTERN]
+
+prints the loops of the kernels in FILE, a wheel, a library or what nvcc -cubin made, whose names match.
 """
 
 from __future__ import annotations
@@ -10,18 +14,29 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from build_backend import extension
+
 PROGRAMS = ("cuobjdump", "nvdisasm")
+
+
+class Loop(NamedTuple):
+    depth: int  # 0: in no other loop
+    instructions: Counter[str]  # once around it, without those of loops in it
 
 
 class Code(NamedTuple):
     name: str  # demangled, without its arguments
     architecture: str
     instructions: Counter[str]  # by their names with modifiers, such as "STG.E.128"
+    loops: Sequence[Loop] = ()  # as they begin
 
     def count(self, name: str) -> int:
         """How many instructions there are of a name, with any modifiers."""
@@ -67,10 +82,16 @@ def in_wheel(name: str) -> Path | None:
     return next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
-def disassemble(library: Path, programs: Sequence[Path], folder: Path) -> list[Code]:
-    """Returns the code of all kernels of a library, for each architecture it was compiled for; writes to `folder`."""
+def disassemble(file: Path, programs: Sequence[Path], folder: Path) -> list[Code]:
+    """Returns the code of all kernels of a library, or of the one in a wheel; writes to `folder`."""
     cuobjdump, nvdisasm = programs
-    subprocess.run([cuobjdump, "-xelf", "all", library.resolve()], cwd=folder, capture_output=True, check=True)
+    if file.suffix == ".whl":
+        zipfile.ZipFile(file).extractall(folder)
+        (file,) = folder.glob("*/_C*.so")
+    if file.suffix == ".cubin":
+        shutil.copy(file, folder)
+    else:
+        subprocess.run([cuobjdump, "-xelf", "all", file.resolve()], cwd=folder, capture_output=True, check=True)
     kernels = []
     for cubin in sorted(folder.glob("*.cubin")):
         command = [nvdisasm, "--print-code", "--no-dataflow", cubin]
@@ -86,10 +107,41 @@ def read(listing: str) -> list[Code]:
     for line in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
             names.append(section[1])
-            found.append(Counter())
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            found[-1][instruction[1]] += 1
-    return [Code(name, target[1], counts) for name, counts in zip(demangled(names), found, strict=True)]
+            found.append(Listing({}, [], []))
+        elif label := re.match(r"\.(L_x_\w+):", line):
+            found[-1].labels[label[1]] = len(found[-1].instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            if target_of := re.search(r"\.(L_x_\w+)", instruction[2]):
+                found[-1].branches.append((len(found[-1].instructions), target_of[1]))
+            found[-1].instructions.append(instruction[1])
+    return [
+        Code(name, target[1], Counter(of.instructions), of.loops())
+        for name, of in zip(demangled(names), found, strict=True)
+    ]
+
+
+class Listing(NamedTuple):
+    labels: dict[str, int]  # the instructions that they stand before
+    branches: list[tuple[int, str]]  # which instruction, to which label
+    instructions: list[str]
+
+    def loops(self) -> list[Loop]:
+        """From a label to the last branch back to it."""
+        ends: dict[int, int] = {}
+        for at, label in self.branches:
+            if self.labels.get(label, at) < at:  # behind a kernel's end stands a branch to itself
+                ends[self.labels[label]] = at
+        loops = []
+        for begin, end in sorted(ends.items()):
+            inside = [(b, e) for b, e in ends.items() if begin <= b and e <= end and (b, e) != (begin, end)]
+            own = [
+                name
+                for i, name in enumerate(self.instructions[begin : end + 1], begin)
+                if not any(b <= i <= e for b, e in inside)
+            ]
+            depth = sum(b <= begin and end <= e for b, e in ends.items()) - 1
+            loops.append(Loop(depth, Counter(own)))
+        return loops
 
 
 def matching(kernels: Iterable[Code], pattern: str, architectures: Iterable[str]) -> list[Code]:
@@ -202,3 +254,28 @@ def missing_copies(kernels: Sequence[Code], architectures: Iterable[str]) -> lis
 
 def label(kernel: Code) -> str:
     return f"{kernel.architecture} {kernel.name}"
+
+
+# ---- printing it ----------------------------------------------------------------------------------------------------
+# What a line counts beside the sum: products, and what goes to and from shared and global memory.
+COUNTED = ("HMMA", "FFMA", "LDSM", "LDS", "STS", "LDGSTS", "LDG", "STG", "BAR")
+
+
+def main() -> None:
+    toolkit = extension.find_toolkit() or Path("/usr/local/cuda")
+    programs = find_programs(toolkit)
+    if programs is None:
+        raise SystemExit(f"needs {' and '.join(PROGRAMS)}: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    file, pattern = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ".*"
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel in disassemble(file, programs, Path(folder)):
+            if re.fullmatch(pattern, kernel.name):
+                print(f"{label(kernel)}: {kernel.instructions.total()} instructions")
+                for loop in kernel.loops:
+                    of = Code("", "", loop.instructions)
+                    counts = ", ".join(f"{n} {name}" for name in COUNTED if (n := of.count(name)))
+                    print(f"  {'  ' * loop.depth}loop of {loop.instructions.total()}: {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,33 @@ def test_reading_a_listing() -> None:
     assert (foo.name, foo.architecture) == ("foo<double>", "sm_90a")
     assert (bar.name, bar.instructions) == ("bar", Counter({"EXIT": 1}))
     assert foo.widths("STG") == {16: 2, 4: 1, 8: 1, 2: 1} and foo.widths("LDGSTS") == {16: 1}
+    assert foo.loops == bar.loops == []
     assert foo.count("STG") == 5 and foo.count("STG.E.128") == 2 and foo.count("LDG") == 0
+
+
+LOOPS = """
+	.target	sm_80
+	.section	.text._Z3barv,"ax",@progbits
+        /*0000*/                   S2R R1, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   FADD R0, R1, R2 ;
+.L_x_2:
+        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0030*/              @!P0 BRA `(.L_x_3) ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_4:
+        /*0070*/                   BRA `(.L_x_4);
+"""
+
+
+def test_reading_loops() -> None:
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt")
+    (bar,) = machine_code.read(LOOPS)
+    assert bar.loops == [(0, {"FADD": 1, "BRA": 1}), (1, {"HMMA.16816.F32": 1, "BRA": 2})]
 
 
 # ---- code in which all holds, and what a fault of each kind makes of it ----------------------------------------------
