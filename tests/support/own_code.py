@@ -198,15 +198,15 @@ def chain(layer: Callable[..., nn.Module], channels: int = 8, growth: tuple[int,
 
 
 class Net(nn.Module):
-    """A network for 32x32 images around three blocks of 8 channels in and ``channels`` out; it calls view."""
+    """A network around blocks, three for images of ``size``, of 8 channels in and ``channels`` out; it calls view."""
 
-    def __init__(self, blocks: list[nn.Module], channels: int) -> None:
+    def __init__(self, blocks: list[nn.Module], channels: int, size: int = 32) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1, bias=False)
         self.blocks = nn.ModuleList(blocks)
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in blocks)
         self.trans = nn.ModuleList(nn.Conv2d(channels, 8, kernel_size=1, bias=False) for _ in blocks)
-        self.linear = nn.Linear(8 * 4 * 4, 10)
+        self.linear = nn.Linear(8 * (size // 8) ** 2, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
