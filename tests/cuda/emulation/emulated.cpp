@@ -36,8 +36,8 @@ struct Fiber {
   jmp_buf at;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool started, done;
-  const Meeting* meeting;  // where it waits, or null
+  bool started = false, done = false;
+  const Meeting* meeting = nullptr;  // where it waits
   uint64_t ticket;
   std::deque<std::vector<AsyncCopy>> groups;
   std::vector<AsyncCopy> open_group;
@@ -47,7 +47,7 @@ struct Fiber {
 
 struct Warp {
   Meeting meeting;
-  uint32_t epoch = 0;
+  uint16_t epoch = 0;
   alignas(64) unsigned char slots[2][kWarp * kSlotBytes];
 };
 
@@ -56,7 +56,8 @@ struct Machine {
   std::vector<Warp> warps;
   Meeting block;
   Place place = {};
-  uint32_t block_epoch = 0, block_serial = 0;
+  uint32_t block_serial = 0;
+  uint16_t block_epoch = 0;
   int current = -1;
   jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
@@ -85,16 +86,19 @@ void to_scheduler() {
   if (_setjmp(me().at) == 0) _longjmp(machine.scheduler, 1);
 }
 
+// One turn for each block: a context of its own for each would ask the kernel for the signals' mask every time.
 void fiber_main() {
-  try {
-    (*machine.body)();
-    if (!me().open_group.empty() || !me().groups.empty()) fail("ends with asynchronous copies in flight");
-  } catch (const Failure& failure) {
-    if (!machine.failed) machine.error = failure.text + where();
-    machine.failed = true;
+  for (;;) {
+    try {
+      (*machine.body)();
+      if (!me().open_group.empty() || !me().groups.empty()) fail("ends with asynchronous copies in flight");
+    } catch (const Failure& failure) {
+      if (!machine.failed) machine.error = failure.text + where();
+      machine.failed = true;
+    }
+    me().done = true;
+    to_scheduler();
   }
-  me().done = true;
-  _longjmp(machine.scheduler, 1);
 }
 
 void resume(int thread) {
@@ -109,7 +113,7 @@ void resume(int thread) {
 
 // Returns when everyone of the meeting has come; true for the last one.
 bool meet(Meeting& meeting, const char* operation) {
-  if (meeting.arrived > 0 && std::strcmp(meeting.operation, operation) != 0)
+  if (meeting.arrived > 0 && meeting.operation != operation && std::strcmp(meeting.operation, operation) != 0)
     fail(std::string("threads meet in different operations: ") + operation + " and " + meeting.operation);
   meeting.operation = operation;
   if (++meeting.arrived == meeting.size) {
@@ -124,6 +128,10 @@ bool meet(Meeting& meeting, const char* operation) {
   return false;
 }
 
+void count(uint16_t& epoch) {
+  if (++epoch == 0) fail("more barriers than the emulator counts");
+}
+
 void make_fibers(int threads) {
   while (int(machine.fibers.size()) < threads) {
     auto fiber = std::make_unique<Fiber>();
@@ -135,18 +143,25 @@ void make_fibers(int threads) {
 void run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *machine.fibers[i];
-    fiber.started = fiber.done = false;
+    if (!fiber.done) {  // it is new, or was left in the middle of a block that failed
+      fiber.started = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, fiber_main, 0);
+    }
+    fiber.done = false;
     fiber.meeting = nullptr;
     fiber.groups.clear();
     fiber.open_group.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
   }
-  machine.warps.assign(size_t(threads / kWarp), Warp());
-  for (Warp& warp : machine.warps) warp.meeting.size = kWarp;
+  machine.warps.resize(size_t(threads / kWarp));
+  for (Warp& warp : machine.warps) {
+    warp.meeting = Meeting();
+    warp.meeting.size = kWarp;
+    warp.epoch = 0;
+  }
   machine.block = Meeting();
   machine.block.size = threads;
   machine.block_epoch = 0;
@@ -227,12 +242,12 @@ const Place& here() { return machine.place; }
 unsigned char* shared_bytes() { return machine.shared; }
 
 void sync_block() {
-  if (meet(machine.block, "sync_block")) ++machine.block_epoch;
+  if (meet(machine.block, "sync_block")) count(machine.block_epoch);
 }
 
 void sync_warp() {
   Warp& warp = my_warp();
-  if (meet(warp.meeting, "sync_warp")) ++warp.epoch;
+  if (meet(warp.meeting, "sync_warp")) count(warp.epoch);
 }
 
 const unsigned char* exchange(const char* operation, const void* mine, size_t bytes) {
@@ -244,7 +259,9 @@ const unsigned char* exchange(const char* operation, const void* mine, size_t by
   return slots;
 }
 
-Stamp stamp() { return {machine.block_serial, uint32_t(machine.current), machine.block_epoch, my_warp().epoch}; }
+Stamp stamp() {
+  return {machine.block_serial & 0x3fffffu, uint32_t(machine.current) & 0x3ffu, machine.block_epoch, my_warp().epoch};
+}
 
 void copy_async(void* shared, const void* global, size_t size, size_t valid) {
   if (valid > size) fail("cp_async: more valid bytes than bytes");

@@ -213,10 +213,12 @@ inline float add_products(float sum, const double* products, int count) {
 // give the elements out of what the lanes hold.
 template <int DEPTH, class A, class B>
 void multiply(float (&d)[4], const A& a_at, const B& b_at) {
+  double a[2][DEPTH], b[2][DEPTH];  // this lane's rows and columns, widened once
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < DEPTH; ++k) a[i][k] = a_at(lane() / 4 + 8 * i, k), b[i][k] = b_at(k, lane() % 4 * 2 + i);
   for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
     double products[DEPTH];
-    for (int k = 0; k < DEPTH; ++k) products[k] = double(a_at(row, k)) * double(b_at(k, column));
+    for (int k = 0; k < DEPTH; ++k) products[k] = a[i / 2][k] * b[i % 2][k];
     for (int half = 0; half < 2; ++half) d[i] = add_products(d[i], products + half * (DEPTH / 2), DEPTH / 2);
   }
 }

@@ -21,11 +21,10 @@ inline uint16_t float_to_bfloat16(float v) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 inline float half_to_float(uint16_t h) {
-  const int exponent = (h >> 10) & 31, fraction = h & 0x3ff;
-  const float sign = h & 0x8000 ? -1.0f : 1.0f;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(float(fraction), -24);
-  return sign * std::ldexp(float(fraction + 1024), exponent - 25);
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+  if (exponent == 31) return fraction ? NAN : as<float>(sign | 0x7f800000u);
+  if (exponent == 0) return as<float>(sign | as<uint32_t>(float(fraction) * 5.9604644775390625e-08f));  // by 2^-24
+  return as<float>(sign | (exponent + 112) << 23 | fraction << 13);
 }
 inline uint16_t float_to_half(float v) {
   if (v != v) return 0x7fff;

@@ -26,11 +26,15 @@ struct Region {
 
 std::vector<Region> regions;
 Region shared = {nullptr, 0, true, "shared memory", {}};
+Region* latest = nullptr;  // of the last access: the next one is often in the same
 uint32_t launch_serial = 0;
 bool trusted = false;
 
+// Called for each byte of each access.
+#define DX_INLINE inline __attribute__((always_inline))
+
 // Whether everything thread `now` does comes after `before`, by program order or by a barrier between them.
-bool ordered(const Stamp& before, const Stamp& now) {
+DX_INLINE bool ordered(const Stamp& before, const Stamp& now) {
   if (before.block != now.block) return false;
   if (before.thread == now.thread || before.block_epoch < now.block_epoch) return true;
   return before.thread / kWarp == now.thread / kWarp && before.warp_epoch < now.warp_epoch;
@@ -44,6 +48,7 @@ std::string place(const Region& region, const unsigned char* p, size_t bytes) {
 // Null for memory that is trusted.
 Region* find(const void* address, size_t bytes, const char* what) {
   const auto* p = static_cast<const unsigned char*>(address);
+  if (latest && p >= latest->begin && p + bytes <= latest->begin + latest->size) return latest;
   const auto touches = [&](const Region& r) { return p + bytes > r.begin && p < r.begin + r.size; };
   Region* found = touches(shared) ? &shared : nullptr;
   for (Region& region : regions)
@@ -52,17 +57,17 @@ Region* find(const void* address, size_t bytes, const char* what) {
   if (!found) fail(std::string(what) + " outside of all memory, " + std::to_string(bytes) + " bytes");
   if (p < found->begin || p + bytes > found->begin + found->size)
     fail(std::string(what) + " beyond the end of " + place(*found, p, bytes));
-  return found;
+  return latest = found;
 }
 
-void race(const char* what, const Region& region, const unsigned char* p, size_t bytes, const Stamp& other) {
+[[noreturn]] void race(const char* what, const Region& region, const unsigned char* p, size_t bytes,
+                       const Stamp& other) {
   fail(std::string("race: ") + what + " of " + place(region, p, bytes) + ", with thread " +
        std::to_string(other.thread) + (other.block == stamp().block ? " of the same block" : " of another block"));
 }
 
-Byte& byte_at(Region& region, const unsigned char* p, const Stamp& now) {
+DX_INLINE Byte& byte_at(Region& region, const unsigned char* p, uint32_t life) {
   Byte& byte = region.bytes[size_t(p - region.begin)];
-  const uint32_t life = &region == &shared ? now.block : launch_serial;
   if (byte.life != life) byte = Byte(), byte.life = life;
   return byte;
 }
@@ -73,8 +78,9 @@ void check_alignment(const void* p, size_t alignment) {
 
 void record_write(Region& region, unsigned char* p, size_t bytes, bool pending) {
   const Stamp now = stamp();
+  const uint32_t life = &region == &shared ? now.block : launch_serial;
   for (size_t i = 0; i < bytes; ++i) {
-    Byte& byte = byte_at(region, p + i, now);
+    Byte& byte = byte_at(region, p + i, life);
     if (byte.written && !ordered(byte.writer, now)) race("two writes", region, p, bytes, byte.writer);
     for (int r = 0; r < byte.readers; ++r)
       if (!ordered(byte.reader[r], now)) race("write after read", region, p, bytes, byte.reader[r]);
@@ -89,15 +95,20 @@ void record_write(Region& region, unsigned char* p, size_t bytes, bool pending) 
 
 void begin_launch(unsigned char* begin, size_t bytes) {
   ++launch_serial;
+  latest = nullptr;
   shared.begin = begin;
   shared.size = bytes;
   shared.bytes.resize(bytes);
 }
 
 void add_memory(const void* begin, size_t bytes, bool writable, const char* name) {
+  latest = nullptr;
   regions.push_back({static_cast<const unsigned char*>(begin), bytes, writable, name, std::vector<Byte>(bytes)});
 }
-void clear_memory() { regions.clear(); }
+void clear_memory() {
+  latest = nullptr;
+  regions.clear();
+}
 void trust_memory(bool yes) { trusted = yes; }
 
 void check_read(const void* address, size_t bytes, size_t alignment) {
@@ -107,8 +118,9 @@ void check_read(const void* address, size_t bytes, size_t alignment) {
   Region& region = *found;
   const auto* p = static_cast<const unsigned char*>(address);
   const Stamp now = stamp();
+  const uint32_t life = &region == &shared ? now.block : launch_serial;
   for (size_t i = 0; i < bytes; ++i) {
-    Byte& byte = byte_at(region, p + i, now);
+    Byte& byte = byte_at(region, p + i, life);
     if (byte.pending) fail("read of an asynchronous copy that was not waited for: " + place(region, p, bytes));
     if (byte.written && !ordered(byte.writer, now)) race("read after write", region, p, bytes, byte.writer);
     if (!byte.written && &region == &shared) fail("read of what nobody wrote: " + place(region, p, bytes));

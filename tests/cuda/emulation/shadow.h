@@ -6,10 +6,13 @@
 
 namespace dx::cuda::emulated {
 
-// When and by whom: barriers of the block and of the warp count the time.
+// When and by whom: barriers of the block and of the warp count the time. Small, as there are three for each byte;
+// blocks are told apart by their last bits.
 struct Stamp {
-  uint32_t block, thread, block_epoch, warp_epoch;
+  uint32_t block : 22, thread : 10;
+  uint16_t block_epoch, warp_epoch;
 };
+static_assert(sizeof(Stamp) == 8, "a byte's accesses take 32 bytes");
 Stamp stamp();  // of the running thread
 
 // Forgets the accesses of earlier launches and takes these bytes as the shared memory of the next one.
