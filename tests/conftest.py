@@ -14,6 +14,7 @@ What does not run on a GPU stands with its reason in ``support/devices.py`` and 
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import torch
 
 from densenet_ext import kernels
 from tests.cuda.emulation import library
-from tests.support import devices, matrix_table, order, slow
+from tests.support import covering, devices, matrix_table, order, slow
 from tests.support.lost_gpu import pytest_runtest_protocol  # noqa: F401  (a hook)
 
 try:
@@ -99,6 +100,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{pattern}: {reason}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _known_objects() -> None:
+    """What lives when a file begins, modules and thousands of tests, is no garbage of that file.
+
+    Python's collector would otherwise look through it, half a second each time; what measures memory collects often.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -118,7 +129,7 @@ def emulated_operators() -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(torch.ops.densenet_ext_emulated, name).default for name in names})
 
 
-@pytest.fixture(params=["compiled", "plain", "emulated"])
+@pytest.fixture(params=covering.BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the compiled kernels, on plain PyTorch, and on the GPU's kernels as they are emulated.
 

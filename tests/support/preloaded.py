@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 
 from densenet_ext import vision
@@ -27,3 +28,5 @@ for name in (
 
 with contextlib.suppress(ImportError, UserError):
     vision.import_torchvision()
+
+gc.freeze()  # none of that is garbage in a process that begins with it
