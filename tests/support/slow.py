@@ -53,7 +53,6 @@ SLOW = {
     "test_benchmark_tables.py::test_the_summary_says_once_how_networks_were_measured_together": "needs that run",
     "test_benchmark_tables.py::test_a_run_keeps_the_other_networks_figures_and_the_table_command_writes": "another run",
     "test_workloads.py::test_rows_are_saved_one_by_one_and_none_is_begun_too_late": "measures small networks, 10 s",
-    "test_sanitize.py::test_the_variable_chooses_the_simd_level": "imports the package once for each level, 15 s",
     "test_plan.py::test_wrapped_and_altered_models": "plans many models, 2 s",
     "test_plan.py::test_the_peak_is_that_of_a_real_step": "real steps, 2 s each",
     "test_gpu_tool.py::test_the_suite_is_whole_and_begins_with_what_shows_most": "starts pytest, 5 s",
