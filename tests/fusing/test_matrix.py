@@ -24,7 +24,7 @@ from tests.support import lookalikes, matrix_table, own_code, peers
 from tests.support.fusing_helpers import assert_same_gradients, assert_same_state, three_steps
 from tests.support.helpers import generator
 
-SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "bn_size": 2}
+SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 1), "bn_size": 2}
 UNITS = {"stem": 1, "dense block": 2, "transition": 1, "head": 1}
 
 
@@ -141,14 +141,15 @@ def test_compile(plain: Any, x: Tensor) -> None:
 def test_batch_sizes(library: Library, plain: Any, x: Tensor) -> None:
     """In training: one graph for all batch sizes, by itself from the second one on, or from the first when told so.
 
-    What dynamo finds out by itself are the units' sizes, of one to three dimensions, and not the library's.
+    What dynamo finds out by itself are the units' sizes, of one to three dimensions, and not the library's: of two
+    dimensions in test_fuse_compile.py, here of the others.
     """
     torch._dynamo.reset()
     fused = checks.fused_copy(plain)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused, fullgraph=True, backend=counter)
-    told = library not in [LIBRARIES[name] for name in ("torchvision", "MONAI 1-D", "MONAI 3-D", "own code")]
-    for n in (3, 2, 5, 4):
+    told = library not in [LIBRARIES[name] for name in ("MONAI 1-D", "MONAI 3-D")]
+    for n in (3, 2, 5):
         batch = torch.cat([x, -x])[:n]
         if told:
             torch._dynamo.mark_dynamic(batch, 0)
