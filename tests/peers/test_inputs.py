@@ -21,8 +21,8 @@ from tests.peers.twins import (
     train_step,
     warm,
 )
+from tests.support.covering import pairs
 
-EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -31,9 +31,7 @@ BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 HALF = [torch.float16, torch.bfloat16]
 
 
-@EACH
-@BOTH
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("name", "training", "dtype"), pairs(NETS, [True, False], HALF), ids=str)
 def test_half_precision_is_as_good_as_unfused(name: str, training: bool, dtype: torch.dtype) -> None:
     # of several networks: where a rounding lets one ReLU pass, or not, a gradient of theirs is off by some percent
     errors = torch.stack([half_precision_errors(name, training, dtype) for _ in range(16)]).mean(0)
@@ -176,9 +174,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 }
 
 
-@EACH
-@BOTH
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize(("name", "what", "training"), pairs(NETS, WRONG, [True, False]), ids=str)
 def test_odd_inputs_of_models(name: str, what: str, training: bool) -> None:
     """The type of the error that eager raises, or its values; what moved before the error is not compared."""
     results = [outcome(lambda m: m(WRONG[what]()), model) for model in pair(NETS[name]().double().train(training))]
@@ -188,9 +184,10 @@ def test_odd_inputs_of_models(name: str, what: str, training: bool) -> None:
         assert_alike(results[1], results[0])
 
 
-@BOTH
-@pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize("place", ["features.denseblock1", "features.transition1"])
+PARTS = ["features.denseblock1", "features.transition1"]
+
+
+@pytest.mark.parametrize(("place", "what", "training"), pairs(PARTS, WRONG, [True, False]), ids=str)
 def test_odd_inputs_of_parts(place: str, what: str, training: bool) -> None:
     def run(model: nn.Module) -> Any:
         x = WRONG[what]()
