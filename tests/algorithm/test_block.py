@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.layout import from_rows, row_pitch
 from densenet_ext.algorithm.values import Layer
+from tests.support.covering import BACKENDS, pairs
 from tests.support.helpers import (
     F64,
     SPATIAL,
@@ -50,17 +51,16 @@ def compare(x: Tensor, layers: list[Layer], save: str = "bottlenecks", tolerance
         assert_equal(buffers(norms_of(layers)), buffers(norms_of(others)), tolerance)
 
 
-@pytest.mark.parametrize("save", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dims", "mode", "save", "backend"), pairs([1, 2, 3], MODES, LEVELS, BACKENDS), indirect=["backend"], ids=str
+)
 def test_equals_reference(dims: int, mode: str, save: str, backend: str) -> None:
     compare(
         make_input(2, 5, *SPATIAL[dims]), make_layers(dims=dims, batch=MODES[mode]), save, steps=3 if dims == 2 else 1
     )
 
 
-@pytest.mark.parametrize("save", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "save", "backend"), pairs(MODES, LEVELS, BACKENDS), indirect=["backend"], ids=str)
 def test_gradcheck(mode: str, save: str, backend: str) -> None:
     layers, x = make_layers(2, 1, 3, 3, batch=MODES[mode]), make_input(2, 2, 3, 2)
     assert gradcheck(lambda *_: dense_block(x, layers, save), [x, *parameters(layers)], backend)
@@ -78,7 +78,7 @@ def test_gradgradcheck(mode: str, save: str) -> None:
 
 @pytest.mark.parametrize("save", LEVELS)
 def test_gradcheck_with_dropout(save: str, backend: str) -> None:
-    layers, x = make_layers(2, 2, 3, 2, drop_rate=0.4), make_input(2, 2, 3, 2)
+    layers, x = make_layers(2, 1, 3, 2, drop_rate=0.4), make_input(2, 2, 3, 2)
 
     def run(*_: Tensor) -> Tensor:
         torch.manual_seed(5)
@@ -139,8 +139,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("save", LEVELS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "save", "backend"), pairs(SHAPES, LEVELS, BACKENDS), indirect=["backend"], ids=str)
 def test_odd_shapes(shape: str, save: str, backend: str) -> None:
     size, options = SHAPES[shape]
     compare(make_input(*size), make_layers(size[1], **options), save, tolerance=1e-7)
@@ -307,8 +306,12 @@ def test_threads_do_not_see_each_other() -> None:
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("save", LEVELS)
+@pytest.mark.parametrize(
+    ("dtype", "save", "backend"),
+    pairs([torch.float32, torch.bfloat16], LEVELS, BACKENDS),
+    indirect=["backend"],
+    ids=str,
+)
 def test_the_same_bits_from_run_to_run(dtype: torch.dtype, save: str, backend: str) -> None:
     layers, x = make_layers(24, 12, 48, dtype=dtype), make_input(4, 24, 9, 9, dtype=dtype)
     grad = torch.randn(4, 60, 9, 9).to(dtype)

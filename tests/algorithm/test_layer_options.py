@@ -15,6 +15,7 @@ from densenet_ext.algorithm.dropout import BOTTLENECKS
 from densenet_ext.algorithm.layer import dense_layer
 from densenet_ext.algorithm.values import BasicLayer, Layer
 from densenet_ext.units.parts import norm_of
+from tests.support.covering import BACKENDS, pairs
 from tests.support.helpers import (
     F64,
     SPATIAL,
@@ -113,17 +114,19 @@ def compare(x: Tensor, layers: list[Layer], save: str = "bottlenecks", new_first
     assert_near(*results)
 
 
-@pytest.mark.parametrize("save", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dims", "mode", "save", "backend"), pairs([1, 2, 3], MODES, LEVELS, BACKENDS), indirect=["backend"], ids=str
+)
 def test_biases_equal_the_reference(dims: int, mode: str, save: str, backend: str) -> None:
     compare(make_input(2, 5, *SPATIAL[dims]), biased(make_layers(dims=dims, batch=MODES[mode])), save, dims == 1)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("save", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("drops", DROPS)
+@pytest.mark.parametrize(
+    ("drops", "mode", "save", "bias", "backend"),
+    pairs(DROPS, MODES, LEVELS, [False, True], BACKENDS),
+    indirect=["backend"],
+    ids=str,
+)
 def test_dropout_equals_the_reference(drops: str, mode: str, save: str, bias: bool, backend: str) -> None:
     layers = [layer._replace(**DROPS[drops]) for layer in make_layers(batch=MODES[mode])]
     layers[1] = layers[1]._replace(drop_rate=0.0, inner_drop_rate=0.0)
@@ -136,10 +139,13 @@ def test_dropout_in_other_dimensions(dims: int, backend: str) -> None:
         compare(make_input(2, 5, *SPATIAL[dims]), [layer._replace(**drops) for layer in make_layers(dims=dims)])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("drops", [{}, DROPS["channels of both"], DROPS["values of both"]], ids=str)
-def test_gradcheck(drops: dict[str, Any], mode: str, backend: str) -> None:
-    layers = [layer._replace(**drops) for layer in biased(make_layers(2, 2, 3, 3, batch=MODES[mode]))]
+@pytest.mark.parametrize(
+    ("drops", "mode", "backend"),
+    pairs(["none", "channels of both", "values of both"], MODES, BACKENDS),
+    indirect=["backend"],
+)
+def test_gradcheck(drops: str, mode: str, backend: str) -> None:
+    layers = [layer._replace(**DROPS.get(drops, {})) for layer in biased(make_layers(2, 2, 3, 3, batch=MODES[mode]))]
     x = make_input(2, 2, 3, 2)
 
     def run(*_: Tensor) -> Tensor:

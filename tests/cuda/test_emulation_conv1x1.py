@@ -6,6 +6,9 @@ copies); a result is compared with the same operator in float64 on the values as
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 
@@ -147,11 +150,12 @@ def test_the_shares_of_an_h100(gpu) -> None:
 
 
 # ---- the sizes of whole networks: tiles of 128 channels, several of them for a block, resident and streamed weights --
-SHIPPED = ["tf32", "bf16", "fp16"]
+def shipped(cases: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Each case in TF32 and in one 16-bit type, bf16 and fp16 in turns: they have the same tiles and plans."""
+    return [(math, *case) for i, case in enumerate(cases) for math in ("tf32", ("bf16", "fp16")[i % 2])]
 
 
-@pytest.mark.parametrize("arithmetic", SHIPPED)
-@pytest.mark.parametrize(("N", "C"), WIDE)
+@pytest.mark.parametrize(("arithmetic", "N", "C"), shipped(WIDE))
 def test_forward_of_whole_networks(gpu, monkeypatch, arithmetic, N, C) -> None:
     torch.manual_seed(C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
@@ -169,29 +173,28 @@ BACKWARD_FORMS = [
 ]
 
 
-@pytest.mark.parametrize("arithmetic", SHIPPED)
-@pytest.mark.parametrize(("N", "C", "form"), BACKWARD_FORMS)
+@pytest.mark.parametrize(("arithmetic", "N", "C", "form"), shipped(BACKWARD_FORMS))
 def test_backward_of_whole_networks(gpu, monkeypatch, arithmetic, N, C, form) -> None:
     torch.manual_seed(N + C)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     run_backward(gpu, *use(arithmetic), 140, C, N, **form)
 
 
-@pytest.mark.parametrize("arithmetic", SHIPPED)
-@pytest.mark.parametrize("N", [96, 150, 192])
+@pytest.mark.parametrize(("arithmetic", "N"), shipped([(96,), (150,), (192,)]))
 def test_forward_in_tiles_of_96_channels(gpu, monkeypatch, arithmetic, N) -> None:
     torch.manual_seed(N)
     monkeypatch.setenv("DENSENET_EXT_TEST_MULTIPROCESSORS", "2")
     run_forward(gpu, *use(arithmetic), 300, 72, N, bias=N == 96, orders=(5,))
 
 
-@pytest.mark.parametrize("arithmetic", SHIPPED)
 @pytest.mark.parametrize(
-    ("shared", "N", "wgrad"),
-    [
-        (163, 96, True),
-        *((shared, N, wgrad) for shared in (227, 163) for N, wgrad in ((150, True), (192, True), (192, False))),
-    ],
+    ("arithmetic", "shared", "N", "wgrad"),
+    shipped(
+        [
+            (163, 96, True),
+            *((shared, N, wgrad) for shared in (227, 163) for N, wgrad in ((150, True), (192, True), (192, False))),
+        ]
+    ),
 )
 def test_backward_in_tiles_of_96_or_192_channels(gpu, monkeypatch, arithmetic, shared, N, wgrad) -> None:
     """192 at once where a block can have 227 KiB of shared memory, else 96 in two turns, and dW by itself."""
