@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import densenet_ext as dx
 from tests.distributed.helpers import close, loss_of, own, synced, usual
 from tests.distributed.worker import World
-from tests.support.fusing_helpers import images
+from tests.support.fusing_helpers import images, net
 
 
 def wrap(model: nn.Module, world: World, **kwargs: Any) -> DistributedDataParallel:
@@ -136,7 +136,7 @@ def case_synchronised_statistics(world: World) -> None:
 
 
 def case_compiled(world: World) -> None:
-    plain = usual().to(world.device)
+    plain = net(block_config=(1,)).to(world.device)
     fused = torch.compile(wrap(dx.fuse(copy.deepcopy(plain)), world), backend="aot_eager")
     out, wanted = fused(images().to(world.device)), wrap(plain, world)(images().to(world.device))
     for result in (out, wanted):

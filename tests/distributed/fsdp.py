@@ -16,7 +16,7 @@ import densenet_ext as dx
 from densenet_ext.units import entry
 from tests.distributed.helpers import close, loss_of, own, synced, usual
 from tests.distributed.worker import World
-from tests.support.fusing_helpers import images
+from tests.support.fusing_helpers import images, net
 
 SIZES = (2, 2)
 
@@ -138,7 +138,7 @@ def case_state_dict(world: World) -> None:
 
 
 def case_compiled_blocks(world: World) -> None:
-    alone = usual().to(world.device)
+    alone = net(block_config=(1, 1)).to(world.device)
     sharded = dx.fuse(copy.deepcopy(alone))
     for block in blocks(sharded):
         block.compile(backend="aot_eager", fullgraph=True)

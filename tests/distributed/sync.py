@@ -27,7 +27,7 @@ from densenet_ext.units.parts import norm_of
 from tests.distributed.helpers import F64, close, compare, counted, loss_of, own, synced, usual
 from tests.distributed.worker import World
 from tests.support import own_code
-from tests.support.fusing_helpers import images
+from tests.support.fusing_helpers import images, net
 
 
 def case_usual_model_converted_after_fuse(world: World) -> None:
@@ -344,11 +344,12 @@ def case_exchanges(world: World) -> None:
 
 
 def case_compiled(world: World) -> None:
-    plain = usual().to(world.device)
+    """Every kind of unit, one layer of each block: each process traces them all."""
+    plain = net(block_config=(1, 1)).to(world.device)
     fused = dx.fuse(synced(plain), save="features")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
     compare(world, compiled, plain, fused, plain, images(5), (3, 2))
-    plain = nn.Sequential(dx.DenseBlock(2, 3, None, 4, 0.0), TransitionDown(11, 0.0)).double().to(world.device)
+    plain = nn.Sequential(dx.DenseBlock(1, 3, None, 4, 0.0), TransitionDown(7, 0.0)).double().to(world.device)
     model = synced(plain)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     compare(world, compiled, plain, model, plain, images(5, 8), (3, 2))
