@@ -8,6 +8,7 @@ import torch
 from densenet_ext import reference
 from densenet_ext.algorithm import block as algorithm
 from densenet_ext.algorithm.columns import layer_columns
+from tests.support.covering import BACKENDS, pairs
 from tests.support.helpers import (
     F64,
     assert_as_good,
@@ -34,9 +35,12 @@ def test_columns() -> None:
     assert front == [(slice(5, 10), slice(3, 5)), (slice(3, 10), slice(0, 3))]
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("save", LEVELS)
+@pytest.mark.parametrize(
+    ("save", "mode", "channels_last", "backend"),
+    pairs(LEVELS, MODES, [True, False], BACKENDS),
+    indirect=["backend"],
+    ids=str,
+)
 def test_new_features_in_front(save: str, mode: str, channels_last: bool, backend: str) -> None:
     for count, k in ((3, 3), (1, 4), (6, 1)):
         modes = MODES[mode] if count == 3 else True
