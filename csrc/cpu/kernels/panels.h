@@ -79,6 +79,7 @@ struct AlongColumns {
     for (int i = 0; i < kRowGroup; ++i) P::store_along_columns(data + (row + i) * pitch, c, v[i]);
   }
 };
+
 // Fills a panel as fill_panel does while another one is multiplied, a vector in each step of the product: BatchNorm and
 // ReLU then run beside the multiply-adds, which leave a processor's other units idle. With 48 output channels and dot
 // products of bf16 this work would take a sixth of the time by itself. Of the panel behind it, `behind` rows further
