@@ -65,7 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         if (!dx::cpu::set_winograd_use(use))
           throw pybind11::value_error("expected 'faster', 'always' or 'never', got '" + use + "'");
       },
-      pybind11::arg("use"), "Where float's 3x3 convolutions on the CPU take Winograd's products.");
+      pybind11::arg("use"), "Where 3x3 convolutions on the CPU take Winograd's products.");
   pybind11::class_<dx::Record>(m, "Record", "What dictionaries hold, and of which classes objects are.")
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, pybind11::object, bool>(),
            pybind11::arg("entries"), pybind11::arg("typed"), pybind11::arg("absent"), pybind11::arg("identical"))

@@ -25,6 +25,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/conv3x3_tile.h"
 #include "kernels/conv3x3_lanes.h"
 #include "kernels/conv3x3.h"
+#include "kernels/winograd_transforms.h"
 #include "kernels/winograd.h"
 #include "kernels/winograd_products.h"
 #include "kernels/winograd_forward.h"

@@ -1,4 +1,4 @@
-// Where float's 3x3 convolutions take Winograd's products: where an estimate says that they are faster, unless a user
+// Where 3x3 convolutions take Winograd's products: where an estimate says that they are faster, unless a user
 // or a test wants otherwise.
 #pragma once
 

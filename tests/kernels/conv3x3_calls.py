@@ -43,7 +43,7 @@ SHAPES = [
 
 @pytest.fixture
 def winograd() -> Iterator[Callable[[str], None]]:
-    """Says for a test where float's convolutions take Winograd's products: "faster", "always" or "never"."""
+    """Says for a test where convolutions take Winograd's products: "faster", "always" or "never"."""
     module = _extension.module
     assert module is not None
     yield module.set_winograd

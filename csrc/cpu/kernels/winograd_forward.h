@@ -2,16 +2,16 @@
 // the cache, multiplied there, and transformed back on their way into the outputs' rows.
 #pragma once
 
-template <class T>
+template <class T, int O>
 class WinogradForward {
   static constexpr int L = kLanes<float>;
 
   const BnReluConv3x3<T>& p;
   const Pool& pool;
-  const TileRows tiles;
+  const TileRows<O> tiles;
   const int slices;
   const int64_t in_vectors, norm_size;
-  PointProducts products;
+  PointProducts<O> products;
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<float> affine;
@@ -20,32 +20,33 @@ class WinogradForward {
   const Conv3x3Output<T> output;
   const TaskMoments moments;
 
-  // What a task has: inputs, outputs, and two lines of the latter.
-  int64_t in_size() const { return Points::size(products.groups.most(), in_vectors); }
-  int64_t out_size() const { return Points::size(products.groups.most(), products.columns() / L); }
-  int64_t lines_size() const { return 4 * products.groups.band * L; }
+  // What a task has: inputs, outputs, and the lines of the latter.
+  int64_t in_size() const { return Points<O>::size(products.groups.most(), in_vectors); }
+  int64_t out_size() const { return Points<O>::size(products.groups.most(), products.columns() / L); }
+  int64_t lines_size() const { return O * O * products.groups.band * L; }
   int64_t task_size() const { return in_size() + out_size() + lines_size(); }
 
  public:
-  static TileGroups groups(const BnReluConv3x3<T>& p, const TileRows& tiles) {
+  static TileGroups<O> groups(const BnReluConv3x3<T>& p, const TileRows<O>& tiles) {
     constexpr int64_t kKept = 400 * 1024;
-    const int64_t vectors = tiles.slices() * Points::vectors_of(p.C) + Points::vectors_of(p.N);
-    return TileGroups(tiles, p.N, vectors * Points::kTile * int64_t(sizeof(float)), kKept, false);
+    const int64_t vectors = tiles.slices() * Points<O>::vectors_of(p.C) + Points<O>::vectors_of(p.N);
+    return TileGroups<O>(tiles, p.N, vectors * Points<O>::kTile * int64_t(sizeof(float)), kKept, false);
   }
-  WinogradForward(const BnReluConv3x3<T>& p, const TileRows& tiles, const TileGroups& groups, const Pool& pool,
+  WinogradForward(const BnReluConv3x3<T>& p, const TileRows<O>& tiles, const TileGroups<O>& groups, const Pool& pool,
                   PackedWeights* kept)
       : p(p),
         pool(pool),
         tiles(tiles),
         slices(tiles.slices()),
-        in_vectors(slices * Points::vectors_of(p.C)),
+        in_vectors(slices * Points<O>::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
         products(groups, p.C, p.N, slices, p.weight, false),
         scratch(Affine<float>::bytes(norm_size) + CallWeights<float>::bytes(kept, products.points_size()) +
                 Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(products.strip_size())),
         affine(scratch, p.norm, norm_size),
-        weights(scratch, kept, {3, slices, kPoints, L, products.points_size(), groups.vectors}, products.points_size()),
+        weights(scratch, kept, {3, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors},
+                products.points_size()),
         operands(task_scratch.take<float>(task_size())),
         strips(task_scratch.take<float>(products.strip_size())),
         output(scratch, p),
@@ -68,24 +69,29 @@ class WinogradForward {
   void run_task(int task, const Source source) const {
     float* own = operands[task];
     const int64_t most = products.groups.most();
-    const Points in(own, most), out(own += in_size(), most);
+    const Points<O> in(own, most), out(own += in_size(), most);
     own += out_size();
-    float* const lines[2] = {own, own + lines_size() / 2};
+    float* lines[O];
+    for (int i = 0; i < O; ++i) lines[i] = own + i * (lines_size() / O);
     MomentsSum sum = moments[task];
     products.groups.for_task(tiles, pool.tasks, task, [&](TileBand band, int64_t row, int64_t rows) {
       const SliceRange present = present_slices(tiles, row, rows);
-      transform_rows(tiles, band, row, rows, present, p.C, source, in);
-      ReadAhead next_x = read_ahead(tiles, products.groups, p.x, p.C, row, rows, products.blocks());
-      products.run(in, out, rows * band.count, present, [&] { next_x.step(); });
+      transform_rows<false>(tiles, band, row, rows, present, p.C, source, in);
+      ReadsAhead ahead(own_lines(tiles, products.groups, Rows<const T>{p.out.data, p.out.pitch}, p.N, row, rows),
+                       read_ahead(tiles, products.groups, p.x, p.C, row, rows));
+      products.run(in, out, rows * band.count, present, ahead);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t n = 0; n < p.N; n += L) {
-          if (!transform_outputs(out.at(n / L, i * band.count), band.count, lines))
+          if (!transform_outputs<O>(out.at(n / L, i * band.count), band.count, lines))
             products.sum_directly(tiles, row + i, band, source, n, lines);
           tiles.for_lines(row + i, band, [&](int64_t line, int64_t m, int64_t pixels) {
             output.template write<1>(n, lines[line], 0, m, pixels);
           });
         }
-        if (p.out_mean)
+        if (p.out_mean && products.groups.bands == 1)
+          sum.add_panel(p.out.row(tiles.line(row + i) * tiles.image.width), p.out.pitch,
+                        tiles.lines(row + i) * tiles.image.width, p.N);
+        else if (p.out_mean)
           tiles.for_lines(row + i, band, [&](int64_t, int64_t m, int64_t pixels) {
             sum.add_panel(p.out.row(m), p.out.pitch, pixels, p.N);
           });
@@ -96,12 +102,13 @@ class WinogradForward {
 
 template <class T, class P = Product<T>>
 void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept) {
-  if constexpr (kHasWinograd<P>) {
-    const TileRows tiles(ImageLines(p.images, p.window));
-    const TileGroups groups = WinogradForward<T>::groups(p, tiles);
-    const WinogradCost cost = {tiles, p.C, p.N, pool.tasks};
-    if (use_winograd(tiles, cost.forward(groups, kept != nullptr), cost.direct()))
-      return WinogradForward<T>(p, tiles, groups, pool, kept).run();
+  constexpr int O = kWinogradOutputs<T, P>;
+  if constexpr (O > 0) {
+    const TileRows<O> tiles(ImageLines(p.images, p.window));
+    const TileGroups<O> groups = WinogradForward<T, O>::groups(p, tiles);
+    const WinogradCost<O> cost = {tiles, p.C, p.N, pool.tasks};
+    if (use_winograd(tiles, cost.forward(groups, kept != nullptr), cost.template direct<P>()))
+      return WinogradForward<T, O>(p, tiles, groups, pool, kept).run();
   }
   Conv3x3Forward<T, P>(p, pool, kept).run();
 }

@@ -3,9 +3,10 @@
 
 // out[j, tile] = sum over the inner dimension of in[.., tile] * weights for NV vectors of columns of all tiles; `in`
 // and `out` begin at a point of their first vectors. Each of `slices` has K channels.
-template <int R, int NV>
+template <int O, int R, int NV>
 __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int64_t K, const float* in,
-                                             int64_t in_vector, const float* weights, float* out, int64_t out_vector) {
+                                             int64_t in_vector, const float* weights, float* out, int64_t out_vector,
+                                             ReadsAhead& ahead) {
   constexpr int L = kLanes<float>;
   for (int64_t t = 0; t < tiles; t += R) {
     Vec<float> acc[R][NV];
@@ -13,16 +14,17 @@ __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[r][j] = Vec<float>{};
-    const float *a = in + t * Points::kTile, *b = weights;
+    const float *a = in + t * Points<O>::kTile, *b = weights;
     for (int64_t slice = 0; slice < slices; ++slice)
       for (int64_t k0 = 0; k0 < K; k0 += L, a += in_vector)
         for (int64_t k = 0; k < std::min<int64_t>(L, K - k0); ++k, b += NV * L) {
+          if (k % 2 == 0) ahead.step();  // often enough
           Vec<float> right[NV];
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) right[j] = load_vec(b + j * L);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            const float left = a[r * Points::kTile + k];
+            const float left = a[r * Points<O>::kTile + k];
 #pragma GCC unroll 4
             for (int j = 0; j < NV; ++j) acc[r][j] += left * right[j];
           }
@@ -30,21 +32,22 @@ __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int6
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) store_vec(out + j * out_vector + (t + r) * Points::kTile, acc[r][j]);
+      for (int j = 0; j < NV; ++j) store_vec(out + j * out_vector + (t + r) * Points<O>::kTile, acc[r][j]);
   }
 }
 
 // What the products of one pass have in common: the inner dimension is made of the slices' K channels, the columns of
 // blocks.
+template <int O>
 struct PointProducts {
   static constexpr int64_t kStrip = 16;  // channels that are packed at a time, to be transformed from the first cache
-  TileGroups groups;
+  TileGroups<O> groups;
   int64_t K, N;
   int slices;
   Taps<const float> weight;  // its `input` is the inner dimension
   const float* points;       // the same, transformed
 
-  PointProducts(const TileGroups& groups, int64_t K, int64_t N, int slices, Taps<const float> weight, bool backwards)
+  PointProducts(const TileGroups<O>& groups, int64_t K, int64_t N, int slices, Taps<const float> weight, bool backwards)
       : groups(groups), K(K), N(N), slices(slices), weight(weight), points(nullptr) {
     if (backwards) {  // the window turned round
       this->weight.data += (slices * 9 - 1) * weight.tap;
@@ -52,7 +55,7 @@ struct PointProducts {
     }
   }
   int64_t columns() const { return round_up(N, groups.block()); }
-  int64_t points_size() const { return columns() * K * slices * kPoints; }
+  int64_t points_size() const { return columns() * K * slices * Winograd<O>::kPoints; }
   int64_t strip_size() const { return groups.block() * kStrip * slices * 9; }
 
   // strips: of strip_size() for each task.
@@ -68,35 +71,34 @@ struct PointProducts {
         for (int64_t n = 0; n < N; n += block, from.data += block * weight.output) {
           const Packing<Fma<float>> packing = {from, channels, N - n, slices * 9, channels, strips[task]};
           packing.block(0, block, 0, channels);
-          transform_weights(strips[task], channels, slices, block, to + (n * slices * kPoints * K) + k * block, K);
+          transform_weights<O>(strips[task], channels, slices, block,
+                               to + (n * slices * Winograd<O>::kPoints * K) + k * block, K);
         }
       }
     });
   }
 
-  // out = in * weights for so many tiles, of some slices alone. Calls ahead() before each block. Products take whole
-  // tiles of rows, so that zeros are put behind the last one.
-  template <class Ahead>
-  void run(const Points in, const Points out, int64_t tiles, SliceRange range, const Ahead& ahead) const {
-    const int64_t vectors = Points::vectors_of(K), beyond = TileGroups::covered(tiles, groups.vectors) - tiles;
+  // out = in * weights for so many tiles, of some slices alone. Products take whole tiles of rows, so that zeros are
+  // put behind the last one.
+  void run(const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range, ReadsAhead& ahead) const {
+    const int64_t vectors = Points<O>::vectors_of(K), beyond = TileGroups<O>::covered(tiles, groups.vectors) - tiles;
     for (int64_t v = range.begin * vectors; v < range.end * vectors; ++v)
-      std::fill_n(in.at(v, tiles), beyond * Points::kTile, 0.f);
+      std::fill_n(in.at(v, tiles), beyond * Points<O>::kTile, 0.f);
     if (groups.vectors == 1) run_blocks<1>(in, out, tiles, range, ahead);
     if (groups.vectors == 2) run_blocks<2>(in, out, tiles, range, ahead);
     if constexpr (kMostVectors == 3)
       if (groups.vectors == 3) run_blocks<3>(in, out, tiles, range, ahead);
   }
-  int64_t blocks() const { return kPoints * columns() / groups.block(); }
 
   // One vector of columns, from n on, of a row of tiles without Winograd's sums, which numbers that are not finite
   // would spread in: outputs as in transform_outputs.
   template <class Source>
-  __attribute__((noinline)) void sum_directly(const TileRows& tiles, int64_t row, TileBand band, const Source source,
-                                              int64_t n, float* const (&outputs)[2]) const {
+  __attribute__((noinline)) void sum_directly(const TileRows<O>& tiles, int64_t row, TileBand band, const Source source,
+                                              int64_t n, float* const (&outputs)[O]) const {
     constexpr int L = kLanes<float>;
     const int64_t width = tiles.image.width, columns = std::min<int64_t>(L, N - n);
     for (int64_t i = 0; i < tiles.lines(row); ++i)
-      for (int64_t w = 2 * band.begin; w < std::min(width, 2 * (band.begin + band.count)); ++w) {
+      for (int64_t w = O * band.begin; w < std::min(width, O * (band.begin + band.count)); ++w) {
         Vec<float> sum = {};
         for (int tap = 0; tap < slices * 9; ++tap) {
           const int64_t line = tiles.input_line(row, tap / 9, int(i) + tap / 3 % 3), pixel = w + tap % 3 - 1;
@@ -111,73 +113,87 @@ struct PointProducts {
             }
           });
         }
-        store_vec(outputs[i] + (w - 2 * band.begin) * L, sum);
+        store_vec(outputs[i] + (w - O * band.begin) * L, sum);
       }
   }
 
  private:
-  template <int NV, class Ahead>
-  void run_blocks(const Points in, const Points out, int64_t tiles, SliceRange range, const Ahead& ahead) const {
+  template <int NV>
+  void run_blocks(const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range, ReadsAhead& ahead) const {
     constexpr int kLong = kLongTiles<NV>, kShort = kShortTiles<NV>;
     const auto product =
-        round_up(tiles, kLong) <= round_up(tiles, kShort) ? point_product<kLong, NV> : point_product<kShort, NV>;
+        round_up(tiles, kLong) <= round_up(tiles, kShort) ? point_product<O, kLong, NV> : point_product<O, kShort, NV>;
     constexpr int L = kLanes<float>;
-    const int64_t block = groups.block(), vectors = Points::vectors_of(K);
+    const int64_t block = groups.block(), vectors = Points<O>::vectors_of(K);
     for (int64_t n = 0; n < N; n += block)
-      for (int p = 0; p < kPoints; ++p) {
-        ahead();
-        const float* weights = points + n * slices * kPoints * K + (p * slices + range.begin) * K * block;
-        product(tiles, range.end - range.begin, K, in.at(range.begin * vectors, 0) + p * L, in.tiles * Points::kTile,
-                weights, out.at(n / L, 0) + p * L, out.tiles * Points::kTile);
+      for (int p = 0; p < Winograd<O>::kPoints; ++p) {
+        const float* weights = points + n * slices * Winograd<O>::kPoints * K + (p * slices + range.begin) * K * block;
+        product(tiles, range.end - range.begin, K, in.at(range.begin * vectors, 0) + p * L, in.tiles * Points<O>::kTile,
+                weights, out.at(n / L, 0) + p * L, out.tiles * Points<O>::kTile, ahead);
       }
   }
 };
 
-// Asks for the lines that the next group is made of, where they lie behind each other in memory.
-template <class T>
-inline ReadAhead read_ahead(const TileRows& tiles, const TileGroups& groups, Rows<const T> x, int64_t C, int64_t row,
-                            int64_t rows, int64_t steps) {
+// The lines that the next group is made of, where they lie behind each other in memory.
+template <int O, class T>
+inline ReadAhead read_ahead(const TileRows<O>& tiles, const TileGroups<O>& groups, Rows<const T> x, int64_t C,
+                            int64_t row, int64_t rows) {
   const ImageLines& image = tiles.image;
-  const int64_t first = std::min(tiles.line(row) + 2 * rows + image.reach, image.count - 1);
-  const int64_t lines = groups.bands == 1 ? std::min(2 * rows, image.count - first) : 0;
-  return ReadAhead(x, first * image.width, lines * image.width, C, steps);
+  const int64_t first = std::min(tiles.line(row) + O * rows + image.reach, image.count - 1);
+  const int64_t lines = groups.bands == 1 ? std::min(O * rows, image.count - first) : 0;
+  return ReadAhead(x, first * image.width, lines * image.width, C);
+}
+// Those that this group's outputs go to, or are added to.
+template <int O, class T>
+inline ReadAhead own_lines(const TileRows<O>& tiles, const TileGroups<O>& groups, Rows<const T> x, int64_t C,
+                           int64_t row, int64_t rows) {
+  const int64_t first = tiles.line(row), last = row + rows - 1;
+  const int64_t lines = groups.bands == 1 && rows > 0 ? tiles.line(last) + tiles.lines(last) - first : 0;
+  return ReadAhead(x, first * tiles.image.width, lines * tiles.image.width, C);
 }
 
 // ---- which --------------------------------------------------------------------------------------------------------
 // An estimate of cycles, fitted to what `python -m benchmarks.conv3x3` measured: a multiply-add of vectors is one.
+template <int O>
 struct WinogradCost {
-  const TileRows& tiles;
+  using W = Winograd<O>;
+  const TileRows<O>& tiles;
   int64_t C, N;
   int tasks;
 
-  double vectors(int64_t columns) const { return double(Points::vectors_of(columns)); }
+  double vectors(int64_t columns) const { return double(Points<O>::vectors_of(columns)); }
   double tile_count() const { return double(tiles.count * tiles.across); }
   // Tasks wait for the one that has the most.
   double spread(int64_t units) const {
     return units < tasks ? 1.0 : double((units + tasks - 1) / tasks * tasks) / double(units);
   }
+  template <class P>
   double direct() const {
     const double pixels = double(tiles.image.count * tiles.image.width), columns = vectors(N);
-    const double lanes = C >= 16 ? 1.15 * double(std::min(round_up(N, 8), round_up(N, 12))) / kLanes<float> : columns;
-    return 1.08 * pixels * 9 * tiles.slices() * double(C) * std::min(columns, lanes) * spread(tiles.image.count);
+    const double turned = P::kDepth > 1 ? 1.5 : 1.15;  // beside half as many products it counts twice
+    const double lanes = C >= 16 ? turned * double(std::min(round_up(N, 8), round_up(N, 12))) / kLanes<float> : columns;
+    return 1.08 * pixels * 9 * tiles.slices() * double(depth_steps<P>(C)) * std::min(columns, lanes) *
+           spread(tiles.image.count);
   }
   // packed: weights are transformed already, or will be for other calls.
-  double forward(const TileGroups& groups, bool packed) const {
+  double forward(const TileGroups<O>& groups, bool packed) const {
     const double inner = double(tiles.slices() * C);
-    const double transforms = 200 * tiles.slices() * vectors(C) + 100 * vectors(N);
+    const double transforms = W::kInputCycles * tiles.slices() * vectors(C) + W::kOutputCycles * vectors(N);
     return (groups.work * inner + tile_count() * transforms) * spread(groups.bands * tiles.count) +
-           (packed ? 0 : 120 * inner * vectors(N));
+           (packed ? 0 : W::kWeightCycles * inner * vectors(N));
   }
-  double backward(const TileGroups& groups) const {
-    const double wgrad = double(kPoints * N) * tiles.slices() * vectors(C);
-    const double transforms = 300 * (tiles.slices() * (vectors(C) + vectors(N)) + vectors(N)) + 150 * vectors(C);
+  double backward(const TileGroups<O>& groups) const {
+    const double wgrad = double(W::kPoints * N) * tiles.slices() * vectors(C);
+    const double inputs = tiles.slices() * (vectors(C) + vectors(N)) + vectors(N);
+    const double transforms = 1.5 * (W::kInputCycles * inputs + W::kOutputCycles * vectors(C));  // from memory
     return (groups.work * double(tiles.slices() * N) + tile_count() * (wgrad + transforms)) *
                spread(groups.bands * tiles.count) +
-           240 * double(tiles.slices() * N) * vectors(C);
+           2 * W::kWeightCycles * double(tiles.slices() * N) * vectors(C);
   }
 };
 
-inline bool use_winograd(const TileRows& tiles, double winograd, double direct) {
+template <int O>
+inline bool use_winograd(const TileRows<O>& tiles, double winograd, double direct) {
   if (tiles.image.along_height == 1 || winograd_use() == WinogradUse::kNever) return false;
   return winograd_use() == WinogradUse::kAlways || winograd < direct;
 }
