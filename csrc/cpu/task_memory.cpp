@@ -8,7 +8,7 @@ namespace {
 
 constexpr std::align_val_t kAlign{4096};
 // Of a task in the kept block: more than any kernel asks for. Pages that nobody has touched take no memory.
-constexpr size_t kKeptBytes = size_t(4) << 20;
+constexpr size_t kKeptBytes = size_t(8) << 20;
 
 // One call at a time has it; a call of another thread meanwhile takes memory of its own.
 struct Kept {

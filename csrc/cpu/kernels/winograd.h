@@ -263,23 +263,25 @@ DX_INLINE bool transform_rows(const TileRows<O>& tiles, TileBand band, int64_t r
 }
 
 // Transforms K channels of a block of columns of the weights, packed as a direct convolution takes them, [taps, K,
-// block], into [points, slices, all channels, block]: G w G^T.
+// block]: G w G^T. Points lie `point` apart, slices of one `slice`.
 template <int O>
-inline void transform_weights(const float* taps, int64_t K, int slices, int64_t block, float* points,
-                              int64_t channels) {
+inline void transform_weights(const float* taps, int64_t K, int slices, int64_t block, float* points, int64_t slice,
+                              int64_t point) {
   constexpr int L = kLanes<float>, I = O + 2;
-  for (int slice = 0; slice < slices; ++slice)
+  for (int s = 0; s < slices; ++s, taps += 9 * K * block, points += slice)
     for (int64_t i = 0; i < K * block; i += L) {
-      const float* from = taps + slice * 9 * K * block + i;
-      float* to = points + slice * channels * block + i;
-      Vec<float> rows[3][I], w[I];
+      Vec<float> rows[3][I];
+#pragma GCC unroll 3
       for (int h = 0; h < 3; ++h) {
-        const float* row = from + h * 3 * K * block;
+        const float* row = taps + i + h * 3 * K * block;
         Winograd<O>::weights({load_vec(row), load_vec(row + K * block), load_vec(row + 2 * K * block)}, rows[h]);
       }
+#pragma GCC unroll 8
       for (int j = 0; j < I; ++j) {
+        Vec<float> w[I];
         Winograd<O>::weights({rows[0][j], rows[1][j], rows[2][j]}, w);
-        for (int h = 0; h < I; ++h) store_vec(to + (I * h + j) * slices * channels * block, w[h]);
+#pragma GCC unroll 8
+        for (int h = 0; h < I; ++h) store_vec(points + i + (I * h + j) * point, w[h]);
       }
     }
 }

@@ -29,8 +29,8 @@ __attribute__((noinline)) void point_wgrad(int64_t tiles, const float* v, const 
     for (int j = 0; j < NV; ++j) store_vec(sums + r * pitch + j * L, acc[r][j]);
 }
 
-// Sums of wgrad's products over the tiles, [points, N, slices * C], rows and columns rounded up, one for each task; and
-// [taps, N, C] of the tiles that are summed directly.
+// Each task's sums: of the products over its tiles, [points, N, slices * C], rows and columns rounded up; and wgrad's
+// own, [taps, N, C], which tiles that are summed directly go to at once.
 template <int O>
 class WinogradWgrad {
   static constexpr int L = kLanes<float>;
@@ -43,7 +43,7 @@ class WinogradWgrad {
   int64_t slice_pitch() const { return padded<float>(C); }
   int64_t pitch() const { return slices * slice_pitch(); }
   int64_t points_size() const { return Winograd<O>::kPoints * rows() * pitch(); }
-  int64_t direct_size() const { return slices * 9 * N * slice_pitch(); }
+  int64_t taps_size() const { return slices * 9 * N * slice_pitch(); }
 
   // Rows of a tile of wgrad's products: of one vector of v.
   static constexpr int kRows = kLongRows == 8 ? 8 : 4;
@@ -68,7 +68,7 @@ class WinogradWgrad {
   // The same of the pixels of a row of tiles, as a direct convolution has them.
   template <class Grad, class Source>
   __attribute__((noinline)) void add_directly(const TileRows<O>& tiles, int64_t row, TileBand band, const Grad grad,
-                                              const Source source, float* direct) const {
+                                              const Source source, float* taps) const {
     const int64_t width = tiles.image.width;
     tiles.for_lines(row, band, [&](int64_t i, int64_t m, int64_t pixels) {
       for (int64_t w = 0; w < pixels; ++w)
@@ -81,7 +81,7 @@ class WinogradWgrad {
             store_vec(g, grad.value(grad.at(n), m + w, n, columns));
             for (int64_t j = 0; j < std::min<int64_t>(L, N - n); ++j)
               for_columns<float>(C, [&](int64_t c, auto of_c) {
-                float* to = direct + (tap * N + n + j) * slice_pitch() + c;
+                float* to = taps + (tap * N + n + j) * slice_pitch() + c;
                 store_vec(to, load_vec(to) + g[j] * source.value(source.at(c), line * width + pixel, c, of_c));
               });
           });
@@ -89,46 +89,51 @@ class WinogradWgrad {
     });
   }
 
-  // Adds up the tasks' sums in their order. used: whether a task has any direct ones.
-  void finish(const Each<float> points, const Each<float> direct, const bool* used, int tasks, const Taps<float> to,
-              const Pool& pool) const {
+  // taps += G^T m G of the products' sums m.
+  void turn_back(const float* points, float* taps) const {
+    constexpr int I = O + 2;
+    for (int64_t n = 0; n < N; ++n)
+      for (int slice = 0; slice < slices; ++slice)
+        for (int64_t c = 0; c < C; c += L) {
+          const float* from = points + n * pitch() + slice * slice_pitch() + c;
+          Vec<float> half_way[I][3];
+#pragma GCC unroll 8
+          for (int i = 0; i < I; ++i) {
+            Vec<float> m[I];
+#pragma GCC unroll 8
+            for (int j = 0; j < I; ++j) m[j] = load_vec(from + (I * i + j) * rows() * pitch());
+            Winograd<O>::taps(m, half_way[i]);
+          }
+#pragma GCC unroll 3
+          for (int j = 0; j < 3; ++j) {
+            Vec<float> m[I], column[3];
+#pragma GCC unroll 8
+            for (int i = 0; i < I; ++i) m[i] = half_way[i][j];
+            Winograd<O>::taps(m, column);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) {
+              float* to = taps + ((slice * 9 + 3 * i + j) * N + n) * slice_pitch() + c;
+              store_vec(to, load_vec(to) + column[i]);
+            }
+          }
+        }
+  }
+
+  // Adds up the tasks' sums in their order.
+  void finish(const Each<float> taps, int tasks, const Taps<float> to, const Pool& pool) const {
     pool.run([&](int task) {
       const Range channels = part(N, 1, pool.tasks, task);
       for (int64_t n = channels.begin; n < channels.end; ++n)
-        for (int slice = 0; slice < slices; ++slice)
+        for (int tap = 0; tap < slices * 9; ++tap)
           for (int64_t c = 0; c < C; c += L) {
-            Vec<float> taps[9];
-            of_points(points, n * pitch() + slice * slice_pitch() + c, tasks, taps);
-            for (int t = 0; t < 9; ++t) {
-              const int64_t at = ((slice * 9 + t) * N + n) * slice_pitch() + c;
-              for (int i = 0; i < tasks; ++i)
-                if (used[i]) taps[t] += load_vec(direct[i] + at);
-              alignas(64) float numbers[L];
-              store_vec(numbers, taps[t]);
-              float* out = to.data + n * to.output + c * to.input + (slice * 9 + t) * to.tap;
-              for (int64_t i = 0; i < std::min<int64_t>(L, C - c); ++i) out[i * to.input] = numbers[i];
-            }
+            Vec<float> sum = {};
+            for (int i = 0; i < tasks; ++i) sum += load_vec(taps[i] + (tap * N + n) * slice_pitch() + c);
+            alignas(64) float numbers[L];
+            store_vec(numbers, sum);
+            float* out = to.data + n * to.output + c * to.input + tap * to.tap;
+            for (int64_t i = 0; i < std::min<int64_t>(L, C - c); ++i) out[i * to.input] = numbers[i];
           }
     });
-  }
-
- private:
-  // G^T m G of a vector of columns.
-  void of_points(const Each<float> points, int64_t at, int tasks, Vec<float> (&taps)[9]) const {
-    constexpr int I = O + 2;
-    Vec<float> half_way[I][3];
-    for (int i = 0; i < I; ++i) {
-      Vec<float> m[I] = {};
-      for (int j = 0; j < I; ++j)
-        for (int task = 0; task < tasks; ++task) m[j] += load_vec(points[task] + at + (I * i + j) * rows() * pitch());
-      Winograd<O>::taps(m, half_way[i]);
-    }
-    for (int j = 0; j < 3; ++j) {
-      Vec<float> m[I], column[3];
-      for (int i = 0; i < I; ++i) m[i] = half_way[i][j];
-      Winograd<O>::taps(m, column);
-      for (int i = 0; i < 3; ++i) taps[3 * i + j] = column[i];
-    }
   }
 };
 
@@ -146,9 +151,7 @@ class WinogradBackward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Conv3x3Gradients<T> all;
-  float* points;
-  const Each<float> operands, wgrads, direct, strips;
-  bool* used;
+  const Each<float> operands, wgrads, taps, points, strips;
 
   // What a task has: inputs or outputs, the gradient for dgrad and for wgrad, and the lines of outputs.
   int64_t size_of(int64_t vectors) const { return Points<O>::size(products.groups.most(), vectors); }
@@ -175,23 +178,19 @@ class WinogradBackward {
                  true),
         wgrad{p.N, p.C, slices},
         y_vectors(std::max(slices * Points<O>::vectors_of(p.C), products.columns() / L)),
-        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + Scratch::bytes<float>(products.points_size()) +
-                Scratch::bytes<bool>(pool.tasks)),
+        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks)),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(wgrad.points_size()) +
-                                     Scratch::bytes<float>(wgrad.direct_size()) +
+                                     Scratch::bytes<float>(wgrad.taps_size()) +
+                                     Scratch::bytes<float>(products.points_size()) +
                                      Scratch::bytes<float>(products.strip_size())),
         all(scratch, p, pool.tasks),
-        points(scratch.take<float>(products.points_size())),
         operands(task_scratch.take<float>(task_size())),
         wgrads(task_scratch.take<float>(wgrad.points_size())),
-        direct(task_scratch.take<float>(wgrad.direct_size())),
-        strips(task_scratch.take<float>(products.strip_size())),
-        used(scratch.take<bool>(pool.tasks)) {
-    std::fill_n(used, pool.tasks, false);
-  }
+        taps(task_scratch.take<float>(wgrad.taps_size())),
+        points(task_scratch.take<float>(products.points_size())),
+        strips(task_scratch.take<float>(products.strip_size())) {}
 
   void run() {
-    if (all.want_dgrad) products.transform(strips, points, pool);
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, all.affine});
@@ -199,7 +198,7 @@ class WinogradBackward {
         run_task(task, GivenPixels<T>{p.x});
     });
     all.finish();
-    if (all.want_wgrad) wgrad.finish(wgrads, direct, used, pool.tasks, p.grad_conv_weight, pool);
+    if (all.want_wgrad) wgrad.finish(taps, pool.tasks, p.grad_conv_weight, pool);
   }
 
  private:
@@ -207,7 +206,11 @@ class WinogradBackward {
   void run_task(int task, const Source source) {
     float* own = operands[task];
     float* own_wgrads = wgrads[task];
-    if (all.want_wgrad) std::fill_n(own_wgrads, wgrad.points_size(), 0.f);
+    if (all.want_wgrad) {
+      std::fill_n(own_wgrads, wgrad.points_size(), 0.f);
+      std::fill_n(taps[task], wgrad.taps_size(), 0.f);
+    }
+    if (all.want_dgrad) products.transform({0, p.N}, strips[task], points[task]);
     const int64_t most = products.groups.most();
     const Points<O> y(own, most), of_dgrad(own += y_size(), most), of_wgrad(own += dgrad_size(), most);
     own += wgrad_size();
@@ -230,7 +233,7 @@ class WinogradBackward {
                        read_ahead(tiles, groups, p.x, p.C, row, rows),
                        read_ahead(tiles, groups, p.grad, p.N, row, rows),
                        read_ahead(tiles, groups, p.features ? p.features : p.grad, p.N, row, p.features ? rows : 0));
-      products.run(of_dgrad, y, count, present_slices(tiles, row, rows), ahead);
+      products.run(points[task], of_dgrad, y, count, present_slices(tiles, row, rows), ahead);
       for (int64_t c = 0; c < p.C; c += L) {
         InputGradColumns<T> columns = all.columns(c);
         for (int64_t i = 0; i < rows; ++i) {
@@ -242,6 +245,7 @@ class WinogradBackward {
         all.add(task, c, columns);
       }
     });
+    if (all.want_wgrad) wgrad.turn_back(own_wgrads, taps[task]);
   }
 
   // The gradient's tiles of both products; and the bias' sums.
@@ -272,10 +276,7 @@ class WinogradBackward {
 
   template <class Source>
   void add_directly(int task, TileBand band, int64_t row, int64_t rows, const Source source) {
-    float* own = direct[task];
-    if (!used[task]) std::fill_n(own, wgrad.direct_size(), 0.f);
-    used[task] = true;
-    for (int64_t i = 0; i < rows; ++i) wgrad.add_directly(tiles, row + i, band, all.grad, source, own);
+    for (int64_t i = 0; i < rows; ++i) wgrad.add_directly(tiles, row + i, band, all.grad, source, taps[task]);
   }
 };
 

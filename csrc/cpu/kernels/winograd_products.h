@@ -45,49 +45,48 @@ struct PointProducts {
   int64_t K, N;
   int slices;
   Taps<const float> weight;  // its `input` is the inner dimension
-  const float* points;       // the same, transformed
 
   PointProducts(const TileGroups<O>& groups, int64_t K, int64_t N, int slices, Taps<const float> weight, bool backwards)
-      : groups(groups), K(K), N(N), slices(slices), weight(weight), points(nullptr) {
+      : groups(groups), K(K), N(N), slices(slices), weight(weight) {
     if (backwards) {  // the window turned round
       this->weight.data += (slices * 9 - 1) * weight.tap;
       this->weight.tap = -weight.tap;
     }
   }
   int64_t columns() const { return round_up(N, groups.block()); }
-  int64_t points_size() const { return columns() * K * slices * Winograd<O>::kPoints; }
+  // Of a block at one point. An odd number of vectors: the transform writes all points of a weight one after the other.
+  int64_t point_size() const { return slices * K * groups.block() + kLanes<float>; }
+  int64_t block_size() const { return Winograd<O>::kPoints * point_size(); }
+  int64_t points_size() const { return columns() / groups.block() * block_size(); }
   int64_t strip_size() const { return groups.block() * kStrip * slices * 9; }
 
-  // strips: of strip_size() for each task.
-  void transform(const Each<float> strips, float* to, const Pool& pool) {
-    points = to;
-    pool.run([&](int task) {
-      const Range range = part(K, kStrip, pool.tasks, task);
-      const int64_t block = groups.block();
-      for (int64_t k = range.begin; k < range.end; k += kStrip) {
-        const int64_t channels = std::min(kStrip, range.end - k);
-        Taps<const float> from = weight;
-        from.data += k * weight.input;
-        for (int64_t n = 0; n < N; n += block, from.data += block * weight.output) {
-          const Packing<Fma<float>> packing = {from, channels, N - n, slices * 9, channels, strips[task]};
-          packing.block(0, block, 0, channels);
-          transform_weights<O>(strips[task], channels, slices, block,
-                               to + (n * slices * Winograd<O>::kPoints * K) + k * block, K);
-        }
+  // Transforms some channels of the inner dimension, a multiple of kStrip from `begin` on. strip: of strip_size().
+  void transform(Range range, float* strip, float* points) const {
+    const int64_t block = groups.block();
+    for (int64_t k = range.begin; k < range.end; k += kStrip) {
+      const int64_t channels = std::min(kStrip, range.end - k);
+      Taps<const float> from = weight;
+      from.data += k * weight.input;
+      for (int64_t n = 0; n < N; n += block, from.data += block * weight.output) {
+        const Packing<Fma<float>> packing = {from, channels, N - n, slices * 9, channels, strip};
+        packing.block(0, block, 0, channels);
+        transform_weights<O>(strip, channels, slices, block, points + n / block * block_size() + k * block, K * block,
+                             point_size());
       }
-    });
+    }
   }
 
-  // out = in * weights for so many tiles, of some slices alone. Products take whole tiles of rows, so that zeros are
+  // out = in * points for so many tiles, of some slices alone. Products take whole tiles of rows, so that zeros are
   // put behind the last one.
-  void run(const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range, ReadsAhead& ahead) const {
+  void run(const float* points, const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range,
+           ReadsAhead& ahead) const {
     const int64_t vectors = Points<O>::vectors_of(K), beyond = TileGroups<O>::covered(tiles, groups.vectors) - tiles;
     for (int64_t v = range.begin * vectors; v < range.end * vectors; ++v)
       std::fill_n(in.at(v, tiles), beyond * Points<O>::kTile, 0.f);
-    if (groups.vectors == 1) run_blocks<1>(in, out, tiles, range, ahead);
-    if (groups.vectors == 2) run_blocks<2>(in, out, tiles, range, ahead);
+    if (groups.vectors == 1) run_blocks<1>(points, in, out, tiles, range, ahead);
+    if (groups.vectors == 2) run_blocks<2>(points, in, out, tiles, range, ahead);
     if constexpr (kMostVectors == 3)
-      if (groups.vectors == 3) run_blocks<3>(in, out, tiles, range, ahead);
+      if (groups.vectors == 3) run_blocks<3>(points, in, out, tiles, range, ahead);
   }
 
   // One vector of columns, from n on, of a row of tiles without Winograd's sums, which numbers that are not finite
@@ -119,7 +118,8 @@ struct PointProducts {
 
  private:
   template <int NV>
-  void run_blocks(const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range, ReadsAhead& ahead) const {
+  void run_blocks(const float* points, const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range,
+                  ReadsAhead& ahead) const {
     constexpr int kLong = kLongTiles<NV>, kShort = kShortTiles<NV>;
     const auto product =
         round_up(tiles, kLong) <= round_up(tiles, kShort) ? point_product<O, kLong, NV> : point_product<O, kShort, NV>;
@@ -127,7 +127,7 @@ struct PointProducts {
     const int64_t block = groups.block(), vectors = Points<O>::vectors_of(K);
     for (int64_t n = 0; n < N; n += block)
       for (int p = 0; p < Winograd<O>::kPoints; ++p) {
-        const float* weights = points + n * slices * Winograd<O>::kPoints * K + (p * slices + range.begin) * K * block;
+        const float* weights = points + n / block * block_size() + p * point_size() + range.begin * K * block;
         product(tiles, range.end - range.begin, K, in.at(range.begin * vectors, 0) + p * L, in.tiles * Points<O>::kTile,
                 weights, out.at(n / L, 0) + p * L, out.tiles * Points<O>::kTile, ahead);
       }
@@ -180,7 +180,7 @@ struct WinogradCost {
     const double inner = double(tiles.slices() * C);
     const double transforms = W::kInputCycles * tiles.slices() * vectors(C) + W::kOutputCycles * vectors(N);
     return (groups.work * inner + tile_count() * transforms) * spread(groups.bands * tiles.count) +
-           (packed ? 0 : W::kWeightCycles * inner * vectors(N));
+           (packed ? 0 : W::kWeightCycles * inner * vectors(N) * tasks);
   }
   double backward(const TileGroups<O>& groups) const {
     const double wgrad = double(W::kPoints * N) * tiles.slices() * vectors(C);
@@ -188,7 +188,7 @@ struct WinogradCost {
     const double transforms = 1.5 * (W::kInputCycles * inputs + W::kOutputCycles * vectors(C));  // from memory
     return (groups.work * double(tiles.slices() * N) + tile_count() * (wgrad + transforms)) *
                spread(groups.bands * tiles.count) +
-           2 * W::kWeightCycles * double(tiles.slices() * N) * vectors(C);
+           2 * W::kWeightCycles * double(tiles.slices() * N) * vectors(C) * tasks;
   }
 };
 

@@ -11,7 +11,7 @@ struct Winograd<2> {
   using V = Vec<float>;
   static constexpr int kPoints = 16;
   // Cycles, about, for a vector of columns of a tile.
-  static constexpr double kInputCycles = 200, kOutputCycles = 100, kWeightCycles = 120;
+  static constexpr double kInputCycles = 200, kOutputCycles = 100, kWeightCycles = 40;
 
   static DX_INLINE void inputs(const V (&d)[4], V (&u)[4]) {
     u[0] = d[0] - d[2];
@@ -50,7 +50,7 @@ template <>
 struct Winograd<4> {
   using V = Vec<float>;
   static constexpr int kPoints = 36;
-  static constexpr double kInputCycles = 300, kOutputCycles = 250, kWeightCycles = 300;
+  static constexpr double kInputCycles = 300, kOutputCycles = 250, kWeightCycles = 100;
 
   static DX_INLINE void inputs(const V (&d)[6], V (&u)[6]) {
     const V two = broadcast(2.f), four = broadcast(4.f), five = broadcast(5.f);
