@@ -155,6 +155,13 @@ def test_threads_share_the_work(
                 assert error(b, a) <= 256 * torch.finfo(a.dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_weights_are_packed_once(dtype: torch.dtype, products: str, threads: Callable[[int], None]) -> None:  # noqa: F811
+    """Beyond 2 MiB tasks share what each packs for itself otherwise."""
+    threads(3)
+    check_as_good_as_eager([1, 1, 5, 7], 2, 400, 300, dtype)
+
+
 def test_calls_at_once_do_not_share_memory(products: str) -> None:
     """One of them has the memory that tasks keep from call to call, the others have their own."""
     jobs, alone = [], []

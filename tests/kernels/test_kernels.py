@@ -146,6 +146,15 @@ def test_products_are_split_over_channels_too(
             assert all(outside_is_untouched(args) for args in runs[1].values() if isinstance(args, Tensor))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_weights_are_packed_once(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Beyond 2 MiB tasks share what each packs for itself otherwise."""
+    threads(3)
+    for name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
+        for call in getattr(kernel_calls, name)(67, 2100, True, (530,)):
+            check(name, call, dtype)
+
+
 @pytest.mark.parametrize("N", [48, 128])
 def test_bf16_products_are_as_good_as_eager(N: int, level: str) -> None:
     """Judged against PyTorch's own BatchNorm, ReLU and convolution under autocast, gradients included."""

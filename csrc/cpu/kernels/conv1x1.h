@@ -15,22 +15,24 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
   const int64_t packed_count = packed_size<P>(p.C, p.N);
   Scratch scratch(Affine<A>::bytes(p.C) + CallWeights<Operand>::bytes(kept, packed_count) + Scratch::bytes<A>(Np) +
                   TaskMoments::bytes(pool.tasks, p.N));
-  TaskScratch own(pool.tasks, 2 * Scratch::bytes<Operand>(panel_size));
+  TaskScratch own(pool.tasks,
+                  2 * Scratch::bytes<Operand>(panel_size) + CallWeights<Operand>::task_bytes(kept, packed_count));
   const Affine<A> affine(scratch, p.norm, p.C);
   const PackedForm form = {1, sizeof(Operand), P::kDepth, kLanes<A>, packed_count, grid.columns};
-  CallWeights<Operand> weights(scratch, kept, form, packed_count);
-  const Operand* const packed = weights.data();
+  CallWeights<Operand> weights(scratch, own, kept, form, packed_count);
+  const RightPacking<P> packing = {p.weight, p.C, p.N, 1, p.C, grid.columns};
   A* bias = scratch.take<A>(Np);
   std::fill_n(bias, Np, A(0));
   if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
   const Each<Operand> even = own.take<Operand>(panel_size), odd = own.take<Operand>(panel_size);
   const TaskMoments moments(scratch, pool.tasks, p.N);
-  weights.write([&](Operand* to) { pack_right<P>(p.weight, p.C, p.N, 1, p.C, grid.columns, to, pool); });
+  weights.write(pool, [&](Operand* to, int task, int tasks) { packing.share(to, task, tasks); });
 
   pool.run([&](int task) {
     AlongColumns<P> y = {even[task], pitch}, next_y = {odd[task], pitch};
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.N);
     MomentsSum sum = moments[task].from(range.begin);
+    const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.columns(to, task % grid.columns); });
     const auto fills = [&](int64_t m, const AlongColumns<P>& to) {
       const int64_t rows = std::clamp<int64_t>(all.end - m, 0, panel), behind = m + panel < all.end ? panel : 0;
       return PanelAhead<P, T>(rows, p.C, {{p.x.row(m), p.x.pitch}, affine}, to, behind);

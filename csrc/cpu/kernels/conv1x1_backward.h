@@ -148,19 +148,22 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
   const Range widest = grid.template column_range<A>(grid.columns - 1, p.C);
   const Panels panels(round_up(widest.end - widest.begin, L), p.N, want_wgrad);
   const int64_t steps = depth_steps<P>(p.N);
+  const int64_t packed_count = packed_size<P>(p.N, p.C);
   Scratch scratch(Affine<A>::bytes(p.C) + NormBackward<A>::bytes(p.N) +
-                  Scratch::bytes<Operand>(packed_size<P>(p.N, p.C)) + TaskSums::bytes(grid.rows, p.C));
-  TaskScratch task_scratch(pool.tasks,
-                           Scratch::bytes<Operand>(panels.operands()) + Scratch::bytes<A>(panels.wgrad_size));
+                  CallWeights<Operand>::bytes(nullptr, packed_count) + TaskSums::bytes(grid.rows, p.C));
+  TaskScratch task_scratch(pool.tasks, Scratch::bytes<Operand>(panels.operands()) +
+                                           Scratch::bytes<A>(panels.wgrad_size) +
+                                           CallWeights<Operand>::task_bytes(nullptr, packed_count));
   const Affine<A> affine(scratch, p.norm, p.C);
   // Without z there is no norm2 to go through; an all-zero stand-in keeps one code path.
   const NormBackward<A> norm2(scratch, p.z ? p.z_norm : Norm<A>{p.norm.mean, p.norm.var, nullptr, nullptr, 1.0},
                               p.z_grad_weight, p.z_grad_bias, p.M, p.z ? p.N : 0);
-  Operand* packed = scratch.take<Operand>(packed_size<P>(p.N, p.C));
+  CallWeights<Operand> weights(scratch, task_scratch, nullptr, {}, packed_count);
+  const RightPacking<P> packing = {p.weight, p.N, p.C, p.C, 1, grid.columns};
   const Each<Operand> operands = task_scratch.take<Operand>(panels.operands());
   const Each<A> wgrads = task_scratch.take<A>(panels.wgrad_size);
   const TaskSums sums(scratch, grid.rows, p.C);
-  pack_right<P>(p.weight, p.N, p.C, p.C, 1, grid.columns, packed, pool);
+  weights.write(pool, [&](Operand* to, int task, int tasks) { packing.share(to, task, tasks); });
 
   const Rows<const T> in =
       p.grad_in ? p.grad_in : Rows<const T>{p.accumulate ? p.grad_x.data : nullptr, p.grad_x.pitch};
@@ -169,6 +172,7 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.C);
     const int64_t C = range.end - range.begin;
     Operand* own = operands[task];
+    const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.columns(to, task % grid.columns); });
     const AlongRows<P> y = {own, panels.y_pitch};
     const AlongColumns<P> dz = {own + panels.y_size, panels.dz_pitch};
     const AlongRows<P> dz_rows = {Panels::kSame ? dz.data : dz.data + panels.dz_size, panels.dz_rows_pitch};

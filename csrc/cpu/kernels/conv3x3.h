@@ -55,6 +55,7 @@ class Conv3x3Forward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<A> affine;
+  const TapsPacking<P> packing;
   CallWeights<Operand> weights;
   const Each<Operand> rings, staging;
   const Conv3x3Output<T> output;
@@ -80,9 +81,11 @@ class Conv3x3Forward {
         scratch(Affine<A>::bytes(norm_size) + CallWeights<Operand>::bytes(kept, packed_size()) +
                 Scratch::bytes<A>(Conv3x3Output<T>::bias_size(p.N)) + Scratch::bytes<Operand>(ring.zeros_size()) +
                 TaskMoments::bytes(pool.tasks, p.N)),
-        task_scratch(pool.tasks, Scratch::bytes<Operand>(ring.size()) + Scratch::bytes<Operand>(staging_size())),
+        task_scratch(pool.tasks, Scratch::bytes<Operand>(ring.size()) + Scratch::bytes<Operand>(staging_size()) +
+                                     CallWeights<Operand>::task_bytes(kept, packed_size())),
         affine(scratch, p.norm, norm_size),
-        weights(scratch, kept, {2, sizeof(Operand), P::kDepth, L, packed_size(), lanes.R}, packed_size()),
+        packing{p.weight, p.C, p.N, image.rows * 3, lanes.R},
+        weights(scratch, task_scratch, kept, {2, sizeof(Operand), P::kDepth, L, packed_size(), lanes.R}, packed_size()),
         rings(task_scratch.take<Operand>(ring.size())),
         staging(task_scratch.take<Operand>(staging_size())),
         output(scratch, p),
@@ -92,7 +95,7 @@ class Conv3x3Forward {
   }
 
   void run() {
-    weights.write([&](Operand* to) { pack_taps<P>(p.weight, p.C, p.N, image.rows * 3, false, to, pool, lanes.R); });
+    weights.write(pool, [&](Operand* to, int task, int tasks) { packing.share(to, task, tasks); });
     pool.run([&](int task) { run_task(task); });
     if (p.out_mean) moments.finish(p.N, p.out_mean, p.out_var);
   }
@@ -105,8 +108,9 @@ class Conv3x3Forward {
     std::fill_n(own.data, own.size(), Operand{});
     std::fill_n(own_staging, staging_size(), Operand{});
     MomentsSum sum = moments[task];
-    const LineConv<P> conv = {image, weights.data(), p.C, p.N};
-    const LanesConv<P> lanes_conv = {image, weights.data(), p.C, p.N, lanes.R};
+    const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.share(to, 0, 1); });
+    const LineConv<P> conv = {image, packed, p.C, p.N};
+    const LanesConv<P> lanes_conv = {image, packed, p.C, p.N, lanes.R};
     int64_t filled = 0;  // the line up to which the ring is
     stripes.for_task(image, pool.tasks, task, [&](Stripes::Band band, int64_t line, int64_t lines, bool starts) {
       if (starts) filled = std::max(line - image.reach, image.image_begin(line));

@@ -179,7 +179,8 @@ class Conv3x3Backward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Conv3x3Gradients<T> all;
-  Operand* packed;
+  const TapsPacking<P> packing;
+  CallWeights<Operand> weights;
   const Each<Operand> operands;
   const Each<A> wgrads;
 
@@ -211,10 +212,13 @@ class Conv3x3Backward {
         // Tiles read some columns beyond the last row.
         g_rows_size(kPairs ? g.slots * g_rows_line + kLongRows : 0),
         scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + Scratch::bytes<Operand>(g.zeros_size()) +
-                Scratch::bytes<Operand>(packed_size())),
-        task_scratch(pool.tasks, Scratch::bytes<Operand>(task_operands()) + Scratch::bytes<A>(wgrad_size())),
+                CallWeights<Operand>::bytes(nullptr, packed_size())),
+        task_scratch(pool.tasks, Scratch::bytes<Operand>(task_operands()) + Scratch::bytes<A>(wgrad_size()) +
+                                     CallWeights<Operand>::task_bytes(nullptr, packed_size())),
         all(scratch, p, pool.tasks),
-        packed(scratch.take<Operand>(packed_size())),
+        packing(TapsPacking<P>::backwards({p.weight.data, p.weight.input, p.weight.output, p.weight.tap}, p.N, p.C,
+                                          wgrad.taps)),
+        weights(scratch, task_scratch, nullptr, {}, packed_size()),
         operands(task_scratch.take<Operand>(task_operands())),
         wgrads(task_scratch.take<A>(wgrad_size())) {
     g.zeros = scratch.take<Operand>(g.zeros_size());
@@ -222,8 +226,7 @@ class Conv3x3Backward {
   }
 
   void run() {
-    const Taps<const A> turned = {p.weight.data, p.weight.input, p.weight.output, p.weight.tap};
-    if (want_dgrad) pack_taps<P>(turned, p.N, p.C, wgrad.taps, true, packed, pool);
+    if (want_dgrad) weights.write(pool, [&](Operand* to, int task, int tasks) { packing.share(to, task, tasks); });
     pool.run([&](int task) { run_task(task); });
     all.finish();
     if (want_wgrad) wgrad.finish(wgrads, pool.tasks, p.grad_conv_weight, pool);
@@ -239,6 +242,8 @@ class Conv3x3Backward {
     own_y.data = own;
     own_g.data = own + y_size();
     Operand* g_rows = own_g.data + whole(g.size());
+    const Operand* packed = nullptr;
+    if (want_dgrad) packed = weights.of_task(task, [&](Operand* to) { packing.share(to, 0, 1); });
     const LineConv<P> conv = {image, packed, p.N, p.C};
     int64_t filled = 0;  // the line up to which the rings are
     stripes.for_task(image, pool.tasks, task, [&](Stripes::Band band, int64_t line, int64_t lines, bool starts) {

@@ -127,36 +127,55 @@ struct Packing {
 constexpr int kPackedSteps = 128;  // at a time: of few columns, so that few streams of memory are read at once
 constexpr int kPackedUnit = 16;    // steps that one task packs
 
-// Packs [K, N] from w, whose element (k, n) is w[k * k_stride + n * n_stride]. `parts`: the column blocks are those of
-// so many tasks side by side. The tasks share the inner dimension.
+// Packs [K, N] from w, whose element (k, n) is w[k * k_stride + n * n_stride]. The column blocks are those of `parts`
+// tasks side by side.
 template <class P>
-inline void pack_right(const typename P::A* w, int64_t K, int64_t N, int64_t k_stride, int64_t n_stride, int parts,
-                       typename P::Operand* packed, const Pool& pool) {
+struct RightPacking {
   using A = typename P::A;
-  const Packing<P> packing = {{w, n_stride, k_stride, 0}, K, N, 1, depth_steps<P>(K), packed};
-  pool.run([&](int task) {
-    const Range range = part(packing.steps, kPackedUnit, pool.tasks, task);
-    for (int64_t k = range.begin; k < range.end; k += kPackedSteps)
-      for (int i = 0; i < parts; ++i) {
-        const Range columns = part(N, kLanes<A>, parts, i);
-        for_column_blocks<A>(columns.begin, columns.end, [&](int64_t n, auto vectors) {
-          packing.block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kPackedSteps, range.end));
+  using Operand = typename P::Operand;
+  const A* w;
+  int64_t K, N, k_stride, n_stride;
+  int parts;
+
+  // A task's share of the inner dimension, for all columns.
+  void share(Operand* packed, int task, int tasks) const {
+    some(packed, part(depth_steps<P>(K), kPackedUnit, tasks, task), {0, parts});
+  }
+  // All of the inner dimension, for one part of the columns.
+  void columns(Operand* packed, int i) const { some(packed, {0, depth_steps<P>(K)}, {i, i + 1}); }
+
+ private:
+  void some(Operand* packed, Range steps, Range of_parts) const {
+    const Packing<P> packing = {{w, n_stride, k_stride, 0}, K, N, 1, depth_steps<P>(K), packed};
+    for (int64_t k = steps.begin; k < steps.end; k += kPackedSteps)
+      for (int64_t i = of_parts.begin; i < of_parts.end; ++i) {
+        const Range range = part(N, kLanes<A>, parts, int(i));
+        for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
+          packing.block(n, decltype(vectors)::value * kLanes<A>, k, std::min(k + kPackedSteps, steps.end));
         });
       }
-  });
-}
+  }
+};
 
 // Packs [taps, K, N] in the column blocks of a product, or in blocks of so many columns each. `w` has the inner
-// dimension as its `input`, `backwards` with the window turned round.
+// dimension as its `input`.
 template <class P>
-inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, int64_t taps, bool backwards,
-                      typename P::Operand* packed, const Pool& pool, int64_t block = 0) {
+struct TapsPacking {
   using A = typename P::A;
-  Taps<const A> turned = w;
-  if (backwards) turned.data += (taps - 1) * w.tap, turned.tap = -w.tap;
-  const Packing<P> packing = {turned, K, N, taps, depth_steps<P>(K), packed};
-  pool.run([&](int task) {
-    const Range range = part(packing.steps, kPackedUnit, pool.tasks, task);
+  Taps<const A> w;
+  int64_t K, N, taps;
+  int64_t block = 0;
+
+  // With the window turned round.
+  static TapsPacking backwards(Taps<const A> w, int64_t K, int64_t N, int64_t taps) {
+    w.data += (taps - 1) * w.tap;
+    w.tap = -w.tap;
+    return {w, K, N, taps};
+  }
+  // A task's share of the inner dimension.
+  void share(typename P::Operand* packed, int task, int tasks) const {
+    const Packing<P> packing = {w, K, N, taps, depth_steps<P>(K), packed};
+    const Range range = part(packing.steps, kPackedUnit, tasks, task);
     for (int64_t k = range.begin; k < range.end; k += kPackedSteps) {
       const int64_t end = std::min<int64_t>(k + kPackedSteps, range.end);
       if (block > 0)
@@ -165,5 +184,5 @@ inline void pack_taps(const Taps<const typename P::A> w, int64_t K, int64_t N, i
         for_column_blocks<A>(
             0, N, [&](int64_t n, auto vectors) { packing.block(n, decltype(vectors)::value * kLanes<A>, k, end); });
     }
-  });
-}
+  }
+};

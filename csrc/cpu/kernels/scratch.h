@@ -50,26 +50,42 @@ class TaskScratch {
   size_t used_ = 0;
 };
 
-// The packed weights of a call: in its scratch, or kept.
+// The packed weights of a call: kept ones; or each task's own, as what another core has written takes longer to come
+// than to pack; or, where those would be too large, the call's, which its tasks share.
 template <class Operand>
 class CallWeights {
  public:
-  static size_t bytes(const PackedWeights* kept, int64_t count) { return kept ? 0 : Scratch::bytes<Operand>(count); }
-  CallWeights(Scratch& scratch, PackedWeights* kept, const PackedForm& form, int64_t count)
-      : memory_(kept, form, Scratch::bytes<Operand>(count)),
-        data_(kept ? static_cast<Operand*>(memory_.data()) : scratch.take<Operand>(count)) {}
-  const Operand* data() const { return data_; }
-  // Has pack(where) write them, unless they are there.
+  static size_t bytes(const PackedWeights* kept, int64_t count) { return kept || own(count) ? 0 : size(count); }
+  static size_t task_bytes(const PackedWeights* kept, int64_t count) { return kept || !own(count) ? 0 : size(count); }
+  CallWeights(Scratch& scratch, TaskScratch& task_scratch, PackedWeights* kept, const PackedForm& form, int64_t count)
+      : memory_(kept, form, size(count)),
+        own_(task_scratch.take<Operand>(kept || !own(count) ? 0 : count)),
+        shared_(kept         ? static_cast<Operand*>(memory_.data())
+                : own(count) ? nullptr
+                             : scratch.take<Operand>(count)) {}
+
+  // Has pack(to, task, tasks) write each task's share of what tasks share, unless that is there.
   template <class Pack>
-  void write(const Pack& pack) {
-    if (memory_.ready()) return;
-    pack(data_);
+  void write(const Pool& pool, const Pack& pack) {
+    if (!shared_ || memory_.ready()) return;
+    pool.run([&](int task) { pack(shared_, task, pool.tasks); });
     memory_.keep();
+  }
+  // A task's weights. Has pack(to) write those that are its own.
+  template <class Pack>
+  const Operand* of_task(int task, const Pack& pack) const {
+    if (shared_) return shared_;
+    pack(own_[task]);
+    return own_[task];
   }
 
  private:
+  static size_t size(int64_t count) { return Scratch::bytes<Operand>(count); }
+  static bool own(int64_t count) { return size(count) <= size_t(2) << 20; }
+
   PackedMemory memory_;
-  Operand* data_;
+  Each<Operand> own_;
+  Operand* shared_;
 };
 
 // Columns rounded up to whole vectors: per-channel scratch can then be read and written without looking at the edge.

@@ -151,7 +151,8 @@ class WinogradBackward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Conv3x3Gradients<T> all;
-  const Each<float> operands, wgrads, taps, points, strips;
+  CallWeights<float> weights;
+  const Each<float> operands, wgrads, taps, strips;
 
   // What a task has: inputs or outputs, the gradient for dgrad and for wgrad, and the lines of outputs.
   int64_t size_of(int64_t vectors) const { return Points<O>::size(products.groups.most(), vectors); }
@@ -178,19 +179,23 @@ class WinogradBackward {
                  true),
         wgrad{p.N, p.C, slices},
         y_vectors(std::max(slices * Points<O>::vectors_of(p.C), products.columns() / L)),
-        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks)),
+        scratch(Conv3x3Gradients<T>::bytes(p, pool.tasks) + CallWeights<float>::bytes(nullptr, products.points_size())),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(wgrad.points_size()) +
                                      Scratch::bytes<float>(wgrad.taps_size()) +
-                                     Scratch::bytes<float>(products.points_size()) +
+                                     CallWeights<float>::task_bytes(nullptr, products.points_size()) +
                                      Scratch::bytes<float>(products.strip_size())),
         all(scratch, p, pool.tasks),
+        weights(scratch, task_scratch, nullptr, {}, products.points_size()),
         operands(task_scratch.take<float>(task_size())),
         wgrads(task_scratch.take<float>(wgrad.points_size())),
         taps(task_scratch.take<float>(wgrad.taps_size())),
-        points(task_scratch.take<float>(products.points_size())),
         strips(task_scratch.take<float>(products.strip_size())) {}
 
   void run() {
+    if (all.want_dgrad)
+      weights.write(pool, [&](float* to, int task, int tasks) {
+        products.transform(part(p.N, products.kStrip, tasks, task), strips[task], to);
+      });
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, all.affine});
@@ -210,7 +215,9 @@ class WinogradBackward {
       std::fill_n(own_wgrads, wgrad.points_size(), 0.f);
       std::fill_n(taps[task], wgrad.taps_size(), 0.f);
     }
-    if (all.want_dgrad) products.transform({0, p.N}, strips[task], points[task]);
+    const float* points = nullptr;
+    if (all.want_dgrad)
+      points = weights.of_task(task, [&](float* to) { products.transform({0, p.N}, strips[task], to); });
     const int64_t most = products.groups.most();
     const Points<O> y(own, most), of_dgrad(own += y_size(), most), of_wgrad(own += dgrad_size(), most);
     own += wgrad_size();
@@ -233,7 +240,7 @@ class WinogradBackward {
                        read_ahead(tiles, groups, p.x, p.C, row, rows),
                        read_ahead(tiles, groups, p.grad, p.N, row, rows),
                        read_ahead(tiles, groups, p.features ? p.features : p.grad, p.N, row, p.features ? rows : 0));
-      products.run(points[task], of_dgrad, y, count, present_slices(tiles, row, rows), ahead);
+      products.run(points, of_dgrad, y, count, present_slices(tiles, row, rows), ahead);
       for (int64_t c = 0; c < p.C; c += L) {
         InputGradColumns<T> columns = all.columns(c);
         for (int64_t i = 0; i < rows; ++i) {

@@ -15,8 +15,8 @@ class WinogradForward {
   Scratch scratch;
   TaskScratch task_scratch;
   const Affine<float> affine;
-  PackedMemory packed;
-  const Each<float> operands, points, strips;
+  CallWeights<float> weights;
+  const Each<float> operands, strips;
   const Conv3x3Output<T> output;
   const TaskMoments moments;
 
@@ -25,10 +25,6 @@ class WinogradForward {
   int64_t out_size() const { return Points<O>::size(products.groups.most(), products.columns() / L); }
   int64_t lines_size() const { return O * O * products.groups.band * L; }
   int64_t task_size() const { return in_size() + out_size() + lines_size(); }
-  // The transformed weights, unless they are kept. A task has all of them: what another core has written takes longer
-  // to come than to compute.
-  int64_t points_size(const PackedWeights* kept) const { return kept ? 0 : products.points_size(); }
-  float* kept_points() const { return static_cast<float*>(packed.data()); }
 
  public:
   static TileGroups<O> groups(const BnReluConv3x3<T>& p, const TileRows<O>& tiles) {
@@ -45,26 +41,23 @@ class WinogradForward {
         in_vectors(slices * Points<O>::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
         products(groups, p.C, p.N, slices, p.weight, false),
-        scratch(Affine<float>::bytes(norm_size) + Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) +
-                TaskMoments::bytes(pool.tasks, p.N)),
-        task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) + Scratch::bytes<float>(points_size(kept)) +
+        scratch(Affine<float>::bytes(norm_size) + CallWeights<float>::bytes(kept, products.points_size()) +
+                Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
+        task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) +
+                                     CallWeights<float>::task_bytes(kept, products.points_size()) +
                                      Scratch::bytes<float>(products.strip_size())),
         affine(scratch, p.norm, norm_size),
-        packed(kept, {3, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors},
-               Scratch::bytes<float>(products.points_size())),
+        weights(scratch, task_scratch, kept,
+                {3, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors}, products.points_size()),
         operands(task_scratch.take<float>(task_size())),
-        points(task_scratch.take<float>(points_size(kept))),
         strips(task_scratch.take<float>(products.strip_size())),
         output(scratch, p),
         moments(scratch, pool.tasks, p.N) {}
 
   void run() {
-    if (kept_points() && !packed.ready()) {
-      pool.run([&](int task) {
-        products.transform(part(p.C, products.kStrip, pool.tasks, task), strips[task], kept_points());
-      });
-      packed.keep();
-    }
+    weights.write(pool, [&](float* to, int task, int tasks) {
+      products.transform(part(p.C, products.kStrip, tasks, task), strips[task], to);
+    });
     pool.run([&](int task) {
       if (p.norm.mean)
         run_task(task, NormalisedRows<T>{p.x, affine});
@@ -78,8 +71,7 @@ class WinogradForward {
   template <class Source>
   void run_task(int task, const Source source) const {
     float* own = operands[task];
-    const float* weights = kept_points();
-    if (!weights) products.transform({0, p.C}, strips[task], points[task]), weights = points[task];
+    const float* points = weights.of_task(task, [&](float* to) { products.transform({0, p.C}, strips[task], to); });
     const int64_t most = products.groups.most();
     const Points<O> in(own, most), out(own += in_size(), most);
     own += out_size();
@@ -91,7 +83,7 @@ class WinogradForward {
       transform_rows<false>(tiles, band, row, rows, present, p.C, source, in);
       ReadsAhead ahead(own_lines(tiles, products.groups, Rows<const T>{p.out.data, p.out.pitch}, p.N, row, rows),
                        read_ahead(tiles, products.groups, p.x, p.C, row, rows));
-      products.run(weights, in, out, rows * band.count, present, ahead);
+      products.run(points, in, out, rows * band.count, present, ahead);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t n = 0; n < p.N; n += L) {
           if (!transform_outputs<O>(out.at(n / L, i * band.count), band.count, lines))
