@@ -137,9 +137,12 @@ def check_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: to
             torch.testing.assert_close(found[1].double(), mean, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[2].double(), var, rtol=1e-4, atol=1e-5)
             found, theirs, right = found[:1], theirs[:1], right[:1]
-        # sums over few rows and channels may cancel: one of eager's may be right by chance
-        least = 0.0 if dtype == F64 else 40 * torch.finfo(dtype).eps * (10 if C < 8 or len(got["x"]) < 50 else 1)
-        assert_as_good(found, theirs, right, factor=2.0, floor=64.0, least=least)
+        # sums over few rows and channels may cancel: one of eager's may be right by chance; numbers of 16 bits round
+        # but once, when they are stored
+        roundings = 64.0 if torch.finfo(dtype).eps < 1e-4 else 1.0
+        few = 10 if C < 8 or len(got["x"]) < 50 else 1
+        least = 0.0 if dtype == F64 else 0.625 * roundings * torch.finfo(dtype).eps * few
+        assert_as_good(found, theirs, right, factor=2.0, floor=roundings, least=least)
         assert all(
             outside_is_untouched(value) for value in got.values() if isinstance(value, Tensor) and value.dim() == 2
         )
