@@ -19,6 +19,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/transpose.h"
 #include "kernels/packing.h"
 #include "kernels/panels.h"
+#include "kernels/panel_ahead.h"
 #include "kernels/conv1x1.h"
 #include "kernels/conv1x1_backward.h"
 #include "kernels/lines.h"
