@@ -241,12 +241,12 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
     for (int64_t i = channels.begin; i < channels.end; ++i)
       for (int column = 0; column < grid.columns; ++column) {
         const Range range = grid.template column_range<A>(column, p.C);
-        for (int64_t c = range.begin; c < range.end; ++c) {
-          A total = 0;
+        for_columns<A>(range.end - range.begin, [&](int64_t c, auto columns) {
+          Vec<A> total = {};
           for (int row = 0; row < grid.rows; ++row)
-            total += wgrads[row * grid.columns + column][i * panels.y_pitch + c - range.begin];
-          p.grad_conv_weight[i * p.C + c] = total;
-        }
+            total += load_vec(wgrads[row * grid.columns + column] + i * panels.y_pitch + c);
+          columns.store(p.grad_conv_weight + i * p.C + range.begin + c, total);
+        });
       }
   });
 }
