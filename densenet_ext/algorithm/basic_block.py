@@ -112,7 +112,7 @@ def basic_block(
         rows = [count if group else M for group in config.groups] if own.synced else M
         own.movement.move([mean], [var], rows)
 
-    out = run(own.repeated.operation, config, tensors, move)
+    out = run(own.repeated.operation, config, tensors, move, own.repeated.present(tensors))
     return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 

@@ -143,7 +143,7 @@ def dense_block(
             rows = [counts[i : i + 1] if group else M for i, group in zip(at, config.groups, strict=True)]
         own.movement.move([mean, z_mean], [var, z_var], rows)
 
-    out = run(own.repeated.operation, config, tensors, move)
+    out = run(own.repeated.operation, config, tensors, move, own.repeated.present(tensors))
     return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 

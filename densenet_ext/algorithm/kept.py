@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from densenet_ext import kernels
 from densenet_ext.algorithm.conversions import grad_like
-from densenet_ext.algorithm.operation import Config, Operation, check_data
+from densenet_ext.algorithm.operation import Config, Operation, Present, check_data
 from densenet_ext.algorithm.values import Tensors
 
 
@@ -129,6 +129,7 @@ class Repeated:
     def __init__(self, operation: Operation, calls: BlockCalls) -> None:
         self._plain, self._calls = operation, calls
         self._operation: Operation | None = None
+        self._present: Present | None = None
 
     @property
     def operation(self) -> Operation:
@@ -139,6 +140,16 @@ class Repeated:
             calls = self._calls
             self._operation = self._plain._replace(forward=calls.forward, backward=calls.backward, check=calls.check)
         return self._operation
+
+    def present(self, tensors: Tensors) -> Present | None:
+        """Returns which of a call's tensors are there; in compiled code None, which leaves it to the call."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._present is None:
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+            plain = not any(x is not None and wrapped(x) for x in tensors[1:])
+            self._present = Present([x is not None for x in tensors], plain)
+        return self._present
 
     def hold(self) -> bool | None:
         """Returns whether the parameters have the dtype, the device and the layout that they had; None: nobody
@@ -155,24 +166,24 @@ class Wanted:
     def __init__(self, layers: KeptLayers, like: Tensor, needs: Sequence[bool]) -> None:
         """like: the block's buffer."""
         self._parameters = layers.parameters
-        self.bits, self._places = _wanted(tuple(needs), layers.per_layer)
+        self.bits, self._places, self._there = _wanted(tuple(needs), layers.per_layer)
         acc = kernels.acc_dtype(like.dtype)
         self._alike = layers.dtype == acc
         self._without_data: list[Any] = []
         if isinstance(like, FakeTensor):  # the operation does nothing, and somebody counts memory
             self._without_data = [new_gradient(self._parameters[i], acc) for i in self._places]
 
-    def gradients(self, found: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(self, found: Sequence[Tensor]) -> Tensors:
         """Returns one gradient or None per parameter, in its dtype and layout; ``found``: the operation's."""
-        grads: list[Tensor | None] = [None] * len(self._parameters)
-        for i, grad in zip(self._places, self._without_data or found, strict=True):
-            grads[i] = grad if self._alike else grad_like(grad, self._parameters[i])
-        return grads
+        grads: Sequence[Any] = self._without_data or found
+        if not self._alike:
+            grads = [grad_like(grad, self._parameters[i]) for i, grad in zip(self._places, grads, strict=True)]
+        return self._there.among_all(grads, None)
 
 
 @lru_cache(maxsize=256)
-def _wanted(needs: tuple[bool, ...], per_layer: int) -> tuple[list[int], list[int]]:
-    return _bits(needs, per_layer), [i for i, need in enumerate(needs) if need]
+def _wanted(needs: tuple[bool, ...], per_layer: int) -> tuple[list[int], list[int], Present]:
+    return _bits(needs, per_layer), [i for i, need in enumerate(needs) if need], Present(needs)
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -107,6 +109,34 @@ def _frozen_stats(operation: Operation, config: Config, tensors: Tensors) -> Ten
     return torch.cat(running) if running else None  # type: ignore[arg-type]
 
 
+class Present:
+    """Which tensors of a call are there, so that autograd, which looks at each of them, is given no others.
+
+    given: whether each is. plain: none but the first is a wrapper of ``torch.func``, as who made this has seen.
+    """
+
+    def __init__(self, given: Sequence[bool], plain: bool = False) -> None:
+        places = [i for i, there in enumerate(given) if there]
+        at = iter(range(len(places)))
+        # two more, since there is no tuple of one index alone
+        self._places = itemgetter(*places, 0, 0)
+        self._values = itemgetter(*(next(at) if there else len(places) for there in given), 0, 0)
+        self.plain = plain
+
+    def of(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns the values of those tensors that are there, of one for each tensor."""
+        return self._places(values)[:-2]
+
+    def among_all(self, values: Sequence[Any], absent: Any) -> tuple[Any, ...]:
+        """Returns a value for each tensor: of ``values`` where it is there, else ``absent``."""
+        return self._values((*values, absent))[:-2]
+
+
+@lru_cache(maxsize=256)
+def _present(given: tuple[bool, ...]) -> Present:
+    return Present(given)
+
+
 class _Saved(NamedTuple):
     """How the tensors that are saved for the backward pass are to be read."""
 
@@ -121,24 +151,21 @@ def _save(
     """Saves what the backward pass reads of ``tensors`` and ``results``, and the ``_frozen_stats``."""
     stats = [] if config.save == "nothing" else _running_stats(operation, config)
     ctx.saved = _Saved(len(tensors), stats, [tensors[i].shape[0] for i in stats])  # type: ignore[union-attr]
-    kept, results = list(tensors), list(results)
-    unread = [*stats, *range(len(tensors) - operation.values, len(tensors))]
-    if operation.restore is None:
-        results[0] = None
-    else:
-        unread.append(0)
-    for i in unread:
+    kept = [*tensors, *results, frozen]
+    for i in (*stats, *range(len(tensors) - operation.values, len(tensors))):
         kept[i] = None
-    ctx.save_for_backward(*kept, *results, frozen)
+    kept[len(tensors) if operation.restore is None else 0] = None  # the output, or the features
+    ctx.save_for_backward(*kept)
 
 
-def _load(ctx: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _load(ctx: Any) -> tuple[Tensors, Tensors]:
     """The operation's tensors, with the running statistics that the forward pass used, and its results."""
     count, stats, sizes = ctx.saved
-    saved = list(ctx.saved_tensors)
+    saved = ctx.saved_tensors
     tensors, results, frozen = saved[:count], saved[count:-1], saved[-1]
     if stats:
         assert frozen is not None
+        tensors = list(tensors)
         for i, values in zip(stats, frozen.split(sizes), strict=True):
             tensors[i] = values
     return tensors, results
@@ -158,8 +185,14 @@ def _is_recorded(tensors: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def run(operation: Operation, config: Config, tensors: Tensors, then: Callable[[Sequence[Tensor]], object]) -> Tensor:
-    """The operation's output, differentiable in ``tensors``.
+def run(
+    operation: Operation,
+    config: Config,
+    tensors: Tensors,
+    then: Callable[[Sequence[Tensor]], object],
+    present: Present | None = None,
+) -> Tensor:
+    """The operation's output, differentiable in ``tensors``; ``present``: which are there, from who has seen before.
 
     ``then`` is called with all results, which are values then, to move running statistics: before autograd saves
     anything, because a recomputation by ``torch.utils.checkpoint`` breaks off as soon as it has saved enough, and
@@ -179,7 +212,9 @@ def run(operation: Operation, config: Config, tensors: Tensors, then: Callable[[
             results = operation.forward(config, tensors)
         then(results)
         return results[0]
-    out: Tensor = _Fused.apply(operation, config, then, *tensors)
+    if present is None:
+        present = _present(tuple([x is not None for x in tensors]))
+    out: Tensor = _Fused.apply(_Call(operation, config, tensors, then, present), *present.of(tensors))
     return out
 
 
@@ -196,23 +231,40 @@ _AS_IT_IS = nullcontext()
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+class _Call(NamedTuple):
+    """What a call is but for its tensors as autograd takes them."""
+
+    operation: Operation
+    config: Config
+    tensors: Tensors
+    then: Callable[[Sequence[Tensor]], object]
+    present: Present
+
+
 class _Fused(torch.autograd.Function):
+    @classmethod
+    def apply(cls, call: _Call, *present: Tensor) -> Any:
+        if not call.present.plain or torch._C._are_functorch_transforms_active():
+            return super().apply(call, *present)
+        # Function.apply looks at every argument, in Python, for a wrapper that torch.func has left over
+        x = torch._C._functorch.unwrap_if_dead(present[0])
+        if x is not present[0]:
+            call = call._replace(tensors=[x, *call.tensors[1:]])
+        return super(torch.autograd.Function, cls).apply(call, x, *present[1:])  # type: ignore[misc]
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        operation: Operation,
-        config: Config,
-        then: Callable[[Sequence[Tensor]], object],
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        kind = tensors[0].device.type  # type: ignore[union-attr]
+    def forward(ctx: Any, call: _Call, *present: Tensor) -> Tensor:
+        operation, config, tensors, then, there = call
+        if not there.plain:  # else `present` are the same tensors
+            tensors = there.among_all(present, None)
+        kind = present[0].device.type
         with _without_autocast(kind):
             results, frozen = operation.forward(config, tensors), _frozen_stats(operation, config, tensors)
         then(results)
-        ctx.operation, ctx.config = operation, config
+        ctx.operation, ctx.config, ctx.present = operation, config, there
         enabled = autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
-        ctx.input_requires_grad = tensors[0].requires_grad  # type: ignore[union-attr]
+        ctx.input_requires_grad = present[0].requires_grad
         _save(ctx, operation, config, tensors, results, frozen)
         ctx.set_materialize_grads(False)
         return results[0]
@@ -220,18 +272,21 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         operation, config = ctx.operation, ctx.config
-        needs = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[1:]
         if grad is None:
-            return (None,) * (3 + len(needs))
+            return (None,) * (1 + len(needed))
+        needs = ctx.present.among_all(needed, False)
         tensors, results = _load(ctx)
         if torch.is_grad_enabled() or _is_batched(grad):
             if operation.restore is not None:
                 assert results[0] is not None
                 x = operation.restore(config, tensors, results[0])
-                tensors[0] = x if ctx.input_requires_grad else x.detach()
-            return (None, None, None, *_reference_backward(operation, config, grad, tensors, needs, ctx.autocast))
-        with _without_autocast(grad.device.type):
-            return (None, None, None, *operation.backward(config, grad, tensors, results, needs))
+                tensors = [x if ctx.input_requires_grad else x.detach(), *tensors[1:]]
+            grads = _reference_backward(operation, config, grad, tensors, needs, ctx.autocast)
+        else:
+            with _without_autocast(grad.device.type):
+                grads = operation.backward(config, grad, tensors, results, needs)
+        return None, *ctx.present.of(grads)
 
 
 def _is_batched(grad: Tensor) -> bool:
