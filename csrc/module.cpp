@@ -9,6 +9,7 @@
 #if defined(USE_CUDA)
 #include "cuda/kernels.h"
 #endif
+#include "ops/kept.h"
 #include "record.h"
 
 namespace {
@@ -70,6 +71,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, pybind11::object, bool>(),
            pybind11::arg("entries"), pybind11::arg("typed"), pybind11::arg("absent"), pybind11::arg("identical"))
       .def("holds", &dx::Record::holds, "Whether they hold it still.");
+  m.def("kept_hold", &dx::ops::kept_hold, pybind11::arg("kept"),
+        "The operator of this name, without the time that a call through the dispatcher takes.");
 #if defined(USE_CUDA)
   m.def(
       "why_no_kernel",

@@ -12,3 +12,6 @@ def set_simd_level(name: str) -> None:
 
 def why_no_kernel() -> str | None:
     """Why the kernels do not run on the current GPU, or None when they do. Only in builds with GPU kernels."""
+
+def kept_hold(kept: int) -> bool:
+    """The operation of this name, without the time that a call through the dispatcher takes."""

@@ -19,7 +19,7 @@ class AroundCall {
              const OptionalTensor& var, const OptionalTensor& taken_mean, const OptionalTensor& taken_var,
              const OptionalTensor& weight, const OptionalTensor& bias, double eps)
       : at_(at), parameters_(at) {
-    check_two_dims(x, "x");
+    check_is_features(x, "x");
     check_together(mean, var, "mean and var");
     check_together(taken_mean, taken_var, "taken_mean and taken_var");
     STD_TORCH_CHECK(mean.has_value() != taken_mean.has_value(),
@@ -28,7 +28,7 @@ class AroundCall {
     const int64_t C = x.size(1);
     STD_TORCH_CHECK(C > 0, "densenet_ext: x: expected at least one channel, got shape ", shape_of(x));
     unit.C = C, unit.pooling = pooling;
-    unit.x = rows<T>(at, x, "x", pooling.in_rows(), C);
+    unit.x = features<T>(at, x, "x", pooling.in_rows(), C);
     unit.mean = dense_out<A>(at, taken_mean, "taken_mean", C), unit.var = dense_out<A>(at, taken_var, "taken_var", C);
     unit.norm = {unit.mean, unit.var, vector(weight, "weight", C), vector(bias, "bias", C), eps};
     if (mean) unit.norm.mean = vector(mean, "mean", C), unit.norm.var = vector(var, "var", C);
@@ -48,7 +48,7 @@ class AroundCall {
   }
   PooledNormGrads<T> grads(bool batch, bool sums, const Tensor& weight, const Tensor& bias,
                            const OptionalTensor& grad_x) const {
-    const Rows<T> dx = grad_x ? rows_out<T>(at_, *grad_x, "grad_x", unit.pooling.in_rows(), unit.C) : Rows<T>{};
+    const Rows<T> dx = grad_x ? features_out<T>(at_, *grad_x, "grad_x", unit.pooling.in_rows(), unit.C) : Rows<T>{};
     STD_TORCH_CHECK(sums || !batch || !grad_x,
                     "densenet_ext: sums: expected True for a norm of the batch's statistics, got False");
     return {{dense_out<A>(at_, weight, "grad_weight", unit.C), dense_out<A>(at_, bias, "grad_bias", unit.C)},
@@ -79,15 +79,15 @@ void transition(const Tensor& x, const Ints& size, const Ints& window, const Opt
                 bool packed_weights) {
   const D at(defined(x, "x"));
   at.use_packed(packed_weights);
-  for_storage_type(x, "x", [&](auto tag) {
+  for_features_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     AroundCall<D, T> call(at, average(size, window), x, mean, var, taken_mean, taken_var, weight, bias, eps);
     const SameConvolution<T> conv = call.convolution(conv_weight, conv_bias);
     STD_TORCH_CHECK(conv_weight.has_value() == out.has_value(),
                     "densenet_ext: out: expected a tensor where there is a convolution, got ", out ? "one" : "None");
     const int64_t M = call.unit.pooling.out_rows();
-    const Rows<T> average_rows = rows_out<T>(at, pooled, "pooled", M, conv.C);
-    const Rows<T> result = out ? rows_out<T>(at, *out, "out", M, conv.N) : Rows<T>{};
+    const Rows<T> average_rows = features_out<T>(at, pooled, "pooled", M, conv.C);
+    const Rows<T> result = out ? features_out<T>(at, *out, "out", M, conv.N) : Rows<T>{};
     at.check_apart();
     if (M > 0) dx::transition(at, call.unit, conv, average_rows, result, tf32, bf16);
   });
@@ -100,7 +100,7 @@ void transition_backward(const Tensor& grad, const Tensor& x, const Ints& size, 
                          const Tensor& grad_weight, const Tensor& grad_bias, const OptionalTensor& grad_x,
                          const OptionalTensor& grad_conv, const OptionalTensor& grad_conv_bias) {
   const D at(defined(x, "x"));
-  for_storage_type(x, "x", [&](auto tag) {
+  for_features_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     AroundCall<D, T> call(at, average(size, window), x, mean, var, std::nullopt, std::nullopt, weight, bias, eps);
     SameConvolution<T> conv = call.convolution(conv_weight, std::nullopt);
@@ -110,8 +110,8 @@ void transition_backward(const Tensor& grad, const Tensor& x, const Ints& size, 
     STD_TORCH_CHECK(conv_weight || (!grad_conv && !grad_conv_bias),
                     "densenet_ext: grad_conv, grad_conv_bias: expected None, as conv is, got a tensor");
     const int64_t M = call.unit.pooling.out_rows();
-    const Rows<const T> g = rows<T>(at, grad, "grad", M, conv.N);
-    const Rows<T> average_rows = pooled ? rows_out<T>(at, *pooled, "pooled", M, conv.C) : Rows<T>{};
+    const Rows<const T> g = features<T>(at, grad, "grad", M, conv.N);
+    const Rows<T> average_rows = pooled ? features_out<T>(at, *pooled, "pooled", M, conv.C) : Rows<T>{};
     const auto conv_grads = call.convolution_grads(grad_conv, grad_conv_bias, conv.N);
     const auto grads = call.grads(batch, sums, grad_weight, grad_bias, grad_x);
     at.check_apart();
@@ -129,13 +129,13 @@ void stem(const Tensor& x, const Ints& size, const Ints& window, const Ints& str
           const OptionalTensor& taken_var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
           const Tensor& out, const OptionalTensor& index) {
   const D at(defined(x, "x"));
-  for_storage_type(x, "x", [&](auto tag) {
+  for_features_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     AroundCall<D, T> call(at, maximum(size, window, stride, padding), x, mean, var, taken_mean, taken_var, weight, bias,
                           eps);
     const int64_t M = call.unit.pooling.out_rows(), C = call.unit.C;
-    const Rows<T> result = rows_out<T>(at, out, "out", M, C);
-    const Rows<uint8_t> positions = index ? rows_out<uint8_t>(at, *index, "index", M, C) : Rows<uint8_t>{};
+    const Rows<T> result = features_out<T>(at, out, "out", M, C);
+    const Rows<uint8_t> positions = index ? features_out<uint8_t>(at, *index, "index", M, C) : Rows<uint8_t>{};
     at.check_apart();
     if (M > 0) dx::stem(at, call.unit, result, positions);
   });
@@ -147,13 +147,13 @@ void stem_backward(const Tensor& grad, const Tensor& index, const Tensor& x, con
                    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool batch, bool sums,
                    const Tensor& grad_weight, const Tensor& grad_bias, const OptionalTensor& grad_x) {
   const D at(defined(x, "x"));
-  for_storage_type(x, "x", [&](auto tag) {
+  for_features_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     AroundCall<D, T> call(at, maximum(size, window, stride, padding), x, mean, var, std::nullopt, std::nullopt, weight,
                           bias, eps);
     const int64_t M = call.unit.pooling.out_rows(), C = call.unit.C;
-    const Rows<const T> g = rows<T>(at, grad, "grad", M, C);
-    const Rows<const uint8_t> positions = rows<uint8_t>(at, index, "index", M, C);
+    const Rows<const T> g = features<T>(at, grad, "grad", M, C);
+    const Rows<const uint8_t> positions = features<uint8_t>(at, index, "index", M, C);
     const auto grads = call.grads(batch, sums, grad_weight, grad_bias, grad_x);
     at.check_apart();
     if (M > 0) dx::stem_backward(at, call.unit, g, positions, grads);

@@ -53,12 +53,12 @@ void basic_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
   const D at(defined(x, "x"));
   at.use_packed(packed_weights);
   const auto kept = Kept::find<KeptLayers>(layers, "layers");
-  for_storage_type(x, "x", [&](auto tag) {
+  for_features_type(x, "x", [&](auto tag) {
     using T = decltype(tag);
     BasicBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, true, false, bf16);
     call.read_layers(*kept);
     const int64_t M = call.buffer.M();
-    const Rows<const T> input = rows<T>(at, x, "x", M, call.layers[0].C);
+    const Rows<const T> input = features<T>(at, x, "x", M, call.layers[0].C);
     if (M == 0) return;
     StepScratch<T> scratch = {};
     WeightCopies<T> copies(at, x, 0);
@@ -89,7 +89,7 @@ std::vector<Tensor> basic_layers_backward(const Tensor& grad, bool writable, int
   const D at(defined(out, "out"));
   const auto kept = Kept::find<KeptLayers>(layers, "layers");
   std::vector<Tensor> grads;
-  for_storage_type(out, "out", [&](auto tag) {
+  for_features_type(out, "out", [&](auto tag) {
     using T = decltype(tag);
     using A = Acc<T>;
     BasicBlockCall<D, T> call(at, size, kept->options, seed, out, mean, var, false, false, bf16);
@@ -114,12 +114,12 @@ std::vector<Tensor> basic_layers_backward(const Tensor& grad, bool writable, int
     }
     BufferGrad<T> gradient = {{nullptr, 0}, 0, {nullptr, 0}, nullptr, nullptr};
     if (writable) {
-      const Rows<T> incoming = rows_out<T>(at, grad, "grad", M, buffer.C);
+      const Rows<T> incoming = features_out<T>(at, grad, "grad", M, buffer.C);
       gradient.incoming = {incoming.data, incoming.pitch};
     } else {
-      gradient.incoming = rows<T>(at, grad, "grad", M, buffer.C);
+      gradient.incoming = features<T>(at, grad, "grad", M, buffer.C);
     }
-    const Rows<T> dx = grad_x ? rows_out<T>(at, *grad_x, "grad_x", M, call.layers[0].C) : Rows<T>{nullptr, 0};
+    const Rows<T> dx = grad_x ? features_out<T>(at, *grad_x, "grad_x", M, call.layers[0].C) : Rows<T>{nullptr, 0};
     // da of the first layer, whose contribution nobody asks for, when only its norm's gradients are.
     const bool alone = !ask.input && (own[0].norm.weight || own[0].norm.bias);
     Pieces<T> pieces;

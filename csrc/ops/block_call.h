@@ -118,19 +118,19 @@ class BlockCall {
             const Tensor& out, const OptionalTensor& mean, const OptionalTensor& var, bool written, bool tf32,
             bool bf16)
       : at_(at), parameters_(at), options_(options), window_dims_(int(size.size()) - 1) {
-    check_two_dims(out, "out");
+    check_is_features(out, "out");
     check_together(mean, var, "mean and var");
     const Images images = images_of(size);
     const int64_t C = out.size(1);
-    buffer = {
-        images,
-        C,
-        written ? rows_out<T>(at, out, "out", images.rows(), C) : unwritten(rows<T>(at, out, "out", images.rows(), C)),
-        vector(mean, "mean", C, written),
-        vector(var, "var", C, written),
-        check_dropout(at, 0, seed, 0, 1),
-        tf32,
-        bf16};
+    buffer = {images,
+              C,
+              written ? features_out<T>(at, out, "out", images.rows(), C)
+                      : unwritten(features<T>(at, out, "out", images.rows(), C)),
+              vector(mean, "mean", C, written),
+              vector(var, "var", C, written),
+              check_dropout(at, 0, seed, 0, 1),
+              tf32,
+              bf16};
     has_seed_ = seed.has_value();
   }
 

@@ -133,6 +133,50 @@ inline Rows<T> rows_out(const D& at, const Tensor& t, const char* name, int64_t 
   return checked_rows<T>(at, t, name, M, C, true);
 }
 
+// The distance of an image's rows in elements, where its memory can be read as rows of C channels each: as
+// algorithm/layout.py's row_pitch says. Elements of dimensions of one entry lie anywhere.
+inline std::optional<int64_t> row_pitch(const Tensor& t, int64_t C) {
+  int64_t *size = nullptr, *stride = nullptr, pitch = 0, expected = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &stride));
+  if (C > 1 && stride[1] != 1) return std::nullopt;
+  for (int64_t i = 1, dims = t.dim(); i < dims; ++i) {
+    const int64_t d = i + 1 < dims ? dims - i : 0;
+    if (size[d] == 1) continue;
+    if (pitch == 0) {
+      pitch = expected = stride[d];
+      if (pitch < C) return std::nullopt;
+    } else if (stride[d] != expected) {
+      return std::nullopt;
+    }
+    expected *= size[d];
+  }
+  return pitch ? pitch : C;
+}
+
+// A feature map: rows as above, or images [N, C, *spatial] of M pixels whose memory is that of rows.
+template <class T, class D>
+inline Rows<T> checked_features(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C, bool written) {
+  if (defined(t, name).dim() <= 2) return checked_rows<T>(at, t, name, M, C, written);
+  check_dtype<T>(at, t, name);
+  STD_TORCH_CHECK(t.size(1) == C && t.numel() == M * C, "densenet_ext: ", name, ": expected shape [N, ", C,
+                  ", ...] of ", M, " pixels, got ", shape_of(t));
+  if (M == 0 || C == 0) return {nullptr, C};
+  const auto pitch = row_pitch(t, C);
+  STD_TORCH_CHECK(pitch, "densenet_ext: ", name, ": expected images in channels_last memory, got others of shape ",
+                  shape_of(t));
+  return {check_memory<T>(at, t, name, M, C, *pitch, written), *pitch};
+}
+template <class T, class D>
+inline Rows<const T> features(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C) {
+  const Rows<T> checked = checked_features<T>(at, t, name, M, C, false);
+  return {checked.data, checked.pitch};
+}
+template <class T, class D>
+inline Rows<T> features_out(const D& at, const Tensor& t, const char* name, int64_t M, int64_t C) {
+  return checked_features<T>(at, t, name, M, C, true);
+}
+
 // Per-channel vectors: [C], contiguous, in the acc dtype.
 template <class A, class D>
 inline A* checked_vector(const D& at, const Tensor& t, const char* name, int64_t count, bool written) {
@@ -203,10 +247,15 @@ inline void check_two_dims(const Tensor& x, const char* name) {
                   shape_of(x));
 }
 
+inline void check_is_features(const Tensor& x, const char* name) {
+  const int64_t dims = defined(x, name).dim();
+  STD_TORCH_CHECK(dims >= 2 && dims <= 5, "densenet_ext: ", name,
+                  ": expected rows [M, C] or images [N, C, *spatial], got shape ", shape_of(x));
+}
+
 // Runs f(T{}) for the storage type of x.
 template <class F>
-inline void for_storage_type(const Tensor& x, const char* name, const F& f) {
-  check_two_dims(x, name);
+inline void for_type_of(const Tensor& x, const char* name, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return f(float{});
@@ -220,6 +269,18 @@ inline void for_storage_type(const Tensor& x, const char* name, const F& f) {
       STD_TORCH_CHECK(false, "densenet_ext: ", name, ": expected float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(x.scalar_type()));
   }
+}
+
+// Of rows, and of feature maps.
+template <class F>
+inline void for_storage_type(const Tensor& x, const char* name, const F& f) {
+  check_two_dims(x, name);
+  for_type_of(x, name, f);
+}
+template <class F>
+inline void for_features_type(const Tensor& x, const char* name, const F& f) {
+  check_is_features(x, name);
+  for_type_of(x, name, f);
 }
 
 }  // namespace dx::ops

@@ -42,7 +42,7 @@ from densenet_ext.algorithm.conversions import (
 )
 from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
 from densenet_ext.algorithm.kept import BlockCalls, Repeated, Wanted
-from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
+from densenet_ext.algorithm.layout import is_readable, new_features, pixels, readable, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
 from densenet_ext.algorithm.packed import are_held
@@ -195,11 +195,9 @@ class _Calls(BlockCalls):
         a, g, _ = _scratch_sizes(tensors, out)
         scratch = whole.scratch(out, a)
         held = whole.results(out, g, elements=whole.copied(out, _weights(tensors)))
-        rows, layers = to_rows(tensors[0].to(config.dtype)), self.layers(config, out)
+        x, layers = readable(tensors[0].to(config.dtype)), self.layers(config, out)
         packed = are_held(self.weights)
-        run_whole(
-            rows, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered, packed_weights=packed
-        )
+        run_whole(x, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered, packed_weights=packed)
         del held
         return results
 
@@ -212,14 +210,13 @@ class _Calls(BlockCalls):
         run_whole = whole.operation("basic_layers_backward", out, config.groups)
         if run_whole is None:
             return _backward_by_layers(config, grad, tensors, results, needs)
-        incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
+        incoming, writable = readable(grad), not is_readable(grad)  # a copy is ours to write into
         layers = self.layers_again(config, out, tensors[_FIRST:])
         wanted = Wanted(layers, out, needs[_FIRST:])
         x_grad = None
         if needs[0]:
             C = _Parameters(*tensors[_FIRST : _FIRST + _COUNT]).conv.shape[1]
             x_grad = new_features(out, (out.shape[0], C, *out.shape[2:]))
-        dx = None if x_grad is None else to_rows(x_grad)
         a, g, last = _scratch_sizes(tensors, out)
         alone = (
             out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
@@ -231,7 +228,7 @@ class _Calls(BlockCalls):
             writable,
             layers.number,
             *_arguments(tensors, results),
-            dx,
+            x_grad,
             wanted.bits,
             scratch,
             bf16=config.lowered,
@@ -259,7 +256,7 @@ def _arguments(tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
     out, mean, var = results[:3]
     assert out is not None and mean is not None
     stats = (mean, var) if mean.numel() else (None, None)
-    return [out.shape[0], *out.shape[2:]], tensors[1], to_rows(out), *stats
+    return [out.shape[0], *out.shape[2:]], tensors[1], out, *stats
 
 
 def _scratch_sizes(tensors: Tensors, out: Tensor) -> tuple[int, int, int]:

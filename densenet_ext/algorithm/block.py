@@ -37,7 +37,7 @@ from densenet_ext.algorithm.conversions import is_empty, is_lowered, result_dtyp
 from densenet_ext.algorithm.dropout import new_seed
 from densenet_ext.algorithm.kept import BlockCalls, KeptLayers, Repeated, Wanted
 from densenet_ext.algorithm.layer import dense_block_by_layers
-from densenet_ext.algorithm.layout import new_features, pixels, row_pitch, to_rows
+from densenet_ext.algorithm.layout import is_readable, new_features, pixels, readable
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.packed import are_held
@@ -228,7 +228,7 @@ class _Calls(BlockCalls):
             forward_by_steps(config, tensors, results)
             return results
         ours = sizes.of_three and whole.has_conv3x3(out)
-        rows = to_rows(x.to(config.dtype))
+        x = readable(x.to(config.dtype))
         z = 0 if config.save == "bottlenecks" else sizes.widest
         a = 0 if ours and not any(config.inner_drop_rates) else sizes.widest
         scratch = whole.scratch(out, z, a)
@@ -236,11 +236,11 @@ class _Calls(BlockCalls):
         folded = _folded(config, tensors)
         layers = self.layers(config, out) if folded is tensors else KeptLayers(out, config, folded[FIRST:], COUNT)
         run_whole(
-            rows,
+            x,
             layers.number,
             *_arguments(tensors, results),
             scratch,
-            tf32=kernels.tf32(rows),
+            tf32=kernels.tf32(x),
             bf16=config.lowered,
             packed_weights=are_held(self.weights),
         )
@@ -256,11 +256,10 @@ class _Calls(BlockCalls):
         run_whole = whole.operation("dense_layers_backward", out, config.groups)
         if run_whole is None:
             return backward_by_steps(config, grad, tensors, results, needs)
-        incoming, writable = to_rows(grad), row_pitch(grad) is None  # a copy is ours to write into
+        incoming, writable = readable(grad), not is_readable(grad)  # a copy is ours to write into
         sizes, layers = self.sizes, self.layers_again(config, out, tensors[FIRST:])
         wanted = Wanted(layers, out, needs[FIRST:])
         x_grad = new_features(out, (out.shape[0], sizes.C, *out.shape[2:])) if needs[0] else None
-        dx = None if x_grad is None else to_rows(x_grad)
         kernel = whole.has_conv3x3(out)
         ours = sizes.of_three and kernel
         z = 0 if config.save == "bottlenecks" else sizes.widest
@@ -272,7 +271,7 @@ class _Calls(BlockCalls):
             writable,
             layers.number,
             *_arguments(tensors, results),
-            dx,
+            x_grad,
             wanted.bits,
             scratch,
             tf32=kernels.tf32(out),
@@ -303,7 +302,7 @@ def _arguments(tensors: Tensors, results: Tensors) -> tuple[Any, ...]:
     out, *others = results[:6]
     assert out is not None
     z, mean, var, z_mean, z_var = [x if x is not None and x.numel() else None for x in others]
-    return [out.shape[0], *out.shape[2:]], tensors[1], to_rows(out), z, mean, var, z_mean, z_var
+    return [out.shape[0], *out.shape[2:]], tensors[1], out, z, mean, var, z_mean, z_var
 
 
 def _folded(config: Config, tensors: Tensors) -> Tensors:

@@ -15,7 +15,7 @@ from densenet_ext.algorithm.conversions import (
     is_empty,
     norm_values,
 )
-from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
@@ -61,16 +61,18 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     own = Inputs(*tensors)
-    rows, size = to_rows(own.x), rows_size(own.x)
-    run_whole = whole.operation("whole_transition", rows, config.groups)
+    size = rows_size(own.x)
+    run_whole = whole.operation("whole_transition", own.x, config.groups)
     if run_whole is not None:
         results = _allocate(config, tensors)
-        run_whole(rows, size, size[1:], *norm_call(config, own, results[1], results[2]), None, None, results[0], None)
+        norm = norm_call(config, own, results[1], results[2])
+        run_whole(readable(own.x), size, size[1:], *norm, None, None, results[0], None)
         return results
+    rows = to_rows(own.x)
     out = own.x.new_empty(own.x.shape[:2])
     mean, var, count = batch_stats(config, own, rows)
-    norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
-    kernels.select(rows).bn_relu_avg_pool(rows, size, size[1:], *norm, out)
+    values = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
+    kernels.select(rows).bn_relu_avg_pool(rows, size, size[1:], *values, out)
     return [out, mean, var, count]
 
 
@@ -82,14 +84,15 @@ def _backward(
     assert mean is not None and var is not None and count is not None
     x, batch = own.x, config.batch_stats[0]
     ops, C = kernels.select(x), x.shape[1]
-    rows, size, g = to_rows(x), rows_size(x), cast(grad, x.dtype)
+    size, g = rows_size(x), cast(grad, x.dtype)
     dgamma, dbeta, dx = mean.new_empty(C), mean.new_empty(C), None
-    run_whole = whole.operation("whole_transition_backward", rows, config.groups)
+    run_whole = whole.operation("whole_transition_backward", x, config.groups)
     if run_whole is not None:
         dx = new_features(x, x.shape) if asked.x else None
-        again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, None if dx is None else to_rows(dx))
-        run_whole(g, rows, size, size[1:], *again, needs_sums(config, asked), None, None, *grads, None, None)
+        again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, dx)
+        run_whole(g, readable(x), size, size[1:], *again, needs_sums(config, asked), None, None, *grads, None, None)
         return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
+    rows = to_rows(x)
     norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     if batch or asked.gamma or asked.beta:
         ops.bn_relu_avg_pool_backward_reduce(g, rows, size, size[1:], *norm, None, dgamma, dbeta)

@@ -52,6 +52,18 @@ def row_pitch(x: Tensor) -> int | None:
     return pitch or size[1]
 
 
+def is_readable(x: Tensor) -> bool:
+    """Returns whether x [N, C, *spatial] can be read as rows without a copy."""
+    # the usual case, without a look at strides
+    return (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) or row_pitch(x) is not None
+
+
+def readable(x: Tensor) -> Tensor:
+    """x [N, C, *spatial] as the compiled operations of whole units take it: itself where it can be read as rows, else a
+    channels_last copy."""
+    return x if is_readable(x) else new_features(x, x.shape).copy_(x)
+
+
 def to_rows(x: Tensor) -> Tensor:
     """x [N, C, *spatial] as rows [M, C]: a view when its memory allows it, else of a channels_last copy."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # the usual case, without a look at strides

@@ -14,7 +14,7 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
-from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
@@ -81,13 +81,13 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
 def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     own = Inputs(*tensors)
     results = _allocate(config, tensors)
-    out, index, rows = results[0], results[4], to_rows(own.x)
-    positions = None if config.save == "nothing" else to_rows(index)
+    out, index = results[0], None if config.save == "nothing" else results[4]
     geometry = (rows_size(own.x), config.window, config.stride, config.padding)
-    run_whole = whole.operation("whole_stem", rows, config.groups)
+    run_whole = whole.operation("whole_stem", own.x, config.groups)
     if run_whole is not None:
-        run_whole(rows, *geometry, *norm_call(config, own, results[1], results[2]), to_rows(out), positions)
+        run_whole(readable(own.x), *geometry, *norm_call(config, own, results[1], results[2]), out, index)
         return results
+    rows, positions = to_rows(own.x), None if index is None else to_rows(index)
     mean, var, _ = results[1:4] = batch_stats(config, own, rows)
     norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(rows).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
@@ -102,22 +102,22 @@ def _backward(
     assert mean is not None and var is not None and count is not None and index is not None
     x, batch = own.x, config.batch_stats[0]
     ops, C = kernels.select(x), x.shape[1]
-    rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
     geometry = (rows_size(x), config.window, config.stride, config.padding)
     dgamma, dbeta, dx = mean.new_empty(C), mean.new_empty(C), None
-    run_whole = whole.operation("whole_stem_backward", rows, config.groups)
+    run_whole = whole.operation("whole_stem_backward", x, config.groups)
     if run_whole is not None:
         dx = new_features(x, x.shape) if asked.x else None
-        again, grads = norm_again(config, own, mean, var), (dgamma, dbeta, None if dx is None else to_rows(dx))
-        run_whole(g, positions, rows, *geometry, *again, needs_sums(config, asked), *grads)
+        again, sums = norm_again(config, own, mean, var), needs_sums(config, asked)
+        run_whole(readable(grad), readable(index), readable(x), *geometry, *again, sums, dgamma, dbeta, dx)
         return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
+    rows, g, positions = to_rows(x), to_rows(grad), to_rows(index)
     norm = norm_values(own.norm, mean, var, batch, config.eps[0], mean.dtype)
     if batch or asked.gamma or asked.beta:
         ops.bn_relu_max_pool_backward_reduce(g, positions, rows, *geometry, *norm, dgamma, dbeta)
     if asked.x:
         dx = new_features(x, x.shape)
-        sums = input_sums(config, dgamma, dbeta, count, rows)
-        ops.bn_relu_max_pool_backward(g, positions, rows, *geometry, *norm, *sums, to_rows(dx))
+        merged = input_sums(config, dgamma, dbeta, count, rows)
+        ops.bn_relu_max_pool_backward(g, positions, rows, *geometry, *norm, *merged, to_rows(dx))
     return found(own, asked, x=dx, gamma=dgamma, beta=dbeta)
 
 

@@ -26,7 +26,7 @@ from densenet_ext.algorithm.conversions import (
     result_dtype,
 )
 from densenet_ext.algorithm.kept import new_gradient
-from densenet_ext.algorithm.layout import new_features, to_rows
+from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.packed import are_held
@@ -105,16 +105,15 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
         return _forward_by_steps(config, own)
     results = _allocate(config, tensors)
     norm = norm_call(config, own, results[1], results[2])
-    pooled, out = to_rows(new_features(x, _pooled_size(config, x))), to_rows(results[0])
     run_whole(
-        to_rows(x),
+        readable(x),
         rows_size(x),
         config.window,
         *norm,
         own.conv,
         own.conv_bias,
-        pooled,
-        out,
+        new_features(x, _pooled_size(config, x)),
+        results[0],
         tf32=kernels.tf32(x),
         packed_weights=are_held([own.conv]),
     )
@@ -142,16 +141,16 @@ def _backward(
         return _backward_by_steps(config, grad, own, results, asked)
     mean, var = results[1:3]
     assert mean is not None and var is not None
-    pooled, C = to_rows(new_features(x, _pooled_size(config, x))), x.shape[1]
+    pooled, C = new_features(x, _pooled_size(config, x)), x.shape[1]
     dgamma, dbeta = mean.new_empty(C), mean.new_empty(C)
     dx = new_features(x, x.shape) if asked.x else None
     dW = new_gradient(own.conv, mean.dtype) if asked.conv else None
     dc = mean.new_empty(own.conv.shape[0]) if asked.conv_bias else None
     sums = needs_sums(config, asked)
     norm = norm_again(config, own, mean, var)
-    grads = dgamma, dbeta, None if dx is None else to_rows(dx), dW, dc
+    grads = dgamma, dbeta, dx, dW, dc
     held = whole.results(pooled, x.shape[1])  # the convolution's gradient of what it read
-    run_whole(to_rows(grad), to_rows(x), rows_size(x), config.window, *norm, sums, own.conv, pooled, *grads)
+    run_whole(readable(grad), readable(x), rows_size(x), config.window, *norm, sums, own.conv, pooled, *grads)
     del held
     return found(own, asked, x=dx, gamma=dgamma, beta=dbeta, conv=dW, conv_bias=dc)
 

@@ -85,6 +85,7 @@ if _extension.module is not None:
         )
     except AttributeError as error:  # an installation in place whose sources went on
         raise ImportError(f"the compiled part is of another version ({error}); build densenet_ext again") from None
+    _compiled.kept_hold = _extension.module.kept_hold  # asked at every call, and no tensors for a dispatcher
     _compiled_tf32 = SimpleNamespace(**vars(_compiled))
     for _name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward", "bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
         setattr(_compiled_tf32, _name, partial(getattr(_compiled, _name), tf32=True))
