@@ -157,6 +157,7 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     """The buffer; mean and variance of its columns.
 
     With processes that share statistics also: how many rows these have, and mean and variance in this process alone.
+    What is not there is empty, and may be one tensor for all.
     """
     x = tensors[0]
     assert x is not None
@@ -165,7 +166,8 @@ def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     counts = [C_total if any(config.batch_stats) else 0] * 2
     counts += [1, C_total, C_total] if any(config.groups) else [0] * 3
     acc = kernels.acc_dtype(config.dtype)
-    return [out, *(out.new_empty(n, dtype=acc) for n in counts)]
+    nothing = out.new_empty(0, dtype=acc)
+    return [out, *(out.new_empty(n, dtype=acc) if n else nothing for n in counts)]
 
 
 def _group(config: Config) -> str:

@@ -195,10 +195,9 @@ def _results(config: Config, x: Tensor, sizes: _Sizes) -> list[Tensor]:
     synced = any(config.groups)
     counts += [len(config.drop_rates) + 1 if synced else 0]
     counts += [counts[0] if synced and columns_group(config) else 0] * 2
-    if config.save == "nothing" and not any(counts):
-        return [out, *[out.new_empty(0, dtype=acc)] * (1 + len(counts))]
-    z = out.new_empty(pixels(x.shape) * sizes.b_total if config.save == "bottlenecks" else 0)
-    return [out, z, *(out.new_empty(n, dtype=acc) for n in counts)]
+    nothing = out.new_empty(0, dtype=acc)
+    z = out.new_empty(pixels(x.shape) * sizes.b_total) if config.save == "bottlenecks" else nothing
+    return [out, z, *(out.new_empty(n, dtype=acc) if n else nothing for n in counts)]
 
 
 class _Calls(BlockCalls):
