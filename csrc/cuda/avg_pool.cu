@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
       store_bits<V>(p.pooled.row(m) + c, to_bits<T, V>(pooled));
     });
   }
-  store_sums(sums, patch, bytes, finish_of(job));
+  store_sums(sums, patch, bytes, job);
 }
 
 template <class T, int V>
@@ -150,7 +150,7 @@ cudaError_t bn_relu_avg_pool_backward_reduce(const BnReluPoolBackwardReduce<T>& 
     const cudaError_t error =
         launch(backward_reduce<T, V>, job.tiling.grid(), kThreads, sums_shared_bytes<A, V>(), stream, job);
     if (error != cudaSuccess) return error;
-    return launch_finish_sums(finish_of(job), stream);
+    return launch_merge_slabs(unmerged_of(job), stream);
   });
 }
 

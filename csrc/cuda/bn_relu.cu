@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
         }
     });
   }
-  store_sums(sums, patch, bytes, finish_of(job));
+  store_sums(sums, patch, bytes, job);
 }
 
 template <class T, int V>
@@ -172,7 +172,8 @@ size_t bn_relu_backward_reduce_workspace(const BnReluBackwardReduce<T>& p) {
   return p.C == 0 ? 0 : Partials<Acc<T>>::bytes(Tiling(p.M, p.C, width(p).elements(), kRows).slabs, p.C);
 }
 template <class T>
-cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream stream, void* workspace) {
+cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream stream, void* workspace,
+                                    UnmergedSums<Acc<T>>* left) {
   using A = Acc<T>;
   if (p.C == 0) return cudaSuccess;
   return width(p).run([&](auto vector) {
@@ -181,8 +182,14 @@ cudaError_t bn_relu_backward_reduce(const BnReluBackwardReduce<T>& p, Stream str
     const cudaError_t error = launch(bn_relu_backward_reduce_kernel<T, V>, job.tiling.grid(), kThreads,
                                      sums_shared_bytes<A, V>(), stream, job);
     if (error != cudaSuccess) return error;
-    return launch_finish_sums(finish_of(job), stream);
+    if (!left) return launch_merge_slabs(unmerged_of(job), stream);
+    *left = unmerged_of(job);
+    return cudaSuccess;
   });
+}
+template <class A>
+cudaError_t merge_left(const UnmergedSums<A>& p, Stream stream) {
+  return launch_merge_slabs(p, stream);
 }
 
 template <class T>
@@ -195,12 +202,15 @@ cudaError_t bn_relu_backward(const BnReluBackward<T>& p, Stream stream) {
   });
 }
 
-#define DX_INSTANTIATE(T)                                                                         \
-  template cudaError_t bn_relu<T>(const BnRelu<T>&, Stream);                                      \
-  template cudaError_t feature_grad<T>(const FeatureGrad<T>&, Stream);                            \
-  template size_t bn_relu_backward_reduce_workspace<T>(const BnReluBackwardReduce<T>&);           \
-  template cudaError_t bn_relu_backward_reduce<T>(const BnReluBackwardReduce<T>&, Stream, void*); \
+#define DX_INSTANTIATE(T)                                                                        \
+  template cudaError_t bn_relu<T>(const BnRelu<T>&, Stream);                                     \
+  template cudaError_t feature_grad<T>(const FeatureGrad<T>&, Stream);                           \
+  template size_t bn_relu_backward_reduce_workspace<T>(const BnReluBackwardReduce<T>&);          \
+  template cudaError_t bn_relu_backward_reduce<T>(const BnReluBackwardReduce<T>&, Stream, void*, \
+                                                  UnmergedSums<Acc<T>>*);                        \
   template cudaError_t bn_relu_backward<T>(const BnReluBackward<T>&, Stream);
 DX_FOR_STORAGE_TYPES(DX_INSTANTIATE)
+template cudaError_t merge_left(const UnmergedSums<float>&, Stream);
+template cudaError_t merge_left(const UnmergedSums<double>&, Stream);
 
 }  // namespace dx::cuda

@@ -130,7 +130,8 @@ size_t bn_relu_conv1x1_workspace(const BnReluConv1x1<T>& p) {
 }
 
 template <class T>
-cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* workspace) {
+cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* workspace,
+                            const UnmergedMoments<Acc<T>>& left) {
   using A = Acc<T>;
   if (p.M == 0) return cudaSuccess;
   return choose<T, false>(p.N, p.tf32, [&](auto choice) {
@@ -143,7 +144,8 @@ cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* work
       if (plan.whole) kernel = bn_relu_conv1x1_tiles<T, Math, C::kChannels, true>;
     const int shared = Shape::shared_bytes(plan.p.resident ? plan.p.chunks : 2);
     const auto prepare = [&] {
-      return launch_prepare<Math, A>({p.M, p.C, p.N, p.weight, p.norm, {}, nullptr, nullptr, plan.p.prepared}, stream);
+      return launch_prepare<Math, A>({p.M, p.C, p.N, p.weight, p.norm, {}, nullptr, nullptr, plan.p.prepared, left},
+                                     stream);
     };
     return launch_convolution<Shape>(plan, prepare, kernel, size_t(shared), p.M, stream);
   });
@@ -151,7 +153,7 @@ cudaError_t bn_relu_conv1x1(const BnReluConv1x1<T>& p, Stream stream, void* work
 
 #define DX_INSTANTIATE(T)                                                \
   template size_t bn_relu_conv1x1_workspace<T>(const BnReluConv1x1<T>&); \
-  template cudaError_t bn_relu_conv1x1<T>(const BnReluConv1x1<T>&, Stream, void*);
+  template cudaError_t bn_relu_conv1x1<T>(const BnReluConv1x1<T>&, Stream, void*, const UnmergedMoments<Acc<T>>&);
 DX_INSTANTIATE(float)
 DX_INSTANTIATE(double)
 DX_INSTANTIATE(bfloat16)

@@ -208,7 +208,8 @@ size_t bn_relu_conv1x1_backward_workspace(const BnReluConv1x1Backward<T>& p) {
 }
 
 template <class T>
-cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace) {
+cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream stream, void* workspace,
+                                     const UnmergedSums<Acc<T>>& left) {
   using A = Acc<T>;
   return choose<T, true>(p.N, p.tf32, [&](auto choice) {
     using C = decltype(choice);
@@ -216,7 +217,7 @@ cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream s
     const BackwardPlan<T, BackwardShape<T, Math, C::kChannels>> plan(p, workspace);
     const auto& to = plan.p.prepared;
     const Prepare<A, typename Math::Operand> prepare = {
-        p.M, p.C, p.N, p.weight, p.norm, p.z_norm, p.z_grad_weight, p.z_grad_bias, to};
+        p.M, p.C, p.N, p.weight, p.norm, p.z_norm, p.z_grad_weight, p.z_grad_bias, to, {}, left};
     const MergeBackward<A> merging = {p.C,
                                       to.Np,
                                       to.Cp,
@@ -232,9 +233,10 @@ cudaError_t bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, Stream s
   });
 }
 
-#define DX_INSTANTIATE(T)                                                                 \
-  template size_t bn_relu_conv1x1_backward_workspace<T>(const BnReluConv1x1Backward<T>&); \
-  template cudaError_t bn_relu_conv1x1_backward<T>(const BnReluConv1x1Backward<T>&, Stream, void*);
+#define DX_INSTANTIATE(T)                                                                          \
+  template size_t bn_relu_conv1x1_backward_workspace<T>(const BnReluConv1x1Backward<T>&);          \
+  template cudaError_t bn_relu_conv1x1_backward<T>(const BnReluConv1x1Backward<T>&, Stream, void*, \
+                                                   const UnmergedSums<Acc<T>>&);
 DX_INSTANTIATE(float)
 DX_INSTANTIATE(double)
 DX_INSTANTIATE(bfloat16)

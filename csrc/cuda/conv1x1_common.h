@@ -3,13 +3,16 @@
 // The prepared operands lie in the workspace: the weights in the product's own type, [Np, Cp] with zeros around, so
 // that the products copy them to shared memory as they are and look at no edge; and per channel what the prologues
 // need. It moves N C numbers once, against the M C of the product. The weights of a block's layers are not prepared
-// together, as the 3x3's are: the constants need the statistics that the layer before makes, and with them a launch.
+// together, as the 3x3's are: the constants need the statistics that the layer before makes, and with them a launch,
+// beside which the weights take no time of their own. Where that layer has left its sums unmerged (unmerged.h), blocks
+// behind the others merge them and make the constants of these columns.
 #pragma once
 
 #include "../params.h"
 #include "gemm_fma.h"
 #include "gemm_mma.h"
 #include "limits.h"
+#include "merge_slabs.h"
 
 namespace dx::cuda {
 
@@ -134,16 +137,51 @@ struct Prepare {
   Norm<A> norm, z_norm;
   const A *z_grad_weight, *z_grad_bias;  // [N], or both null: the norm behind is frozen
   Prepared<A, S> to;
+  UnmergedMoments<A> moments;  // of columns from moments_at on, of the norm in front
+  UnmergedSums<A> z_sums;      // z_grad_weight and z_grad_bias, of all columns
+  int64_t moments_at;
+  unsigned blocks, moments_blocks;  // that merge nothing; and, behind them, those that merge moments
+
+  __device__ __forceinline__ void norm_of(int64_t c, A mean, A var) const {
+    const A scale = value(norm.weight, c, A(1)) * bn_rstd(var, norm.eps);
+    store(to.norm, to.Cp, c, {mean, scale, value(norm.bias, c, A(0))});
+  }
+  // dz = s (dy - center - (z - m) slope), with center = sum(dy)/M and slope = r^2 sum(dy (z - m))/M
+  __device__ __forceinline__ void z_norm_of(int64_t n, A grad_weight, A grad_bias) const {
+    const A rstd = bn_rstd(load_one(z_norm.var + n), z_norm.eps), scale = value(z_norm.weight, n, A(1)) * rstd;
+    store(to.z_norm, to.Np, n,
+          {load_one(z_norm.mean + n), scale, value(z_norm.bias, n, A(0)), grad_bias / A(M), rstd * grad_weight / A(M)});
+  }
+  // One number of each of a constant's lines.
+  template <size_t LINES>
+  static __device__ __forceinline__ void store(A* lines, int64_t stride, int64_t at, const A (&values)[LINES]) {
+#pragma unroll
+    for (size_t v = 0; v < LINES; ++v) store_one(lines + v * stride + at, values[v]);
+  }
+  static __device__ __forceinline__ A value(const A* values, int64_t at, A without) {
+    return values ? load_one(values + at) : without;
+  }
 };
 
 // A kernel of each file that includes this: two files must not share one by its name.
 namespace {
 
 template <class A, class Math>
-__global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ Prepare<A, typename Math::Operand> p) {
+__global__ void __launch_bounds__(kFinishThreads)
+    prepare_conv1x1(const __grid_constant__ Prepare<A, typename Math::Operand> p) {
   const auto& to = p.to;
+  if (block_x() >= p.blocks) {
+    DX_SHARED_BYTES(bytes);
+    const Shared<double> shared = shared_as<double>(bytes);
+    const unsigned block = block_x() - p.blocks;
+    if (block < p.moments_blocks)
+      finish_slabs(p.moments, block, shared, [&](int64_t c, A mean, A var) { p.norm_of(p.moments_at + c, mean, var); });
+    else
+      finish_slabs(p.z_sums, block - p.moments_blocks, shared,
+                   [&](int64_t n, A grad_weight, A grad_bias) { p.z_norm_of(n, grad_weight, grad_bias); });
+    return;
+  }
   const int64_t i = int64_t(block_x()) * block_dim() + thread_x();
-  const auto value = [](const A* values, int64_t at, A without) { return values ? load_one(values + at) : without; };
   if (i < to.Np * to.Cp / 2) {
     const int64_t n = 2 * i / to.Cp, c = 2 * i % to.Cp;
     Piece<A, 2> pair = {};
@@ -151,39 +189,23 @@ __global__ void __launch_bounds__(256) prepare_conv1x1(const __grid_constant__ P
     if (n < p.N && c + 1 < p.C) pair.v[1] = load_one(p.weight + n * p.C + c + 1);
     store_piece(to.weight + 2 * i, Math::operands(pair));
   }
-  if (i < to.Cp) {
-    A mean = 0, scale = 0, bias = 0;
-    if (i < p.C) {
-      mean = load_one(p.norm.mean + i);
-      scale = value(p.norm.weight, i, A(1)) * bn_rstd(load_one(p.norm.var + i), p.norm.eps);
-      bias = value(p.norm.bias, i, A(0));
-    }
-    const A values[] = {mean, scale, bias};
-#pragma unroll
-    for (int v = 0; v < 3; ++v) store_one(to.norm + v * to.Cp + i, values[v]);
-  }
-  if (to.z_norm && i < to.Np) {
-    // dz = s (dy - center - (z - m) slope), with center = sum(dy)/M and slope = r^2 sum(dy (z - m))/M
-    A mean = 0, scale = 0, bias = 0, center = 0, slope = 0;
-    if (i < p.N) {
-      const A rstd = bn_rstd(load_one(p.z_norm.var + i), p.z_norm.eps);
-      mean = load_one(p.z_norm.mean + i);
-      scale = value(p.z_norm.weight, i, A(1)) * rstd;
-      bias = value(p.z_norm.bias, i, A(0));
-      center = value(p.z_grad_bias, i, A(0)) / A(p.M);
-      slope = rstd * value(p.z_grad_weight, i, A(0)) / A(p.M);
-    }
-    const A values[] = {mean, scale, bias, center, slope};
-#pragma unroll
-    for (int v = 0; v < 5; ++v) store_one(to.z_norm + v * to.Np + i, values[v]);
-  }
+  const bool unmerged = p.moments.any() && i >= p.moments_at && i < p.moments_at + p.moments.C;
+  if (i < p.C && !unmerged) p.norm_of(i, load_one(p.norm.mean + i), load_one(p.norm.var + i));
+  if (i >= p.C && i < to.Cp) p.store(to.norm, to.Cp, i, {A(0), A(0), A(0)});
+  if (!to.z_norm) return;
+  if (i < p.N && !p.z_sums.any()) p.z_norm_of(i, p.value(p.z_grad_weight, i, A(0)), p.value(p.z_grad_bias, i, A(0)));
+  if (i >= p.N && i < to.Np) p.store(to.z_norm, to.Np, i, {A(0), A(0), A(0), A(0), A(0)});
 }
 
 template <class Math, class A>
-cudaError_t launch_prepare(const Prepare<A, typename Math::Operand>& p, Stream stream) {
+cudaError_t launch_prepare(Prepare<A, typename Math::Operand> p, Stream stream) {
   const int64_t Np = p.to.Np, Cp = p.to.Cp, most = Np > Cp ? Np : Cp, pairs = Np * Cp / 2;
-  const int64_t threads = most > pairs ? most : pairs;
-  return launch(prepare_conv1x1<A, Math>, dim3(unsigned(ceil_div(threads, 256))), 256, 0, stream, p);
+  p.blocks = unsigned(ceil_div(most > pairs ? most : pairs, kFinishThreads));
+  p.moments_blocks = unsigned(finish_blocks(p.moments));
+  p.moments_at = p.moments.any() ? p.moments.mean - p.norm.mean : 0;
+  const unsigned merging = p.moments_blocks + unsigned(finish_blocks(p.z_sums));
+  return launch(prepare_conv1x1<A, Math>, dim3(p.blocks + merging), kFinishThreads, merging > 0 ? kFinishShared : 0,
+                stream, p);
 }
 
 }  // namespace

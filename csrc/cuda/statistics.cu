@@ -31,6 +31,16 @@ struct MomentsJob {
   Acc<T>*mean, *var;  // [C], or null: no statistics
 };
 
+// [C], behind what several slabs leave.
+template <class T>
+__host__ __device__ __forceinline__ Acc<T>* pivots_of(const MomentsJob<T>& p) {
+  return static_cast<Acc<T>*>(p.partials) + 2 * p.tiling.slabs * p.C;
+}
+template <class T>
+size_t workspace_of(const MomentsJob<T>& p) {
+  return p.tiling.slabs > 1 ? Partials<Acc<T>>::bytes(p.tiling.slabs, p.C) + size_t(p.C) * sizeof(Acc<T>) : 0;
+}
+
 template <class T, int V>
 class Dropped {
  public:
@@ -101,43 +111,22 @@ __global__ void __launch_bounds__(kThreads, kResident) moments(const __grid_cons
     }
   });
   if (!p.mean || !merge_block<A>(sums, patch, bytes)) return;
-  if (p.tiling.slabs > 1) return store_partials<A>(sums, patch, p.C, {p.partials, p.tiling.slabs, p.C});
+  if (p.tiling.slabs > 1) {
+    if (block_x() == 0)
+      for (int v = 0; v < V; ++v) store_one(pivots_of(p) + c + v, pivot_of(element<T, V>(pivot, v)));
+    return store_partials<A>(sums, patch, p.C, {p.partials, p.tiling.slabs, p.C});
+  }
   for (int v = 0; v < V; ++v) {
     store_one(p.mean + c + v, A(double(pivot_of(element<T, V>(pivot, v))) + double(sums.a[v])));
     store_one(p.var + c + v, A(double(sums.b[v]) / double(p.M)));
   }
 }
 
-// Merges the slabs: their means weighted by their rows, then their deviations from that mean.
+// What there is to merge of a job's statistics; behind the slabs' lie the pivots.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_moments(const __grid_constant__ MomentsJob<T> p) {
-  using A = Acc<T>;
-  DX_SHARED_BYTES(bytes);
-  const Shared<double> shared = shared_as<double>(bytes);
-  const Partials<A> partials(p.partials, p.tiling.slabs, p.C);
-  const int64_t c = int64_t(block_x()) * kFinishColumns + thread_x() % kFinishColumns;
-  const int first = thread_x() / kFinishColumns;
-  const int64_t last = p.tiling.slabs - 1, slabs = c < p.C ? p.tiling.slabs : 0;
-  const double whole = double(p.tiling.slab), rest = double(p.M - last * p.tiling.slab);  // rows of a slab, of the last
-
-  double sum = 0;
-  for (int64_t i = first; i < slabs; i += kFinishRows)
-    sum += (i == last ? rest : whole) * double(load_one(partials.a + i * p.C + c));
-  const double mean = finish_tree(shared, sum) / double(p.M);
-  double m2 = 0;
-  for (int64_t i = first; i < slabs; i += kFinishRows) {
-    const double delta = double(load_one(partials.a + i * p.C + c)) - mean;
-    m2 += double(load_one(partials.b + i * p.C + c)) + (i == last ? rest : whole) * delta * delta;
-  }
-  m2 = finish_tree(shared, m2);
-  if (first != 0 || c >= p.C) return;
-  A base = 0;
-  if (p.M > 0) {
-    const Dropped<T, 1> drop(p);
-    base = pivot_of(element<T, 1>(drop(load_bits<1>(p.x.row(0) + c), 0, c), 0));
-  }
-  store_one(p.mean + c, A(double(base) + mean));
-  store_one(p.var + c, A(m2 / double(p.M)));
+__host__ __device__ __forceinline__ UnmergedMoments<Acc<T>> unmerged_of(const MomentsJob<T>& p) {
+  const Partials<Acc<T>> partials(p.partials, p.tiling.slabs, p.C);
+  return {p.C, p.M, p.tiling.slab, p.tiling.slabs, partials.a, partials.b, pivots_of(p), p.mean, p.var};
 }
 
 template <class T>
@@ -159,21 +148,22 @@ MomentsJob<T> job(const AppendFeatures<T>& p, void* workspace) {
 }
 
 template <class T>
-cudaError_t run(const MomentsJob<T>& p, Stream stream) {
+cudaError_t run(const MomentsJob<T>& p, Stream stream, UnmergedMoments<Acc<T>>* left = nullptr) {
   const cudaError_t error = width(p).run([&](auto vector) {
     constexpr int V = decltype(vector)::value;
     return launch(moments<T, V>, p.tiling.grid(), kThreads, sums_shared_bytes<Acc<T>, V>(), stream, p);
   });
-  if (error != cudaSuccess || !p.mean || p.tiling.slabs == 1) return error;
-  return launch(finish_moments<T>, dim3(unsigned((p.C + kFinishColumns - 1) / kFinishColumns)), kThreads,
-                kThreads * sizeof(double), stream, p);
+  if (error != cudaSuccess || !p.mean) return error;
+  if (!left) return launch_merge_slabs(unmerged_of(p), stream);
+  *left = unmerged_of(p);
+  return cudaSuccess;
 }
 
 }  // namespace
 
 template <class T>
 size_t channel_stats_workspace(const ChannelStats<T>& p) {
-  return Partials<Acc<T>>::bytes(p.C > 0 ? job(p, nullptr).tiling.slabs : 0, p.C);
+  return p.C > 0 ? workspace_of(job(p, nullptr)) : 0;
 }
 template <class T>
 cudaError_t channel_stats(const ChannelStats<T>& p, Stream stream, void* workspace) {
@@ -181,18 +171,24 @@ cudaError_t channel_stats(const ChannelStats<T>& p, Stream stream, void* workspa
 }
 template <class T>
 size_t append_features_workspace(const AppendFeatures<T>& p) {
-  return Partials<Acc<T>>::bytes(p.mean && p.C > 0 ? job(p, nullptr).tiling.slabs : 0, p.C);
+  return p.mean && p.C > 0 ? workspace_of(job(p, nullptr)) : 0;
 }
 template <class T>
-cudaError_t append_features(const AppendFeatures<T>& p, Stream stream, void* workspace) {
-  return p.C > 0 ? run(job(p, workspace), stream) : cudaSuccess;
+cudaError_t append_features(const AppendFeatures<T>& p, Stream stream, void* workspace, UnmergedMoments<Acc<T>>* left) {
+  return p.C > 0 ? run(job(p, workspace), stream, left) : cudaSuccess;
+}
+template <class A>
+cudaError_t merge_left(const UnmergedMoments<A>& p, Stream stream) {
+  return launch_merge_slabs(p, stream);
 }
 
 #define DX_INSTANTIATE(T)                                                       \
   template size_t channel_stats_workspace<T>(const ChannelStats<T>&);           \
   template cudaError_t channel_stats<T>(const ChannelStats<T>&, Stream, void*); \
   template size_t append_features_workspace<T>(const AppendFeatures<T>&);       \
-  template cudaError_t append_features<T>(const AppendFeatures<T>&, Stream, void*);
+  template cudaError_t append_features<T>(const AppendFeatures<T>&, Stream, void*, UnmergedMoments<Acc<T>>*);
 DX_FOR_STORAGE_TYPES(DX_INSTANTIATE)
+template cudaError_t merge_left(const UnmergedMoments<float>&, Stream);
+template cudaError_t merge_left(const UnmergedMoments<double>&, Stream);
 
 }  // namespace dx::cuda

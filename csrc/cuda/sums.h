@@ -1,12 +1,13 @@
 // Per-channel sums over all rows, in three steps of a fixed order: a thread's rows in its registers; a block's threads
-// by a tree in shared memory; all slabs, whose sums lie side by side in the workspace, by a second small kernel in
-// double. No atomics: the same numbers from run to run. Where one slab has all rows, as at small batches, its blocks
-// have the sums and there is no second launch.
+// by a tree in shared memory; all slabs, whose sums lie side by side in the workspace, by another kernel in double
+// (merge_slabs.h). No atomics: the same numbers from run to run. Where one slab has all rows, as at small batches, its
+// blocks have the sums and nothing is left to merge.
 //
 // A pair of numbers (a, b) is summed for each column: the two sums of a norm's backward pass, or mean and squared
 // deviations (with a count, merged by Chan's formula). Workspace: a[slabs, C], then b[slabs, C], in the acc type.
 #pragma once
 
+#include "merge_slabs.h"
 #include "rows.h"
 
 namespace dx::cuda {
@@ -105,82 +106,21 @@ __device__ __forceinline__ void store_partials(const S& sums, const Patch& patch
   }
 }
 
-// ---- step 3: all slabs ---------------------------------------------------------------------------------------------
-// A block takes kFinishColumns columns (32 bytes of a row of partial sums, what memory gives at least) and a thread
-// every kFinishRows-th slab of one of them.
-constexpr int kFinishColumns = 8, kFinishRows = kThreads / kFinishColumns;
-static_assert(kFinishColumns * sizeof(float) == 32, "a sector");
-
-// The sum of a column's threads, in all of them.
-__device__ __forceinline__ double finish_tree(Shared<double> shared, double value) {
-  const int t = thread_x();
-  sync_block();  // what was read of an earlier sum
-  shared[t] = value;
-  sync_block();
-#pragma unroll
-  for (int rows = kFinishRows / 2; rows > 0; rows /= 2) {
-    if (t < rows * kFinishColumns) shared[t] += shared[t + rows * kFinishColumns];
-    sync_block();
-  }
-  return shared[t % kFinishColumns];
-}
-
-template <class A>
-struct FinishSums {
-  int64_t C, slabs;
-  Partials<A> partials;
-  Norm<A> norm;
-  A *grad_weight, *grad_bias;  // [C]
-
-  // grad_bias = sum dy,  grad_weight = r sum dy (x - mean)
-  __device__ __forceinline__ void store(int64_t c, double dy, double dy_xc) const {
-    store_one(grad_bias + c, A(dy));
-    store_one(grad_weight + c, A(double(bn_rstd(load_one(norm.var + c), norm.eps)) * dy_xc));
-  }
-};
-// Of a job's arguments.
+// What there is to merge of a job's sums, or, of one slab, where they belong.
 template <class Job>
-__host__ __device__ __forceinline__ auto finish_of(const Job& job) {
+__host__ __device__ __forceinline__ auto unmerged_of(const Job& job) {
   using A = std::remove_pointer_t<decltype(job.p.grad_weight)>;
-  return FinishSums<A>{job.p.C,    job.tiling.slabs,  {job.partials, job.tiling.slabs, job.p.C},
-                       job.p.norm, job.p.grad_weight, job.p.grad_bias};
+  const Partials<A> partials(job.partials, job.tiling.slabs, job.p.C);
+  return UnmergedSums<A>{job.p.C,    job.tiling.slabs,  partials.a,     partials.b,
+                         job.p.norm, job.p.grad_weight, job.p.grad_bias};
 }
 // What a block does with its sums at the end. All of its threads must come here.
-template <class A, int V>
-__device__ __forceinline__ void store_sums(Sums<A, V>& sums, const Patch& patch, unsigned char* bytes,
-                                           const FinishSums<A>& finish) {
+template <class A, int V, class Job>
+__device__ __forceinline__ void store_sums(Sums<A, V>& sums, const Patch& patch, unsigned char* bytes, const Job& job) {
   if (!merge_block<A>(sums, patch, bytes)) return;
-  if (finish.slabs > 1) return store_partials(sums, patch, finish.C, finish.partials);
-  for (int v = 0; v < V; ++v) finish.store(patch.column + v, double(sums.a[v]), double(sums.b[v]));
+  const int64_t C = job.p.C, slabs = job.tiling.slabs;
+  if (slabs > 1) return store_partials<A>(sums, patch, C, {job.partials, slabs, C});
+  for (int v = 0; v < V; ++v) store_whole(unmerged_of(job), patch.column + v, double(sums.a[v]), double(sums.b[v]));
 }
 
-// A kernel of each file that includes this: two files must not share one by its name.
-namespace {
-
-template <class A>
-__global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ FinishSums<A> p) {
-  DX_SHARED_BYTES(bytes);
-  const Shared<double> shared = shared_as<double>(bytes);
-  const int64_t c = int64_t(block_x()) * kFinishColumns + thread_x() % kFinishColumns;
-  const int first = thread_x() / kFinishColumns;
-  double a = 0, b = 0;
-  if (c < p.C)
-    for (int64_t i = first; i < p.slabs; i += kFinishRows) {
-      a += double(load_one(p.partials.a + i * p.C + c));
-      b += double(load_one(p.partials.b + i * p.C + c));
-    }
-  a = finish_tree(shared, a);
-  b = finish_tree(shared, b);
-  if (first != 0 || c >= p.C) return;
-  p.store(c, a, b);
-}
-
-template <class A>
-cudaError_t launch_finish_sums(const FinishSums<A>& p, Stream stream) {
-  if (p.slabs == 1) return cudaSuccess;
-  return launch(finish_sums<A>, dim3(unsigned((p.C + kFinishColumns - 1) / kFinishColumns)), kThreads,
-                kThreads * sizeof(double), stream, p);
-}
-
-}  // namespace
 }  // namespace dx::cuda

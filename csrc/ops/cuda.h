@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
+#include <variant>
 
 #include "../cuda/errors.h"
 #include "../cuda/kernels.h"
@@ -25,22 +27,20 @@ class Cuda : public TorchCalls {
 #define DX_RUN(name, Params)                     \
   template <class T>                             \
   void name(const Params<T>& p, int64_t) const { \
+    merge_rest();                                \
     check_run(#name, cuda::name(p, stream_));    \
   }
 #define DX_RUN_WITH_WORKSPACE(name, Params)                                               \
   template <class T>                                                                      \
   void name(const Params<T>& p, int64_t) const {                                          \
+    merge_rest();                                                                         \
     const Workspace scratch = workspace(#name, cuda::name##_workspace(p), written_by(p)); \
     check_run(#name, cuda::name(p, stream_, scratch.data));                               \
   }
   DX_RUN_WITH_WORKSPACE(channel_stats, ChannelStats)
-  DX_RUN_WITH_WORKSPACE(append_features, AppendFeatures)
   DX_RUN(bn_relu, BnRelu)
   DX_RUN(feature_grad, FeatureGrad)
-  DX_RUN_WITH_WORKSPACE(bn_relu_backward_reduce, BnReluBackwardReduce)
   DX_RUN(bn_relu_backward, BnReluBackward)
-  DX_RUN_WITH_WORKSPACE(bn_relu_conv1x1, BnReluConv1x1)
-  DX_RUN_WITH_WORKSPACE(bn_relu_conv1x1_backward, BnReluConv1x1Backward)
   DX_RUN(bn_relu_avg_pool, BnReluPool)
   DX_RUN_WITH_WORKSPACE(bn_relu_avg_pool_backward_reduce, BnReluPoolBackwardReduce)
   DX_RUN(bn_relu_avg_pool_backward, BnReluPoolBackward)
@@ -50,6 +50,7 @@ class Cuda : public TorchCalls {
 #define DX_RUN_CONV3X3(name, Params)                                                                      \
   template <class T>                                                                                      \
   void name(const Params<T>& p, int64_t) const {                                                          \
+    merge_rest();                                                                                         \
     STD_TORCH_CHECK(cuda::has_room_for_conv3x3(p),                                                        \
                     "densenet_ext: " #name                                                                \
                     ": size: expected lines for which a GPU's block has the shared memory, got ones of ", \
@@ -59,9 +60,51 @@ class Cuda : public TorchCalls {
   }
   DX_RUN_CONV3X3(bn_relu_conv3x3, BnReluConv3x3)
   DX_RUN_CONV3X3(bn_relu_conv3x3_backward, BnReluConv3x3Backward)
+#define DX_RUN_AND_LEAVE(name, Params, Unmerged)                                             \
+  template <class T>                                                                         \
+  void name(const Params<T>& p, int64_t) const {                                             \
+    merge_rest();                                                                            \
+    const size_t bytes = cuda::name##_workspace(p);                                          \
+    Workspace scratch = workspace(#name, bytes, written_by(p));                              \
+    cuda::Unmerged<Acc<T>> left;                                                             \
+    check_run(#name, cuda::name(p, stream_, scratch.data, merges_later_ ? &left : nullptr)); \
+    if (left.any()) leave(left, std::move(scratch), bytes);                                  \
+  }
+  DX_RUN_AND_LEAVE(append_features, AppendFeatures, UnmergedMoments)
+  DX_RUN_AND_LEAVE(bn_relu_backward_reduce, BnReluBackwardReduce, UnmergedSums)
+#define DX_RUN_AND_MERGE(name, Params, Unmerged)                                          \
+  template <class T>                                                                      \
+  void name(const Params<T>& p, int64_t) const {                                          \
+    const auto left = taken<cuda::Unmerged<Acc<T>>>(p);                                   \
+    const Workspace scratch = workspace(#name, cuda::name##_workspace(p), written_by(p)); \
+    check_run(#name, cuda::name(p, stream_, scratch.data, left));                         \
+    left_ = {};                                                                           \
+  }
+  DX_RUN_AND_MERGE(bn_relu_conv1x1, BnReluConv1x1, UnmergedMoments)
+  DX_RUN_AND_MERGE(bn_relu_conv1x1_backward, BnReluConv1x1Backward, UnmergedSums)
+#undef DX_RUN_AND_MERGE
+#undef DX_RUN_AND_LEAVE
 #undef DX_RUN_CONV3X3
 #undef DX_RUN
 #undef DX_RUN_WITH_WORKSPACE
+
+  void merge_later() const { merges_later_ = true; }
+  void merge_rest() const {
+    if (left_.sums.index() == 0) return;
+    check_run("merge_slabs", std::visit([&](const auto& sums) { return merge_left(sums); }, left_.sums));
+    left_ = {};
+  }
+  // PyTorch's operations that read such sums.
+  template <class A>
+  void statistics_gradient(const Norm<A>& norm, const NormGrads<A>& sums, int64_t C, A* gm, A* gv) const {
+    merge_rest();
+    TorchCalls::statistics_gradient(norm, sums, C, gm, gv);
+  }
+  template <class A>
+  void bias_gradient(const Norm<A>& norm, bool batch, const A* dbeta, int64_t C, A* out) const {
+    merge_rest();
+    TorchCalls::bias_gradient(norm, batch, dbeta, C, out);
+  }
 
   template <class From, class To>
   void copy_taps(const std::vector<TapsCopy<From, To>>& copies) const {
@@ -101,11 +144,46 @@ class Cuda : public TorchCalls {
   static const void* written_by(const BnReluBackwardReduce<T>& p) {
     return p.out.data;
   }
+  // What a kernel has left to be merged, and the memory that it lies in.
+  struct Left {
+    std::variant<std::monostate, cuda::UnmergedMoments<float>, cuda::UnmergedMoments<double>, cuda::UnmergedSums<float>,
+                 cuda::UnmergedSums<double>>
+        sums;
+    Workspace memory;
+    size_t lent_bytes;  // of the lent memory, from its beginning
+  };
+  template <class Unmerged>
+  void leave(const Unmerged& sums, Workspace memory, size_t bytes) const {
+    const bool lent = !memory.owner;
+    left_ = {sums, std::move(memory), lent ? (bytes + 255) / 256 * 256 : 0};
+  }
+  cudaError_t merge_left(std::monostate) const { return cudaSuccess; }
+  template <class Unmerged>
+  cudaError_t merge_left(const Unmerged& sums) const {
+    return cuda::merge_left(sums, stream_);
+  }
+  // What is left, if it is what the call reads; anything else is merged at once. It stays in memory until left_ goes.
+  template <class Unmerged, class P>
+  Unmerged taken(const P& p) const {
+    const auto* left = std::get_if<Unmerged>(&left_.sums);
+    if (left && reads(p, *left)) return *left;
+    merge_rest();
+    return {};
+  }
+  template <class T>
+  static bool reads(const BnReluConv1x1<T>& p, const cuda::UnmergedMoments<Acc<T>>& of) {
+    return of.mean >= p.norm.mean && of.mean + of.C <= p.norm.mean + p.C &&
+           of.var == p.norm.var + (of.mean - p.norm.mean);
+  }
+  template <class T>
+  static bool reads(const BnReluConv1x1Backward<T>& p, const cuda::UnmergedSums<Acc<T>>& of) {
+    return p.z && of.grad_weight == p.z_grad_weight && of.grad_bias == p.z_grad_bias && of.C == p.N;
+  }
   // Bytes that belong to the current stream: freed at the end of the call, torch's allocator gives them out again only
   // behind the kernels that were launched by then. written: the kernel's result that may lie in lent memory.
   Workspace workspace(const char* name, size_t bytes, const void* written) const {
     if (bytes == 0) return {nullptr, std::nullopt};
-    if (bytes <= lent_bytes_ && written != lender_) return {lent_, std::nullopt};
+    if (bytes + left_.lent_bytes <= lent_bytes_ && written != lender_) return {lent_ + left_.lent_bytes, std::nullopt};
     try {
       Tensor memory = torch::stable::new_empty(first_, {int64_t(bytes)}, ScalarType::Byte);
       return {memory.mutable_data_ptr(), std::move(memory)};
@@ -137,7 +215,9 @@ class Cuda : public TorchCalls {
   const Tensor& first_;
   torch::stable::accelerator::DeviceGuard guard_;
   cuda::Stream stream_;
-  mutable void* lent_ = nullptr;
+  mutable bool merges_later_ = false;
+  mutable Left left_ = {};
+  mutable char* lent_ = nullptr;
   mutable size_t lent_bytes_ = 0;
   mutable const void* lender_ = nullptr;  // where the lent memory begins, before it is aligned
 };

@@ -119,9 +119,11 @@ void dense_layers(const Tensor& x, int64_t layers, const std::vector<int64_t>& s
       copies.lend(scratch.a, M * widest_a, 0);
     // relu(bn2(z)) is there from one kernel without a workspace to PyTorch's convolution
     if (z_all && !call.drops_inside()) at.lend(scratch.a, M * widest_a * int64_t(sizeof(T)));
+    at.merge_later();
     call.run_forward(call.layers, input, z_all != nullptr, [&](const Buffer<T>& some, Rows<const T> x) {
       dx::dense_block(at, some, x, call.layers, z_all, scratch);
     });
+    at.merge_rest();
   });
 }
 
@@ -192,9 +194,11 @@ std::vector<Tensor> dense_layers_backward(const Tensor& grad, bool writable, int
       if (!has_kernel(at, buffer.images, call.layers[l].conv2))
         copies.add(call.layers[l].conv2, own[l].conv2.weight.data);
     if (!call.drops_inside()) at.lend(scratch.a, M * widest_a * int64_t(sizeof(T)));
+    at.merge_later();
     call.run(call.layers, [&] {
       dx::dense_block_backward(at, buffer, gradient, writable, call.layers, z_all, own, ask, dx, scratch);
     });
+    at.merge_rest();
     copies.write();
   });
   return grads;

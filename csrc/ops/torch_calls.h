@@ -37,6 +37,11 @@ class TorchCalls : public Place {
   // Memory that kernels may take for their workspaces: where a backend has such kernels, it does.
   void lend(void*, int64_t) const {}
 
+  // From now on what append_features and bn_relu_backward_reduce sum up is read through the backend alone, until
+  // merge_rest: where they leave sums of blocks, the kernel that reads them may merge these.
+  void merge_later() const {}
+  void merge_rest() const {}
+
   // Whether kernels may read weights as they were packed by an earlier call: where a backend packs them, it does.
   void use_packed(bool) const {}
 

@@ -178,7 +178,7 @@ NARROW_STORES = {
     rf"bn_relu_backward_kernel<({HALF}, 8|float, 4)>": {},
     rf"feature_grad_kernel<({HALF}, 8|float, 4)>": {},
     rf"bn_relu_backward_reduce_kernel<({HALF}, 8|float, 4)>": {4: 32},  # two sums of each column, and again in pairs
-    rf"moments<({HALF}, 8|float, 4)>": {4: 32},
+    rf"moments<({HALF}, 8|float, 4)>": {4: 40},  # of one slab two numbers of each column, of several three
     rf"complete_gradient<({HALF}, 8|float, 4)>": {4: 16},
     rf"backward<({HALF}, 8|float, 4)>": {},  # of both kinds of pooling
     rf"forward<{HALF}, 8>": {8: 1},

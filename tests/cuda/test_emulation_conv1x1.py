@@ -21,6 +21,7 @@ from tests.cuda.emulation.conv1x1 import (
     run_forward,
     use,
 )
+from tests.cuda.emulation.unmerged import check_moments, check_sums
 from tests.support.kernel_calls import WIDE
 
 SHAPES = [(1, 1, 1), (37, 12, 48), (130, 33, 17), (129, 64, 128), (65, 70, 129)]
@@ -211,6 +212,21 @@ def test_sums_of_many_blocks(gpu) -> None:
 
 def test_backward_of_no_rows(gpu) -> None:
     check_backward_of_no_rows(gpu)
+
+
+# ---- sums that it merges ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
+@pytest.mark.parametrize("first", [0, 20])
+def test_forward_merges_statistics(gpu, arithmetic: str, first: int) -> None:
+    torch.manual_seed(first)
+    check_moments(gpu, use(arithmetic)[0], 700, first, (0, 5))
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "float", "bf16"])
+@pytest.mark.parametrize("N", [6, 70])
+def test_backward_merges_sums(gpu, arithmetic: str, N: int) -> None:
+    torch.manual_seed(N)
+    check_sums(gpu, use(arithmetic)[0], 350, N, (0, 5))
 
 
 # ---- what a launch asks of the driver --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ much a block asks of the host."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -201,6 +202,51 @@ def test_what_a_layer_asks_of_torch(
     one_backward = {name: calls / 2 for name, calls in (more_backward - few_backward).items()}
     assert one_forward.pop("kernels") <= 7 and one_backward.pop("kernels") <= 7
     assert one_forward == forward and one_backward == backward
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    ("case", "forward", "backward"),
+    [
+        ({}, 5, 6),
+        ({"save": "features"}, 5, 8),
+        ({"batch": (False, True)}, 6, 6),  # norm1 reads nothing of what the layer before has summed up
+        ({"batch": (True, False)}, 4, 7),  # norm2's sums are gradients, but no part of dz
+        ({"bias": True}, 5, 7),  # PyTorch reads the sums
+        ({"inner_drop_rate": 0.3}, 6, 9),
+    ],
+    ids=str,
+)
+def test_sums_are_merged_by_the_kernel_that_reads_them(
+    backend: str, library: ctypes.CDLL, case: dict[str, Any], forward: int, backward: int
+) -> None:
+    """Of several slabs of rows: kernels for a further layer, backward with one that writes a 3x3 weight's gradient; and
+    the numbers, held against plain PyTorch's. ``batch``: of all layers but the first."""
+    case = dict(case)
+    modes, bias, save = case.pop("batch", (True, True)), case.pop("bias", False), case.pop("save", "bottlenecks")
+
+    def run(count: int) -> list[Tensor]:
+        """Kernels forward and backward, and results."""
+        torch.manual_seed(4)
+        layers = make_layers(5, 13, 21, count, batch=(True, modes[1], *modes * (count - 1)))
+        if bias:
+            case["conv1_bias"] = torch.randn(21, dtype=F64, requires_grad=True)
+        layers = [layer._replace(**case) for layer in layers]
+        x = make_input(2, 5, 16, 16)
+        launched.append(library.dx_launches())
+        out = helpers.dense_block(x, layers, save=save)
+        launched.append(library.dx_launches())
+        found = gradients(out, [x, *helpers.parameters(layers)], torch.ones_like(out).cumsum(1) / 9)
+        launched.append(library.dx_launches())
+        return [out, *found, *(t for t in helpers.buffers(helpers.norms_of(layers)) if t.is_floating_point())]
+
+    launched: list[int] = []
+    run(2)
+    got = run(3)
+    few, many = [[b - a for a, b in itertools.pairwise(some)] for some in (launched[:3], launched[3:])]
+    with kernels.force_plain():
+        assert_equal(got, run(3), 1e-9)
+    assert [b - a for a, b in zip(few, many, strict=True)] == [forward, backward]
 
 
 # ---- our 3x3 convolution, where it is asked for ----------------------------------------------------------------------

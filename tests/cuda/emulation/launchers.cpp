@@ -31,6 +31,17 @@ auto for_type(int dtype, const F& f) {
       return name<decltype(tag)>(*static_cast<const Params<decltype(tag)>*>(params), nullptr, workspace); \
     });                                                                                                   \
   }
+// The first without merging what its blocks leave, which the second then does: dx_<first>_then_<second>(dtype, the
+// first's params, its workspace, the second's params, its workspace).
+#define DX_LAUNCHERS_OF_UNMERGED(first, First, second, Second, Unmerged)                                               \
+  extern "C" int dx_##first##_then_##second(int dtype, const void* a, void* left_in, const void* b, void* workspace) { \
+    return for_type(dtype, [&](auto tag) {                                                                             \
+      using T = decltype(tag);                                                                                         \
+      Unmerged<Acc<T>> left;                                                                                           \
+      const cudaError_t error = first<T>(*static_cast<const First<T>*>(a), nullptr, left_in, &left);                   \
+      return error ? error : second<T>(*static_cast<const Second<T>*>(b), nullptr, workspace, left);                   \
+    });                                                                                                                \
+  }
 extern "C" int64_t dx_tiles_of_a_block(int64_t tiles, int64_t slices, int64_t multiprocessors) {
   return tiles_of_a_block(tiles, slices, multiprocessors);
 }
@@ -69,6 +80,13 @@ DX_SIZE(BnRelu)
 DX_SIZE(FeatureGrad)
 DX_SIZE(BnReluBackwardReduce)
 DX_SIZE(BnReluBackward)
+#endif
+#if defined(DX_STATISTICS) && defined(DX_CONV1X1)
+DX_LAUNCHERS_OF_UNMERGED(append_features, AppendFeatures, bn_relu_conv1x1, BnReluConv1x1, UnmergedMoments)
+#endif
+#if defined(DX_BN_RELU) && defined(DX_CONV1X1)
+DX_LAUNCHERS_OF_UNMERGED(bn_relu_backward_reduce, BnReluBackwardReduce, bn_relu_conv1x1_backward, BnReluConv1x1Backward,
+                         UnmergedSums)
 #endif
 #if defined(DX_COPY_TAPS)
 // From the acc type of `dtype` to that, or back.

@@ -179,23 +179,41 @@ class Library:
         Raises EmulationError for what the emulator finds, and for an argument that was written without being one of
         the operator's results.
         """
-        struct, written = params.OPERATORS[operator]
-        p = params.make(struct, arguments)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        first = next(tensors[name] for name in ("x", "src", "grad") if name in tensors)
-        dtype = DTYPES.index(first.dtype)
-        workspace = torch.empty(0, dtype=torch.uint8)
-        if hasattr(self.c, f"dx_{operator}_workspace"):
-            size = getattr(self.c, f"dx_{operator}_workspace")
-            size.restype = ctypes.c_size_t
-            # What a kernel does not write itself it must not read: NaN in every floating-point format.
-            workspace = torch.full((size(dtype, ctypes.byref(p)) + 256,), 0xFF, dtype=torch.uint8)
-            workspace = workspace[-workspace.data_ptr() % 256 :]
-        self._add_memory({**tensors, "workspace": workspace}, {*written.split(), "workspace"})
-        code = getattr(self.c, f"dx_{operator}")(dtype, ctypes.byref(p), ctypes.c_void_p(workspace.data_ptr()))
+        self._run(operator, {operator: arguments})
+
+    def run_unmerged(
+        self, first: str, first_arguments: dict[str, object], second: str, second_arguments: dict[str, object]
+    ) -> None:
+        """Runs two operators, of which the second merges what the blocks of the first have left."""
+        self._run(f"{first}_then_{second}", {first: first_arguments, second: second_arguments})
+
+    def _run(self, launcher: str, calls: Mapping[str, Mapping[str, object]]) -> None:
+        given: list[object] = []
+        memory: dict[str, torch.Tensor] = {}
+        written: set[str] = set()
+        for operator, arguments in calls.items():
+            struct, results = params.OPERATORS[operator]
+            p = params.make(struct, dict(arguments))
+            tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+            dtype = DTYPES.index(next(tensors[name] for name in ("x", "src", "grad") if name in tensors).dtype)
+            tensors["workspace"] = self._workspace(operator, dtype, p)
+            memory |= {f"{operator}: {name}": value for name, value in tensors.items()}
+            written |= {f"{operator}: {name}" for name in (*results.split(), "workspace")}
+            given += [ctypes.byref(p), ctypes.c_void_p(tensors["workspace"].data_ptr())]
+        self._add_memory(memory, written)
+        code = getattr(self.c, f"dx_{launcher}")(dtype, *given)
         self.raise_error()
         if code != 0:
-            raise EmulationError(f"{operator}: error {code}")
+            raise EmulationError(f"{launcher}: error {code}")
+
+    def _workspace(self, operator: str, dtype: int, p: ctypes.Structure) -> torch.Tensor:
+        if not hasattr(self.c, f"dx_{operator}_workspace"):
+            return torch.empty(0, dtype=torch.uint8)
+        size = getattr(self.c, f"dx_{operator}_workspace")
+        size.restype = ctypes.c_size_t
+        # What a kernel does not write itself it must not read: NaN in every floating-point format.
+        workspace = torch.full((size(dtype, ctypes.byref(p)) + 256,), 0xFF, dtype=torch.uint8)
+        return workspace[-workspace.data_ptr() % 256 :]
 
     def _add_memory(self, tensors: dict[str, torch.Tensor], written: set[str]) -> None:
         self.c.dx_clear_memory()

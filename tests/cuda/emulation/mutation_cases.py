@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import compare, conv1x1
+from . import compare, conv1x1, unmerged
 from .library import Library
 
 Case = Callable[[Library], None]
@@ -75,6 +75,16 @@ def backward_in_turns(kernels: Library) -> None:
 def backward_streamed(kernels: Library) -> None:
     with device(shared=99):
         conv1x1.run_backward(kernels, *conv1x1.use("bf16"), 150, 40, 330, wgrad=False)
+
+
+def forward_of_unmerged_statistics(kernels: Library) -> None:
+    """Of the first columns, where a constant's own come behind them, and of later ones."""
+    for first in (0, 20):
+        unmerged.check_moments(kernels, torch.bfloat16, 700, first, (0, 5))
+
+
+def backward_of_unmerged_sums(kernels: Library) -> None:
+    unmerged.check_sums(kernels, torch.bfloat16, 350, 12, (0, 5))
 
 
 def many_blocks(kernels: Library) -> None:

@@ -7,7 +7,16 @@ import torch
 
 from . import compare
 from .library import Library
-from .mutation_cases import FORWARD, backward_unaligned, bn_relu, forward_odd, forward_unaligned, statistics
+from .mutation_cases import (
+    FORWARD,
+    backward_of_unmerged_sums,
+    backward_unaligned,
+    bn_relu,
+    forward_odd,
+    forward_of_unmerged_statistics,
+    forward_unaligned,
+    statistics,
+)
 from .mutation_list import Mutation
 
 
@@ -87,7 +96,7 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics: the last slab counts as a whole one",
-        "statistics.cu",
+        "merge_slabs.h",
         "(i == last ? rest : whole) * delta * delta",
         "whole * delta * delta",
         (statistics,),
@@ -109,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "rows: the sums of one slab wait for a kernel that is not launched",
         "sums.h",
-        "if (finish.slabs > 1) return store_partials",
-        "if (finish.slabs > 0) return store_partials",
+        "if (slabs > 1) return store_partials",
+        "if (slabs > 0) return store_partials",
         (bn_relu_with_sums,),
     ),
     Mutation(
@@ -154,5 +163,54 @@ MUTATIONS = [
         "some.of[i] = copies[done + i];",
         "some.of[i] = copies[i];",
         (weights,),
+    ),
+    Mutation(
+        "merging: constants of statistics that are not merged yet",
+        "conv1x1_common.h",
+        "if (i < p.C && !unmerged) p",
+        "if (i < p.C) p",
+        (forward_of_unmerged_statistics,),
+    ),
+    Mutation(
+        "merging: constants of the columns beside",
+        "conv1x1_common.h",
+        "p.norm_of(p.moments_at + c, mean, var)",
+        "p.norm_of(c, mean, var)",
+        (forward_of_unmerged_statistics,),
+    ),
+    Mutation(
+        "merging: one block too few",
+        "merge_slabs.h",
+        "(p.C + kFinishColumns - 1) / kFinishColumns : 0",
+        "p.C / kFinishColumns : 0",
+        (forward_of_unmerged_statistics,),
+    ),
+    Mutation(
+        "merging: constants of sums that are not merged yet",
+        "conv1x1_common.h",
+        "if (i < p.N && !p.z_sums.any()) p",
+        "if (i < p.N) p",
+        (backward_of_unmerged_sums,),
+    ),
+    Mutation(
+        "merging: a norm's two sums exchanged",
+        "conv1x1_common.h",
+        "p.z_norm_of(n, grad_weight, grad_bias);",
+        "p.z_norm_of(n, grad_bias, grad_weight);",
+        (backward_of_unmerged_sums,),
+    ),
+    Mutation(
+        "merging: threads read a sum that is not there",
+        "merge_slabs.h",
+        "  shared[t] = value;\n  sync_block();\n",
+        "  shared[t] = value;\n",
+        (backward_of_unmerged_sums,),
+    ),
+    Mutation(
+        "merging: the mean lacks the pivot",
+        "merge_slabs.h",
+        "A(double(load_one(p.pivots + c)) + mean)",
+        "A(mean)",
+        (statistics, forward_of_unmerged_statistics),
     ),
 ]
