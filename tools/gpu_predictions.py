@@ -36,8 +36,8 @@ def predicted(row: Row) -> float | None:
     return ELEMENTWISE.get(row["operator"])
 
 
-# Images per second of training at batch 256, which the GPU limits with a CUDA graph as without: 29.4 ms a step.
-SPEEDS = {("bottlenecks", "channels_last"): 9500, ("bottlenecks, CUDA graph", "channels_last"): 9500}
+# Images per second of training at batch 256, which the GPU limits with a CUDA graph as without: 26.7 ms a step.
+SPEEDS = {("bottlenecks", "channels_last"): 9600, ("bottlenecks, CUDA graph", "channels_last"): 9600}
 
 
 def kernels(found: Mapping[str, Any]) -> str | None:

@@ -299,14 +299,14 @@ def test_predictions_are_held_against_what_was_measured(tmp_path: Path) -> None:
 
 def test_predictions_of_whole_networks() -> None:
     rows = [
-        {"ours": True, "how": "bottlenecks", "layout": "channels_last", "seconds": 256 / 4750},
+        {"ours": True, "how": "bottlenecks", "layout": "channels_last", "seconds": 256 / 4800},
         {"ours": True, "how": "features", "layout": "channels_last", "seconds": 1.0},
         {"ours": False, "how": "bottlenecks", "layout": "channels_last", "seconds": 1.0},
     ]
     run = {"network": "densenet121", "batch": 256, "dtype": "bfloat16", "training": True, "rows": rows}
     text = gpu_predictions.networks({"runs": {"a": run, "b": {**run, "batch": 64}}})
     assert text is not None and "0 of 1 within 25%" in text
-    assert "| bottlenecks | channels_last | 9500 | 4750 | wrong, slower (0.50) |" in text
+    assert "| bottlenecks | channels_last | 9600 | 4800 | wrong, slower (0.50) |" in text
     assert gpu_predictions.networks({"runs": {"c": {**run, "training": False}}}) is None
 
 
