@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 import densenet_ext
@@ -28,5 +30,6 @@ def plan(
     try:
         found = densenet_ext.plan(network, shape, DTYPES[dtype], save, memory, optimizer_state=optimizer_state)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        words = str(error).replace("input_shape: the model", f"--image: {model}", 1)
+        raise UserError(re.sub("^memory:", "--memory:", words)) from error
     return f"{model}: {found}"

@@ -6,14 +6,16 @@ The fused units run as they do with data, compiled operations doing nothing: wha
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -75,7 +77,7 @@ class DryRun:
         ``owners``: names of submodules in the order in which they run. What is saved from the entry into one of them on
         counts as its own, until the next; before the first, and after the last, as None's and as ""'s.
         """
-        with self._mode:
+        with self._mode, _unlogged():
             x = self._input(input_shape)
             saved = SavedBytes((x, *self._state()))
             handles = []
@@ -93,7 +95,7 @@ class DryRun:
 
     def step(self, input_shape: Sequence[int]) -> Step:
         """Runs a forward pass and a backward pass from every output. Raises what the model raises on such a batch."""
-        with self._mode:
+        with self._mode, _unlogged():
             x = self._input(input_shape)
             state = (x, *self._state())
             saved = SavedBytes(state)
@@ -122,6 +124,21 @@ class DryRun:
 
     def _autocast(self, kind: str) -> AbstractContextManager[object]:
         return torch.autocast(kind, dtype=self.dtype) if self.autocast else nullcontext()
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps ``FakeTensorMode`` from logging the errors that it raises: the caller tells them in a sentence."""
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    log = logging.getLogger(FakeTensorMode.__module__)
+    log.addFilter(is_no_error)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_no_error)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 import densenet_ext as dx
@@ -288,6 +291,22 @@ def test_report_without_shape_weighs_nothing() -> None:
         dx.report(dx.fuse(net()), (2, 3, 8, 8))
 
 
+def test_a_refused_batch_is_told_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it has a handler of its own, on stderr
+    log.addHandler(caplog.handler)
+    filters = list(log.filters)
+    try:
+        for refuse in (dx.plan, dx.report):
+            with pytest.raises(ValueError, match="does not take"):
+                refuse(dx.fuse(net()), (2, 3, 8, 8))
+            assert not caplog.records and log.filters == filters
+        with pytest.raises(RuntimeError, match="too small"), FakeTensorMode():  # as everyone else's errors are
+            F.avg_pool2d(torch.empty(1, 1, 1, 1), 2)
+        assert caplog.records
+    finally:
+        log.removeHandler(caplog.handler)
+
+
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
@@ -329,8 +348,8 @@ def test_the_command_prints_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (("--model", "resnet50"), ["--model", "densenet121", "densenet_bc", "'resnet50'"]),
-        (("--image", "8"), ["does not take [32, 3, 8, 8]"]),
-        (("--memory", "1MB"), ["memory: expected more than the parameters'"]),
+        (("--image", "8"), ["--image: densenet121 does not take [32, 3, 8, 8]: input: expected at least 2 pixels"]),
+        (("--memory", "1MB"), ["--memory: expected more than the parameters'"]),
         (("--memory", "plenty"), ["--memory", "'80GiB'"]),
         (("--dtype", "int8"), ["--dtype", "bf16"]),
         (("--save", "all"), ["--save", "features"]),
