@@ -18,23 +18,36 @@ from densenet_ext.units.block import Block
 
 @dataclass(frozen=True)
 class Row:
-    """One unit. ``reason`` is None exactly when it is fused; ``save`` is the level of a fused dense block."""
+    """One unit of a model.
 
-    kind: str  # "stem", "dense block", "transition" or "head"
-    name: str  # the module's name in the model, "" for the model itself
+    Attributes:
+        kind: "stem", "dense block", "transition" or "head".
+        name: the module's name in the model, "" for the model itself.
+        fused: whether it runs fused now.
+        reason: why it does not; None exactly when it does.
+        save: what a fused dense block keeps, "bottlenecks" or "features"; None for other units.
+        kept: bytes kept for the backward pass per image; None where no input shape was given.
+        kept_unfused: the same in the usual formulation.
+    """
+
+    kind: str
+    name: str
     fused: bool
     reason: str | None
     save: str | None
-    kept: int | None = None  # bytes kept for the backward pass per image; None where no input shape was given
-    kept_unfused: int | None = None  # the same in the usual formulation
+    kept: int | None = None
+    kept_unfused: int | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """The units of a model in the order of its modules; ``str()`` is a table.
 
-    ``notes`` says who computes: the compiled part or plain PyTorch, and why. ``kept`` and ``kept_unfused``: bytes kept
-    for the backward pass per image by the whole model, as it is and in the usual formulation; None without input shape.
+    Attributes:
+        rows: one for each unit.
+        notes: who computes: the compiled part or plain PyTorch, and why.
+        kept: bytes kept for the backward pass per image by the whole model; None where no input shape was given.
+        kept_unfused: the same in the usual formulation.
     """
 
     rows: tuple[Row, ...]

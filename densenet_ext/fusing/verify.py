@@ -28,11 +28,16 @@ class Errors:
     """Relative errors per tensor, by name: max |got - expected| / max |expected|.
 
     Infinite where only one of both is there, where shape or dtype differ, or where NaN and infinity do.
+
+    Attributes:
+        outputs: of "output", or of "output 0", "output 1" and so on where there are several.
+        gradients: of every parameter that gets one, and of "input".
+        buffers: after the pass, running statistics and counters.
     """
 
     outputs: Mapping[str, float]
-    gradients: Mapping[str, float]  # of every parameter that gets one, and "input"
-    buffers: Mapping[str, float]  # after the pass: running statistics and counters
+    gradients: Mapping[str, float]
+    buffers: Mapping[str, float]
 
     @property
     def max_output(self) -> float:
@@ -54,8 +59,11 @@ class Errors:
 class Verification(Errors):
     """Errors of fused against unfused; ``str()`` is a table.
 
-    ``rounding`` are those of unfused against unfused in float64: what the model's dtype costs in any case. Errors of
-    the same size mean the same numbers. None when the model is in float64 itself, or cannot run in it.
+    Attributes:
+        rounding: errors of unfused against unfused in float64: what the model's dtype costs in any case. Errors of the
+            same size mean the same numbers. None when the model is in float64 itself, or cannot run in it.
+        fused_units: how many stems, blocks, transitions and heads ran fused.
+        notes: what was off in both forms, and whether nothing ran fused at all.
     """
 
     rounding: Errors | None

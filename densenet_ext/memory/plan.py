@@ -25,27 +25,47 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Level:
-    """A training step at one level, in bytes."""
+    """A training step at one level, in bytes.
 
-    name: str  # "bottlenecks", "features" or "unfused"
-    kept: int  # what the forward pass saves for the backward pass; parameters, buffers and the input left out
-    kept_per_image: int  # what one more image adds to it
-    peak: int  # the most that is allocated at once, everything included
-    largest_batch: int | None  # that fits into the memory that was given; 0 when one image is too much
+    Attributes:
+        name: "bottlenecks", "features" or "unfused".
+        kept: what the forward pass saves for the backward pass; parameters, buffers and the input left out.
+        kept_per_image: what one more image adds to it.
+        peak: the most that is allocated at once, everything included.
+        largest_batch: that fits into the memory that was given, 0 when one image is too much; None without one.
+    """
+
+    name: str
+    kept: int
+    kept_per_image: int
+    peak: int
+    largest_batch: int | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a training step at each level; ``str()`` is a table, ``plan["features"]`` one level."""
+    """The needs of a training step at each level; ``str()`` is a table, ``plan["features"]`` one level.
+
+    Attributes:
+        levels: the fused ones that were asked for, then the unfused form.
+        input_shape: of the batch, [N, C, *spatial].
+        dtype: of the step.
+        autocast: whether the dtype is autocast's, over parameters of float32.
+        parameters: bytes, buffers included.
+        gradients: bytes.
+        optimizer: bytes of its state.
+        memory: bytes that were given, or None.
+        notes: what else there is to know: who computes, and which blocks run unfused at every level.
+    """
 
     levels: tuple[Level, ...]
     input_shape: tuple[int, ...]
     dtype: torch.dtype
-    autocast: bool  # the dtype is autocast's, over parameters of float32
-    parameters: int  # bytes; buffers included
-    gradients: int  # bytes
-    optimizer: int  # bytes
-    memory: int | None  # bytes
+    autocast: bool
+    parameters: int
+    gradients: int
+    optimizer: int
+    memory: int | None
     notes: tuple[str, ...]
 
     def __iter__(self) -> Iterator[Level]:
