@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from densenet_ext import checks
+from densenet_ext.arguments import integer
 from densenet_ext.errors import Ended, Interrupted
 from densenet_ext.memory import command as planning
-from densenet_ext.training.options import ASKED, flag, integer, read
+from densenet_ext.training.options import ASKED, flag
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(out: Path | None, resume: bool, download: bool, **given: Any) -> None:
     """Trains a DenseNet on images: the paper's recipe unless options say otherwise.
 
     The recipe is SGD with Nesterov momentum 0.9, weight decay 1e-4 and a learning rate that is divided by 10 at 50 %
@@ -29,10 +29,10 @@ def train(arguments: argparse.Namespace) -> None:
     """
     from densenet_ext.training import running
 
-    running.train(_given(arguments), arguments.out, arguments.resume, arguments.download)
+    running.train(given, out, resume, download)
 
 
-def compare(arguments: argparse.Namespace) -> None:
+def compare(seeds: int, out: Path | None, download: bool, **given: Any) -> None:
     """Trains a DenseNet fused and unfused, side by side, and shows the difference in results, time and memory.
 
     Both forms start from the same weights and go through the same batches, step by step in turns, with the recipe of
@@ -41,27 +41,22 @@ def compare(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at the first profile: PyTorch's profiler else announces it
     from densenet_ext.compare import command
 
-    command.compare(_given(arguments), arguments.seeds, arguments.out, arguments.download)
+    command.compare(given, seeds, out, download)
 
 
-def reuse(arguments: argparse.Namespace) -> None:
+def reuse(**asked: Any) -> None:
     """Draws how strongly each layer of a DenseNet uses each earlier one, from the weights in a checkpoint.
 
     This is figure 5 of the paper (Huang et al. 2017), for the checkpoint of any library.
     """
     from densenet_ext.reuse import command
 
-    print(command.reuse(arguments.checkpoint, arguments.out, arguments.new_first))
+    print(command.reuse(**asked))
 
 
-def plan(arguments: argparse.Namespace) -> None:
+def plan(**asked: Any) -> None:
     """Prints what a training step needs in memory at each level of saving, without running it."""
-    step = (arguments.image, arguments.batch, arguments.dtype, arguments.save)
-    print(planning.plan(arguments.model, *step, arguments.memory, arguments.optimizer_state))
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(arguments).items() if name in ASKED}
+    print(planning.plan(**asked))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,17 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("checkpoint", type=Path, help="Of any DenseNet, from torch.save or as .safetensors.")
     argument("--out", type=Path, help="The picture: .png, .svg or .pdf. Default: beside the checkpoint.")
     argument("--new-first", action="store_true", help="Layers put new features first; libraries append them.")
-    argument = add(plan)
-    argument("--model", choices=tuple(planning.SIZES), default="densenet121", help="The network.")
-    size = "Height and width of the images. Default: those that the network is made for."
-    argument("--image", help=size, **integer(1))
-    argument("--batch", default=32, help="Images per step. Default: 32.", **integer(1))
-    dtype = "Precision of training; 16 bits mean autocast."
-    argument("--dtype", choices=tuple(planning.DTYPES), default="fp32", help=dtype)
-    argument("--save", choices=checks.LEVELS, help="What blocks keep for the backward pass.")
-    argument("--memory", type=read(str, checks.memory), help="Such as 80GiB: shows the largest batch that fits.")
-    state = "Tensors that the optimizer keeps per parameter: SGD with momentum 1, Adam 2."
-    argument("--optimizer-state", default=0, help=state, **integer(0))
+    planning.add_arguments(add(plan))
     return parser
 
 
@@ -141,6 +126,7 @@ def errors_told() -> Iterator[None]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the command that ``words`` ask for, by default those of the command line. Raises SystemExit if it fails."""
-    arguments = _parser().parse_args(words)
+    asked = vars(_parser().parse_args(words))
+    command = asked.pop("command")
     with errors_told():
-        arguments.command(arguments)
+        command(**asked)

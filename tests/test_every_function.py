@@ -25,6 +25,7 @@ ROOMS = {
     "memory": ("memory",),
     "units": ("units",),
     "_extension.py": ("build_backend",),
+    "arguments.py": ("",),
     "checks.py": ("",),
     "fc_densenet.py": ("",),
     "functional.py": ("",),

@@ -121,7 +121,7 @@ class Comparer:
         chosen = replace(self.chosen, seed=seed, fused=form == "fused")
         # Each with a scaler of its own, where the precision has one.
         alone = make_processes(str(self.processes.device), self.chosen.amp)
-        return Learner(built(chosen, self.data, seed), chosen, alone)
+        return Learner(built(chosen, self.data), chosen, alone)
 
     def _bytes(self) -> dict[str, StepBytes]:
         """Counts a step's bytes on networks of their own: those that are compared know nothing of it."""

@@ -17,7 +17,7 @@ from densenet_ext.errors import Interrupted, Interruption, SharedError
 from densenet_ext.memory.measuring import peak_bytes, saved_bytes
 from densenet_ext.training.data.datasets import Data
 from densenet_ext.training.learner import Learner
-from densenet_ext.training.metrics import Row, Sums
+from densenet_ext.training.metrics import Sums
 
 WARM_UP = 3  # steps of a seed that are not timed: they allocate, and choose algorithms
 
@@ -83,10 +83,7 @@ def train_in_lockstep(
             validation = evaluated(form, "validation")
             if not learners[form].is_finite():
                 raise no_number(form, f"a weight is no number after epoch {number}")
-            measured = (None, None) if validation is None else (validation.mean_loss, validation.error)
-            row = Row(number, learners[form].lr, sums[form].mean_loss, sums[form].error, *measured)
-            run.forms[form].history.append(row)
-            learners[form].end_epoch()
+            run.forms[form].history.append(learners[form].end_epoch(sums[form], validation))
         shown(run, 0)
     for form in FORMS:
         run.forms[form].test = evaluated(form, "test")

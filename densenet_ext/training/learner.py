@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import state_dict as states
 from densenet_ext.errors import UserError
 from densenet_ext.training.data.datasets import Examples
 from densenet_ext.training.data.loading import Batches, derived
-from densenet_ext.training.metrics import Sums
+from densenet_ext.training.metrics import Row, Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import Processes
 
@@ -51,11 +51,6 @@ class Learner:
     def batches(self, examples: Examples, shuffle: bool = False) -> Batches:
         """Returns this process's batches of ``examples``. Raises UserError as :class:`Batches`."""
         return Batches(examples, self.options, self.processes, shuffle)
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the current epoch."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """Makes one step of SGD on this process's part of a batch of ``count`` images over all processes.
@@ -95,9 +90,12 @@ class Learner:
         loss, wrong, total = self.processes.total(torch.tensor([*sums, count], dtype=torch.float64)).tolist()
         return Sums(loss, int(wrong), int(total))
 
-    def end_epoch(self) -> None:
-        """Moves the learning rate on."""
+    def end_epoch(self, training: Sums, validation: Sums | None) -> Row:
+        """Returns the figures of the epoch that ends, and moves the learning rate on."""
+        measured = (None, None) if validation is None else (validation.mean_loss, validation.error)
+        epoch, lr = self.schedule.last_epoch + 1, self.schedule.get_last_lr()[0]
         self.schedule.step()
+        return Row(epoch, float(lr), training.mean_loss, training.error, *measured)
 
     @torch.no_grad()
     def is_finite(self) -> bool:

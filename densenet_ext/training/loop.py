@@ -113,20 +113,15 @@ class Run:
             raise self._no_number(f"the validation loss is {validation.mean_loss} after epoch {number}")
         if not self.learner.is_finite():
             raise self._no_number(f"a weight is no number after epoch {number}")
+        figures = self.learner.end_epoch(self._sums, validation)
         row = Epoch(
-            number,
-            self.learner.lr,
-            self._sums.mean_loss,
-            self._sums.error,
-            None if validation is None else validation.mean_loss,
-            None if validation is None else validation.error,
-            self._sums.images / self._seconds,
-            time.perf_counter() - start,
-            metrics.peak_memory(self.learner.device),
+            **asdict(figures),
+            images_per_s=self._sums.images / self._seconds,
+            seconds=time.perf_counter() - start,
+            memory_mib=metrics.peak_memory(self.learner.device),
         )
         self.history.append(row)
         self._sums, self._step, self._seconds = Sums(), 0, 0.0
-        self.learner.end_epoch()
         metrics.log(board, row)  # before the checkpoint: a run that is killed in between writes the row again
         self._save()
         return row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from densenet_ext import checks
 from densenet_ext._version import __version__
+from densenet_ext.arguments import integer, number, read
 from densenet_ext.errors import UserError
 from densenet_ext.training import networks
 
@@ -30,22 +31,6 @@ DATA: dict[str, dict[str, Any]] = {
 """The data sets of the command line, with the options that depend on them."""
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision, with the dtype of convolutions and products."""
-
-
-def read(kind: type, check: Callable[..., Any], *limits: Any) -> Callable[[str], Any]:
-    """Returns a function that reads an option's text as ``kind`` and refuses, for argparse, what ``check`` refuses."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = text  # for the check to refuse
-        try:
-            return check("", value, *limits)
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
-
-    return parse
 
 
 def _option(default: Any, help: str, *, compared: bool = True, free: bool = False, **argument: Any) -> Any:
@@ -69,15 +54,6 @@ def _by_data(name: str, help: str, **argument: Any) -> Any:
     return _option(MISSING, f"{help} Default: {defaults}.", **argument)
 
 
-def integer(least: int, *most: int) -> dict[str, Any]:
-    """Returns argparse's arguments for an integer from ``least`` to ``most``."""
-    return {"type": read(int, checks.integer, least, *most), "metavar": "N"}
-
-
-def _number(check: Callable[..., Any]) -> dict[str, Any]:
-    return {"type": read(float, check), "metavar": "X"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything that a run is made of."""
@@ -89,7 +65,7 @@ class Options:
     fused: bool = _option(True, "Run each block over one buffer, or as usual.", compared=False)
     epochs: int = _by_data("epochs", "Passes over the training images.", **integer(1))
     batch_size: int = _by_data("batch_size", "Images a step, of all processes.", **integer(1))
-    lr: float = _option(0.1, "Learning rate, a tenth from 50 % and 75 % of the epochs on.", **_number(checks.positive))
+    lr: float = _option(0.1, "Learning rate, a tenth from 50 % and 75 % of the epochs on.", **number(checks.positive))
     weight_decay: float = 1e-4
     amp: str = _option("off", "Mixed precision (autocast).", choices=tuple(AMP))
     compile: bool = _option(False, "Run the network through torch.compile.")
@@ -97,7 +73,7 @@ class Options:
     workers: int = _option(0, "Processes that load images.", free=True, **integer(0))
     seed: int = _option(0, "For weights, order, augmentation.", compared=False, **integer(0, 2**63 - 1))
     deterministic: bool = _option(False, "Same numbers in every run; on the CPU they are in any case.")
-    validation: float = _option(0.1, "Fraction of training images held out.", **_number(checks.probability))
+    validation: float = _option(0.1, "Fraction of training images held out.", **number(checks.probability))
     image_size: int | None = _option(None, "Height and width that images are brought to.", **integer(8))
     on_corrupt: str = _option("refuse", "If images can't be read.", choices=("refuse", "skip"))
     sync_bn: bool = _option(False, "Under torchrun: norms see the whole batch.", compared=False)

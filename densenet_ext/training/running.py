@@ -96,7 +96,7 @@ def prepared(chosen: Options, processes: Processes, download: bool) -> tuple[Dat
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     data = load_data(chosen, processes, download)
-    network = built(chosen, data, chosen.seed)
+    network = built(chosen, data)
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(2, *data.train.shape))
@@ -116,9 +116,9 @@ def load_data(chosen: Options, processes: Processes, download: bool = False) -> 
     return datasets.cifar(chosen, processes, download)
 
 
-def built(chosen: Options, data: Data, seed: int) -> nn.Module:
-    """Returns the network of ``chosen`` for ``data``, with the weights of ``seed``."""
-    torch.manual_seed(seed)  # the same weights in every process
+def built(chosen: Options, data: Data) -> nn.Module:
+    """Returns the network of ``chosen`` for ``data``, with the weights of its seed."""
+    torch.manual_seed(chosen.seed)  # the same weights in every process
     classes, channels = len(data.classes), data.train.shape[0]
     return networks.build(chosen.model, classes=classes, channels=channels, save=chosen.save, fused=chosen.fused)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
 import logging
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.utils import prune
 
 import densenet_ext as dx
 from densenet_ext import kernels
+from densenet_ext.memory import command
 from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
 from densenet_ext.memory.shapes import ShapesMode
 from tests.support import command_line
@@ -331,6 +334,22 @@ def test_a_freed_storage_leaves_the_timeline() -> None:
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_asks_for_what_the_call_takes() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser.add_argument)
+    asked = vars(parser.parse_args([]))
+    assert asked.keys() == inspect.signature(command.plan).parameters.keys()
+    assert asked == {
+        "model": "densenet121",
+        "image": None,
+        "batch": 32,
+        "dtype": "fp32",
+        "save": None,
+        "memory": None,
+        "optimizer_state": 0,
+    }
 
 
 def test_the_command_prints_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

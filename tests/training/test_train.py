@@ -24,7 +24,7 @@ import densenet_ext as dx
 from densenet_ext import files
 from densenet_ext.training import learner, networks, running
 from densenet_ext.training.loop import best_of
-from densenet_ext.training.metrics import Epoch, Sums
+from densenet_ext.training.metrics import Epoch, Row, Sums
 from densenet_ext.training.options import Options
 from densenet_ext.training.processes import make_processes
 from tests.support import command_line
@@ -122,8 +122,15 @@ def test_the_learning_rate_is_that_of_the_paper(factors):
     options = Options.of({"epochs": len(factors), "lr": 0.3})
     one = learner.Learner(torch.nn.Linear(2, 2), options, make_processes())
     for factor in factors:
-        assert one.lr == pytest.approx(0.3 * factor, rel=1e-12)
-        one.end_epoch()
+        lr = one.optimizer.param_groups[0]["lr"]
+        assert one.end_epoch(Sums(8.0, 1, 4), None).lr == lr == pytest.approx(0.3 * factor, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_an_epoch_ends_with_its_figures():
+    one = learner.Learner(torch.nn.Linear(2, 2), Options.of({"epochs": 2}), make_processes())
+    assert one.end_epoch(Sums(8.0, 1, 4), Sums(1.0, 1, 2)) == Row(1, 0.1, 2.0, 25.0, 0.5, 50.0)
+    assert one.end_epoch(Sums(6.0, 0, 4), None) == Row(2, pytest.approx(0.01), 1.5, 0.0, None, None)
 
 
 def test_options_of_the_optimizer_are_those_of_the_paper(tiny):
@@ -293,10 +300,10 @@ def test_a_loss_that_is_no_number_ends_the_run_where_it_appears(tmp_path):
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
     end_epoch = learner.Learner.end_epoch
 
-    def spoil(self):
-        end_epoch(self)
+    def spoil(self, *figures):
         with torch.no_grad():
             self.network.classifier.bias[0] = float("inf")
+        return end_epoch(self, *figures)
 
     monkeypatch.setattr(learner.Learner, "end_epoch", spoil)  # after the check of epoch 1, before that of epoch 2
     ended = run("train", *TINY, "--epochs", 2, "--out", tmp_path)
@@ -325,10 +332,10 @@ class FullDisk:
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     end_epoch = learner.Learner.end_epoch
 
-    def fill(self):
-        end_epoch(self)
+    def fill(self, *figures):
         if self.steps == 12:
             monkeypatch.setattr(files, "open", FullDisk, raising=False)
+        return end_epoch(self, *figures)
 
     monkeypatch.setattr(learner.Learner, "end_epoch", fill)
     ended = run("train", *TINY, "--epochs", 2, "--seed", 3, "--out", tmp_path / "full")
