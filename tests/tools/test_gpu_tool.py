@@ -319,6 +319,9 @@ def test_without_a_gpu_it_says_one_sentence(
     monkeypatch.setattr(gpu, "find_machine", lambda: "there is no GPU")
     assert gpu.main(["right", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "make gpu: there is no GPU.\n" and not (tmp_path / "out").exists()
+
+
+def test_a_hidden_gpu_is_one_sentence(tmp_path: Path) -> None:
     hidden = subprocess.run(
         [sys.executable, str(gpu.ROOT / "tools" / "gpu.py"), "fast", "--out", str(tmp_path / "out")],
         capture_output=True,
