@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Network
-from densenet_ext.kernels import acc_dtype
+from densenet_ext.kernels import CPU_OPS, acc_dtype
 
 EPS = 1e-5
 Arguments = dict[str, Any]
@@ -56,7 +56,16 @@ def blocks_of(network: Network) -> Iterator[Block]:
 
 
 def cases(network: Network, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Every operator at the shapes of ``network``: in each block the middle and the last layer, and between them."""
+    """Every operator at the shapes of ``network``: in each block the middle and the last layer, and between them.
+
+    On a GPU those that have a kernel for it.
+    """
+    for case in _cases(network, dtype, device):
+        if device.type == "cpu" or case.operator not in CPU_OPS:
+            yield case
+
+
+def _cases(network: Network, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     make = _Maker(dtype, device)
     blocks = list(blocks_of(network))
     if not network.small_inputs:

@@ -12,7 +12,7 @@ import torch
 import densenet_ext as dx
 from benchmarks import choice3x3, gpu_table, kernels, operators, peers
 from densenet_ext import _extension
-from densenet_ext.kernels import CPU_OPS, OPS
+from densenet_ext.kernels import OPS
 from tests.benchmarks.tiny import CPU, SMALL, TINY, no_words
 
 pytestmark = pytest.mark.skipif(_extension.module is None, reason=f"no compiled part: {_extension.why_missing}")
@@ -41,12 +41,20 @@ def test_blocks_have_the_networks_sizes(name: str) -> None:
     assert tuple(block.layers for block in blocks) == network.block_config
 
 
+def test_a_gpu_gets_no_operator_without_a_kernel_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def operators_on(kind: str) -> set[str]:
+        return {case.operator for case in operators.cases(SMALL, torch.float32, torch.device(kind))}
+
+    monkeypatch.setattr(operators, "CPU_OPS", {"bn_relu"})
+    assert operators_on("cuda") == operators_on("cpu") - {"bn_relu"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("network", [TINY, SMALL], ids=lambda n: n.name)
 def test_every_case_runs(network: peers.Network, dtype: torch.dtype) -> None:
     found = list(operators.cases(network, dtype, CPU))
     pools = {name for name in OPS if "max_pool" in name}
-    assert {case.operator for case in found} == set(OPS) - CPU_OPS - (pools if network.small_inputs else set())
+    assert {case.operator for case in found} == set(OPS) - (pools if network.small_inputs else set())
     for case in found:
         operator = getattr(torch.ops.densenet_ext, case.operator).default
         arguments = {**case.make(), **operators.arithmetic(operator)}
@@ -126,7 +134,7 @@ def test_a_run_of_the_operators(measured: dict[str, Any]) -> None:
     for row in measured["rows"]:
         by_precision[row["precision"]].add(row["operator"])
     assert by_precision["float32, TF32"] == {name for name in OPS if "conv" in name}
-    assert by_precision["float16"] == set(OPS) - CPU_OPS
+    assert by_precision["float16"] == set(OPS)
 
 
 def test_a_run_of_the_operators_ends_in_time_and_survives_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
