@@ -60,6 +60,8 @@ def test_layers_know_only_what_is_below() -> None:
             assert rooms <= {"units", "modules", "checks", "state_dict"}, name
         if room == "fusing":
             assert not rooms & {"memory", "report", "training", "cli"}, name
+        if room == "arguments":
+            assert rooms <= {"checks"}, name
         if room == "training":
             assert not rooms & {"compare", "cli"}, name
         if room == "compare":
