@@ -38,7 +38,7 @@ TESTS = """
     """
 
 
-@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_fault_is_one_failure(tmp_path: Path, processes: int) -> None:
     if processes:
         pytest.importorskip("xdist")
