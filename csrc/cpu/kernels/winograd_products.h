@@ -54,7 +54,8 @@ struct PointProducts {
     }
   }
   int64_t columns() const { return round_up(N, groups.block()); }
-  // Of a block at one point. An odd number of vectors: the transform writes all points of a weight one after the other.
+  // Of a block at one point, with a vector more: of an even number of channels that makes an odd number of vectors, so
+  // that all points of a weight, which the transform writes after each other, don't fall into one set of a cache.
   int64_t point_size() const { return slices * K * groups.block() + kLanes<float>; }
   int64_t block_size() const { return Winograd<O>::kPoints * point_size(); }
   int64_t points_size() const { return columns() / groups.block() * block_size(); }
