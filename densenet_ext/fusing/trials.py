@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -284,10 +285,14 @@ def _without(how: Built, attributes: set[str], names: set[str]) -> Built:
 def _configuration(module: nn.Module) -> tuple[object, ...] | None:
     """Returns what the meaning of ``forward`` can depend on: classes, code, settings and shapes; hashable.
 
-    None where a module has an attribute whose content may change unseen.
+    The code is that of PyTorch's classes too: what was found while somebody had replaced a function of one does not
+    hold afterwards. None where a module has an attribute whose content may change unseen.
     """
+    inside = list(module.named_modules(remove_duplicate=False))
+    kinds = dict.fromkeys(kind for _, inner in inside for kind in type(inner).__mro__)
+    code = tuple(value for kind in kinds for value in vars(kind).values() if isinstance(value, FunctionType))
     try:
-        return tuple(_configured(name, inner) for name, inner in module.named_modules(remove_duplicate=False))
+        return (code, *(_configured(name, inner) for name, inner in inside))
     except _Opaque:
         return None
 
@@ -302,7 +307,7 @@ def _configured(name: str, module: nn.Module) -> tuple[object, ...]:
         (key, None if t is None else (t.shape, t.is_floating_point()))
         for key, t in (*module._parameters.items(), *module._buffers.items())
     ]
-    return name, type(module), type(module).forward, tuple(attributes), tuple(shapes)
+    return name, type(module), tuple(attributes), tuple(shapes)
 
 
 def _frozen(value: object) -> object:

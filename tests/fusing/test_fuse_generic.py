@@ -273,6 +273,20 @@ def test_the_trial_touches_nothing() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("owner, name", [(nn.Conv2d, "_conv_forward"), (nn.Module, "__call__"), (nn.ReLU, "forward")])
+def test_what_was_found_under_a_patch_does_not_outlive_it(
+    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials._known.clear()
+    model, usual = net("one ReLU for two"), getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda self, *args: usual(self, *args) * 1.5)
+        assert not any(
+            row.kind == "dense block" and "fuse has not been called" in row.reason for row in dx.report(model)
+        )
+    assert any(row.kind == "dense block" and "fuse has not been called" in row.reason for row in dx.report(model))
+
+
 def test_the_trial_runs_anywhere() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         block = own.chain(own.NarrowBehind)
