@@ -49,7 +49,6 @@ UNDER_ANOTHER_NAME = {
     "algorithm/single.py:allocate_stats": "transition, stem and head",
     "algorithm/single.py:allocate_shared_stats": "transition, stem and head, in tests/distributed",
     "algorithm/single.py:input_sums": "the gradients of transition, stem and head",
-    "algorithm/single.py:single": "transition, stem and head, whichever form of a norm they are given",
     "algorithm/sync.py:merge_stats": "needs several processes: tests/distributed",
     "algorithm/sync.py:merge_sums": "needs several processes: tests/distributed",
     "kernels/fakes.py:register": "tensors without data and of other kinds, in test_operator_arguments",

@@ -41,11 +41,12 @@ from densenet_ext.algorithm.conversions import (
     result_dtype,
 )
 from densenet_ext.algorithm.dropout import Dropout, dropout_at, new_seed
-from densenet_ext.algorithm.kept import BlockCalls, Repeated, Wanted
+from densenet_ext.algorithm.inference import Call
+from densenet_ext.algorithm.kept import Wanted
 from densenet_ext.algorithm.layout import is_readable, new_features, pixels, readable, to_rows
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, register, run
-from densenet_ext.algorithm.packed import are_held
+from densenet_ext.algorithm.repeated import BlockCalls, Repeated
 from densenet_ext.algorithm.sync import merge_stats, merge_sums, shared_group
 from densenet_ext.algorithm.values import BasicLayer, Stats, Tensors
 
@@ -91,6 +92,9 @@ def basic_block(
     and in compiled code. Raises PyTorch's own ValueError for one value per channel in training.
     """
     own = layers if isinstance(layers, BasicLayers) else BasicLayers(layers, new_first)
+    again = own.repeated.inferences.run(x)
+    if again is not None:
+        return again, None
     if not own.layers or (is_empty(x) and not own.synced):
         return reference.basic_block(x, own.layers, new_first), None
     if not own.one_group:
@@ -113,6 +117,8 @@ def basic_block(
         own.movement.move([mean], [var], rows)
 
     out = run(own.repeated.operation, config, tensors, move, own.repeated.present(tensors))
+    if own is layers:
+        own.repeated.keep(config, x)
     return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 
@@ -198,10 +204,19 @@ class _Calls(BlockCalls):
         scratch = whole.scratch(out, a)
         held = whole.results(out, g, elements=whole.copied(out, _weights(tensors)))
         x, layers = readable(tensors[0].to(config.dtype)), self.layers(config, out)
-        packed = are_held(self.weights)
+        packed = self.held.any()
         run_whole(x, layers.number, *_arguments(tensors, results), scratch, bf16=config.lowered, packed_weights=packed)
         del held
         return results
+
+    def prepared(self, config: Config, x: Tensor) -> Call | None:
+        """``forward`` on features like ``x`` in evaluation without gradients; None where it runs layer by layer."""
+        tensors = [x, None, *self.parameters]
+        out = _allocate(config, tensors)[0]
+        run_whole = whole.operation("basic_layers", out, config.groups)
+        if run_whole is None:
+            return None
+        return self.repeat(run_whole, config, x, out, whole.scratch(out, _scratch_sizes(tensors, out)[0]), statistics=2)
 
     def backward(
         self, config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]

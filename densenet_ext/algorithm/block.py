@@ -35,12 +35,13 @@ from densenet_ext.algorithm.block_steps import FIRST, backward_by_steps, columns
 from densenet_ext.algorithm.columns import layer_columns
 from densenet_ext.algorithm.conversions import is_empty, is_lowered, result_dtype
 from densenet_ext.algorithm.dropout import new_seed
-from densenet_ext.algorithm.kept import BlockCalls, KeptLayers, Repeated, Wanted
+from densenet_ext.algorithm.inference import Call
+from densenet_ext.algorithm.kept import KeptLayers, Wanted
 from densenet_ext.algorithm.layer import dense_block_by_layers
 from densenet_ext.algorithm.layout import is_readable, new_features, pixels, readable
 from densenet_ext.algorithm.norm import Movement, check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
-from densenet_ext.algorithm.packed import are_held
+from densenet_ext.algorithm.repeated import BlockCalls, Repeated
 from densenet_ext.algorithm.step import (
     CONV1,
     CONV2,
@@ -120,6 +121,9 @@ def dense_block(
     """
     checks.choice("save", save, checks.LEVELS)
     own = layers if isinstance(layers, Layers) else Layers(layers, new_first)
+    again = own.repeated.inferences.run(x)
+    if again is not None:
+        return again, None
     if not own.layers or (is_empty(x) and not own.synced):
         return reference.dense_block(x, own.layers, new_first=new_first), None
     if not own.one_group:
@@ -144,6 +148,8 @@ def dense_block(
         own.movement.move([mean, z_mean], [var, z_var], rows)
 
     out = run(own.repeated.operation, config, tensors, move, own.repeated.present(tensors))
+    if own is layers:
+        own.repeated.keep(config, x)
     return out, None if torch.compiler.is_compiling() or not taken[0].numel() else Stats(*taken)
 
 
@@ -241,10 +247,20 @@ class _Calls(BlockCalls):
             scratch,
             tf32=kernels.tf32(x),
             bf16=config.lowered,
-            packed_weights=are_held(self.weights),
+            packed_weights=self.held.any(),
         )
         del held
         return results
+
+    def prepared(self, config: Config, x: Tensor) -> Call | None:
+        """``forward`` on features like ``x`` in evaluation without gradients; None where it runs step by step, or folds
+        norms."""
+        out, sizes = _results(config, x, self.sizes)[0], self.sizes
+        run_whole = whole.operation("dense_layers", out, config.groups)
+        if run_whole is None or not whole.has_conv3x3(out):
+            return None
+        scratch = whole.scratch(out, sizes.widest, 0 if sizes.of_three else sizes.widest)
+        return self.repeat(run_whole, config, x, out, scratch, statistics=5)
 
     def backward(
         self, config: Config, grad: Tensor, tensors: Tensors, results: Tensors, needs: Sequence[bool]

@@ -15,6 +15,7 @@ from densenet_ext.algorithm.conversions import (
     is_empty,
     norm_values,
 )
+from densenet_ext.algorithm.inference import Call
 from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
@@ -45,12 +46,18 @@ def head(x: Tensor, norm: Norm | SingleNorm, *, stats: Stats | None = None) -> T
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     moving = single(norm)
-    norm = moving.norm
+    again = moving.inferences.run(x)
+    if again is not None:
+        return as_pooled(again) if x.dim() == 5 else again
+    repeats, norm = norm is moving, moving.norm
     check_count(norm, x.shape)
     if is_empty(x) and not norm.group:
         return reference.head(x, norm)
     config = Config((norm.batch_stats,), (norm.eps,), x.dtype, save=kept_level("features"), groups=(norm.group,))
-    out = run(HEAD, config, inputs_of(x, norm, stats), lambda results: moving.move(x.shape, results))
+    tensors = inputs_of(x, norm, stats)
+    out = run(HEAD, config, tensors, lambda results: moving.move(x.shape, results))
+    if repeats and not norm.batch_stats:
+        moving.inferences.keep(x, lambda: _prepared(config, tensors))
     return as_pooled(out) if x.dim() == 5 else out
 
 
@@ -74,6 +81,22 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     values = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(rows).bn_relu_avg_pool(rows, size, size[1:], *values, out)
     return [out, mean, var, count]
+
+
+def _prepared(config: Config, own: Inputs) -> Call | None:
+    """``_forward`` in evaluation without gradients, on features like those of ``own``; None where it goes by steps."""
+    run_whole = whole.operation("whole_transition", own.x, config.groups)
+    if run_whole is None:
+        return None
+    size, norm = rows_size(own.x), norm_call(config, own, None, None)
+    window = size[1:]
+
+    def call(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[:2])
+        run_whole(readable(x), size, window, *norm, None, None, out, None)
+        return out
+
+    return call
 
 
 def _backward(

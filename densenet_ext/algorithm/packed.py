@@ -30,10 +30,14 @@ class _Weight:
 
 
 _weights: dict[int, _Weight] = {}
+_changes = 0
+"""How often somebody has held or released weights."""
 
 
 def hold(weights: Iterable[Tensor]) -> list[Tensor]:
     """Has the packed forms of ``weights`` kept until they are released; returns those for which there are any."""
+    global _changes
+    _changes += 1
     held = [weight for weight in weights if _can_be_kept(weight)]
     for weight in held:
         if id(weight) not in _weights:
@@ -44,6 +48,8 @@ def hold(weights: Iterable[Tensor]) -> list[Tensor]:
 
 def release(weights: Iterable[Tensor]) -> None:
     """Drops the packed forms of ``weights``, which were held, unless somebody else holds them."""
+    global _changes
+    _changes += 1
     for weight in weights:
         own = _weights[id(weight)]
         own.holders -= 1
@@ -51,15 +57,32 @@ def release(weights: Iterable[Tensor]) -> None:
             del _weights[id(weight)]
 
 
+class Held:
+    """Those of a unit's ``weights`` of which operations may keep packed forms, call after call."""
+
+    def __init__(self, weights: Sequence[Tensor | None]) -> None:
+        self._weights = weights
+        self._seen = -1  # of _changes
+        self._held: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def any(self) -> bool:
+        """Returns whether there are any; sees to it that the packed forms are right."""
+        if self._seen != _changes:
+            self._held = [weight for weight in self._weights if weight is not None and id(weight) in _weights]
+            self._seen, self._versions = _changes, []
+        versions = [weight._version for weight in self._held]
+        if versions != self._versions:
+            for own in [_weights[id(weight)] for weight in self._held]:  # not kept: whoever releases them frees them
+                if own.version != own.weight._version:
+                    own.pack_again()
+            self._versions = versions
+        return bool(self._held)
+
+
 def are_held(weights: Sequence[Tensor | None]) -> bool:
     """Returns whether operations may keep packed forms of any of ``weights``; sees to it that they are right."""
-    if not _weights:
-        return False
-    found = [own for own in map(_weights.get, map(id, weights)) if own is not None]
-    for own in found:
-        if own.version != own.weight._version:
-            own.pack_again()
-    return bool(found)
+    return bool(_weights) and Held(weights).any()
 
 
 def _can_be_kept(weight: Tensor) -> bool:

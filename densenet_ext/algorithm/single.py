@@ -10,6 +10,7 @@ from torch import Tensor
 
 from densenet_ext import kernels
 from densenet_ext.algorithm.conversions import grad_like, norm_tensors
+from densenet_ext.algorithm.inference import Inferences
 from densenet_ext.algorithm.layout import pixels
 from densenet_ext.algorithm.norm import Movement
 from densenet_ext.algorithm.operation import Config
@@ -112,10 +113,11 @@ class NormCall(NamedTuple):
     eps: float
 
 
-def norm_call(config: Config, inputs: Inputs, mean: Tensor, var: Tensor) -> NormCall:
+def norm_call(config: Config, inputs: Inputs, mean: Tensor | None, var: Tensor | None) -> NormCall:
     """The norm's arguments; ``mean`` and ``var`` become those of x where it normalises by the batch's."""
     if not config.batch_stats[0]:
         return NormCall(inputs.running_mean, inputs.running_var, None, None, inputs.gamma, inputs.beta, config.eps[0])
+    assert mean is not None and var is not None
     if inputs.mean is None:
         return NormCall(None, None, mean, var, inputs.gamma, inputs.beta, config.eps[0])
     mean.copy_(inputs.mean)
@@ -159,6 +161,7 @@ class SingleNorm:
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
+        self.inferences = Inferences()
         self._movement = Movement([norm], [0], [slice(0, None)])
 
     def move(self, size: Sequence[int], results: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
+from densenet_ext.algorithm.inference import Call
 from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
@@ -49,7 +50,11 @@ def stem(
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     moving = single(norm)
-    norm = moving.norm
+    key = (kernel_size, stride, padding)
+    again = moving.inferences.run(x, key)
+    if again is not None:
+        return as_pooled(again) if x.dim() == 5 else again
+    repeats, norm = norm is moving, moving.norm
     check_count(norm, x.shape)
     dims = x.dim() - 2
     window = volume(dims, kernel_size, 1)
@@ -65,15 +70,22 @@ def stem(
         save=kept_level("features"),
         groups=(norm.group,),
     )
-    out = run(STEM, config, inputs_of(x, norm), lambda results: moving.move(x.shape, results))
+    tensors = inputs_of(x, norm)
+    out = run(STEM, config, tensors, lambda results: moving.move(x.shape, results))
+    if repeats and not norm.batch_stats:
+        moving.inferences.keep(x, lambda: _prepared(config, tensors), key)
     return as_pooled(out) if x.dim() == 5 else out
+
+
+def _pooled_size(config: Config, x: Tensor) -> tuple[int, ...]:
+    front = 5 - x.dim()
+    geometry = zip(x.shape[2:], config.window[front:], config.stride[front:], config.padding[front:], strict=True)
+    return (x.shape[0], x.shape[1], *((n + 2 * p - w) // s + 1 for n, w, s, p in geometry))
 
 
 def _allocate(config: Config, tensors: Tensors) -> list[Tensor]:
     x = Inputs(*tensors).x
-    front = 5 - x.dim()
-    geometry = zip(x.shape[2:], config.window[front:], config.stride[front:], config.padding[front:], strict=True)
-    size = (x.shape[0], x.shape[1], *((n + 2 * p - w) // s + 1 for n, w, s, p in geometry))
+    size = _pooled_size(config, x)
     index = x.new_empty(0, dtype=torch.uint8) if config.save == "nothing" else new_features(x, size, torch.uint8)
     return [new_features(x, size), *allocate_shared_stats(config, x), index]
 
@@ -92,6 +104,22 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     norm = norm_values(own.norm, mean, var, config.batch_stats[0], config.eps[0], mean.dtype)
     kernels.select(rows).bn_relu_max_pool(rows, *geometry, *norm, to_rows(out), positions)
     return results
+
+
+def _prepared(config: Config, own: Inputs) -> Call | None:
+    """``_forward`` in evaluation without gradients, on features like those of ``own``; None where it goes by steps."""
+    run_whole = whole.operation("whole_stem", own.x, config.groups)
+    if run_whole is None:
+        return None
+    size, norm = _pooled_size(config, own.x), norm_call(config, own, None, None)
+    geometry = (rows_size(own.x), config.window, config.stride, config.padding)
+
+    def call(x: Tensor) -> Tensor:
+        out = new_features(x, size)
+        run_whole(readable(x), *geometry, *norm, out, None)
+        return out
+
+    return call
 
 
 def _backward(
