@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from densenet_ext import checks
 from densenet_ext.modules import FREE, DenseBlock, Transition, enter_as_usual
 from densenet_ext.state_dict import adapt_state_dict
-from densenet_ext.units.around import Sequence as FusedSequence
 from densenet_ext.units.around import Stem
 from densenet_ext.units.built import built
 from densenet_ext.units.entry import Unit, enter
 from densenet_ext.units.head import Head
+from densenet_ext.units.sequence import Sequence as FusedSequence
 
 
 class DenseNet(nn.Module):

@@ -57,7 +57,7 @@ UNDER_ANOTHER_NAME = {
     "kernels/plain_rows.py:rstd_scale": "what eager gives in conv3x3_calls.py, for test_conv3x3 and test_winograd",
     "modules.py:enter_as_usual": "subclasses of ours with a forward of their own, in test_modules",
     "units/norms.py:tensors_of": "changed parameters and buffers of blocks and of transitions, in test_reading",
-    "units/around.py:first_mismatch": "errors of a Sequential's units, in tests/fusing",
+    "units/sequence.py:first_mismatch": "errors of a Sequential's units, in tests/fusing",
 }
 
 

@@ -7,6 +7,7 @@ took a third of them. A prepared call allocates, and runs the unit's compiled op
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,35 +21,54 @@ Call = Callable[[Tensor], Tensor]
 _MOST = 16  # forms for each unit: who serves images of every size gains nothing
 
 
+class Form(NamedTuple):
+    """What a call depends on beside a unit and the values of tensors."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    lowered: torch.dtype | None  # autocast's dtype where it is on
+    ops: int  # which operations compute: of kernels.select, whose namespaces live as long as the process
+
+
+def form_of(x: Tensor) -> Form | None:
+    """Returns the form of a call on features x; None where calls are not repeated: with gradients, or in compiled code,
+    or on tensors of another kind."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return None
+    kind = x.device.type
+    lowered = torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None
+    return Form(x.shape, x.stride(), x.dtype, x.device, lowered, id(kernels.select(x)))
+
+
 class Inferences:
-    """The prepared calls of one unit, as long as its parameters and settings are the same: who has this sees to it."""
+    """The prepared calls of one unit, as long as its parameters and settings are the same: who has this sees to it.
+
+    A call is prepared for a form and a ``key``, what else the unit was asked. It has to run without autocast.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[object, Call]] = {}
+        self._known: dict[Hashable, Call] = {}
+
+    def find(self, x: Tensor, key: Hashable = None) -> Call | None:
+        """Returns the call for features like ``x``, or None where there is none."""
+        return self._known.get((form_of(x), key)) if self._known else None
 
     def run(self, x: Tensor, key: Hashable = None) -> Tensor | None:
-        """Returns the unit's result for ``x``, or None where no call of its form, with ``key`` beside it, is known."""
-        if not self._known or torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        """Returns the unit's result for ``x``, or None where no call is prepared for it."""
+        call = self.find(x, key)
+        if call is None:
             return None
-        kind = x.device.type
-        lowered = torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None
-        known = self._known.get((x.shape, x.stride(), x.dtype, x.device, lowered, key))
-        if known is None or known[0] is not kernels.select(x):
-            return None
-        if lowered is None:
-            return known[1](x)
-        with without_autocast(kind):
-            return known[1](x)
+        with without_autocast(x.device.type):
+            return call(x)
 
     def keep(self, x: Tensor, prepare: Callable[[], Call | None], key: Hashable = None) -> None:
         """Keeps the call that ``prepare`` gives for features like ``x``, where such calls can be repeated."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
-            return
-        call = prepare()
+        form = form_of(x)
+        call = None if form is None else prepare()
         if call is None:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
-        kind = x.device.type
-        lowered = torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None
-        self._known[x.shape, x.stride(), x.dtype, x.device, lowered, key] = kernels.select(x), call
+        self._known[form, key] = call

@@ -10,7 +10,7 @@ is recomputed on the way), and to write
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,8 +68,7 @@ def transition(
     Raises PyTorch's own ValueError for one value per channel in training.
     """
     moving = single(norm)
-    # who asks for others in the next call gets another call
-    key = (window, id(conv_weight), conv_weight.shape, id(conv_bias))
+    key = key_of(conv_weight, window, conv_bias)
     again = moving.inferences.run(x, key)
     if again is not None:
         return as_pooled(again) if x.dim() == 5 else again
@@ -91,6 +90,14 @@ def transition(
     if repeats and not norm.batch_stats:
         moving.inferences.keep(x, lambda: _prepared(config, tensors), key)
     return as_pooled(out) if x.dim() == 5 else out
+
+
+def key_of(conv_weight: Tensor, window: int | tuple[int, ...], conv_bias: Tensor | None) -> Hashable:
+    """Returns what a prepared call of a norm's transition depends on beside the form of its features.
+
+    The call keeps the tensors, so that no others get their numbers.
+    """
+    return window, id(conv_weight), conv_weight.shape, id(conv_bias)
 
 
 def _pooled_size(config: Config, x: Tensor) -> list[int]:

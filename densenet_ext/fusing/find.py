@@ -18,7 +18,7 @@ from densenet_ext.fusing.structure import MEMORY_MODES, Candidate, candidates, t
 from densenet_ext.fusing.trial import Refusal
 from densenet_ext.fusing.trials import try_out_block, try_out_norm, try_out_transition
 from densenet_ext.units import captures
-from densenet_ext.units.around import Run, Sequence, Stem, Transition
+from densenet_ext.units.around import Stem, Transition
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import original_class, reason_outside, unit_of
 from densenet_ext.units.head import Head
@@ -30,6 +30,7 @@ from densenet_ext.units.parts import (
     obstacle,
     submodule,
 )
+from densenet_ext.units.sequence import Run, Sequence
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from densenet_ext.fusing.libraries import LIBRARIES
 from densenet_ext.models import DenseNet
 from densenet_ext.modules import DenseBlock, DenseLayer
 from densenet_ext.state_dict import adapt_state_dict
-from densenet_ext.units.around import Run
-from densenet_ext.units.around import Sequence as FusedSequence
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import enter, leave, unit_of
+from densenet_ext.units.sequence import Run
+from densenet_ext.units.sequence import Sequence as FusedSequence
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,8 +1,7 @@
-"""Units around dense blocks: the transition, and a Sequential with its stem and its runs of layers."""
+"""Units around dense blocks: the transition, and the stem, which is a part of a Sequential."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 
 from densenet_ext import checks
 from densenet_ext.algorithm.stem import stem
-from densenet_ext.algorithm.transition import transition
-from densenet_ext.units.block import Block
+from densenet_ext.algorithm.transition import key_of, transition
 from densenet_ext.units.built import Built
-from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, not_a_tensor, ran, straight
-from densenet_ext.units.flow import Flow, incoming, to_channels_last
+from densenet_ext.units.entry import MapUnit, Mismatch, ran
+from densenet_ext.units.flow import Flow
 from densenet_ext.units.metadata import with_metadata
 from densenet_ext.units.norms import NormReading
 from densenet_ext.units.parts import (
@@ -33,6 +31,7 @@ from densenet_ext.units.parts import (
     submodule,
 )
 from densenet_ext.units.reading import Part, Readings
+from densenet_ext.units.stretch import Repeat
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,7 @@ class Transition(MapUnit):
     def step(self, module: nn.Module, flow: Flow) -> Flow | Mismatch | None:
         """Returns the pooled features in channels_last memory."""
 
-        def read() -> tuple[NormReading, nn.Module] | None:
-            if self.reason(module) is not None:
-                return None
-            norm, conv = submodule(module, self.norm), submodule(module, self.conv)
-            return NormReading(norm), conv  # type: ignore[arg-type, return-value]
-
-        if hooks_on_all_modules() is not None:
-            return None
-        compiling = torch.compiler.is_compiling()
-        known = read() if compiling else _TRANSITIONS.get(module, self, read, lambda: self.built.watched(module))
+        known = self._read(module)
         if known is None:
             return None
         norm, conv = known[0].now(), known[1]
@@ -101,6 +91,42 @@ class Transition(MapUnit):
         stats = flow.stats
         out = with_metadata(lambda x: transition(x, norm, weight, 2, conv_bias=bias, stats=stats), flow.x)
         return Flow(out, flow.behind(weight))
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        known = self._read(module)
+        norm = None if known is None else known[0].now()
+        if known is None or norm is None or x.dim() == 5:  # what autocast does to volumes is not part of a call
+            return None
+        conv = known[1]
+        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        call = norm.inferences.find(x, key_of(weight, 2, bias))
+        place = _place(weight)
+
+        def holds(module: nn.Module) -> bool:
+            if self._read(module) is not known or known[0].now() is not norm:
+                return False
+            same = parameter(conv, "weight") is weight and parameter(conv, "bias") is bias
+            return same and _place(weight) == place
+
+        return None if call is None else Repeat(call, holds)
+
+    def _read(self, module: nn.Module) -> tuple[NormReading, nn.Module] | None:
+        def read() -> tuple[NormReading, nn.Module] | None:
+            if self.reason(module) is not None:
+                return None
+            norm, conv = submodule(module, self.norm), submodule(module, self.conv)
+            return NormReading(norm), conv  # type: ignore[arg-type, return-value]
+
+        if hooks_on_all_modules() is not None:
+            return None
+        if torch.compiler.is_compiling():
+            return read()
+        return _TRANSITIONS.get(module, self, read, lambda: self.built.watched(module))
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    return weight.shape, weight.stride(), weight.dtype, weight.device
 
 
 _TRANSITIONS: Readings[tuple[NormReading, nn.Module]] = Readings()
@@ -154,16 +180,7 @@ class Stem:
     def step(self, module: nn.Module, flow: Flow) -> Flow | None:
         """Returns the pooled features in channels_last memory; None where they have to be computed one by one."""
 
-        def read() -> tuple[NormReading, nn.Module] | None:
-            if self.reason(module) is not None:
-                return None
-            norm, pool = module._modules[self.norm], module._modules[self.pool]
-            return NormReading(norm), pool  # type: ignore[arg-type, return-value]
-
-        # what a norm with its ReLU inside is made of is not watched
-        known = read() if torch.compiler.is_compiling() or self.relu is None else None
-        if known is None and self.relu is not None and hooks_on_all_modules() is None:
-            known = _STEMS.get(module, self, read, lambda: self._watched(module))
+        known = self._read(module)
         if known is None:
             return None
         x, norm, pool = flow.x, known[0].now(), known[1]
@@ -173,115 +190,34 @@ class Stem:
         ran(module, self.kind)
         return Flow(with_metadata(lambda x: stem(x, norm, *window), x), flow.layout)
 
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        known = self._read(module)
+        norm = None if known is None else known[0].now()
+        if known is None or norm is None or x.dim() == 5:  # what autocast does to volumes is not part of a call
+            return None
+        pool: Any = known[1]
+        call = norm.inferences.find(x, (pool.kernel_size, pool.stride, pool.padding))
+
+        def holds(module: nn.Module) -> bool:
+            return self._read(module) is known and known[0].now() is norm
+
+        return None if call is None else Repeat(call, holds)
+
+    def _read(self, module: nn.Module) -> tuple[NormReading, nn.Module] | None:
+        def read() -> tuple[NormReading, nn.Module] | None:
+            if self.reason(module) is not None:
+                return None
+            norm, pool = module._modules[self.norm], module._modules[self.pool]
+            return NormReading(norm), pool  # type: ignore[arg-type, return-value]
+
+        if torch.compiler.is_compiling() or self.relu is None:  # what a norm with its ReLU inside is made of
+            return read()  # is not watched
+        return _STEMS.get(module, self, read, lambda: self._watched(module)) if hooks_on_all_modules() is None else None
+
     def _watched(self, module: nn.Module) -> list[Part]:
         parts = [Part(module, hooks=False)]
         return parts + [Part(part) for part in (module._modules[name] for name in self.names) if part is not None]
 
 
 _STEMS: Readings[tuple[NormReading, nn.Module]] = Readings()
-
-
-@dataclass(frozen=True)
-class Run:
-    """Dense layers that follow one another among the children of a Sequential, each handing on all features."""
-
-    block: Block
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The children, in the order in which they run."""
-        return self.block.layers
-
-    def step(self, module: nn.Module, flow: Flow) -> Flow | None:
-        """Returns all features; None where the layers have to run one by one."""
-        found = self.block.step(module, flow)
-        return found if isinstance(found, Flow) else None
-
-
-@dataclass(frozen=True)
-class Sequence(MapUnit):
-    """A Sequential some of whose children run as one, and whose units hand features straight on to each other."""
-
-    segments: tuple[Stem | Run, ...] = ()
-
-    kind: ClassVar[str] = "sequence"
-
-    @property
-    def stem(self) -> Stem | None:
-        """The stem among the children, if there is one."""
-        return next((segment for segment in self.segments if isinstance(segment, Stem)), None)
-
-    def with_level(self, save: str) -> Sequence:
-        """Returns the sequence with this level of saving in its runs of layers."""
-        segments = (
-            Run(dataclasses.replace(segment.block, save=save)) if isinstance(segment, Run) else segment
-            for segment in self.segments
-        )
-        return Sequence(tuple(segments))
-
-    def reason(self, module: nn.Module) -> str | None:
-        """Returns None: every child decides for itself."""
-        return None
-
-    def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
-        """Returns what the children give one after another, in eager's layout."""
-        if hooks_on_all_modules() is not None:
-            return usual(module, x)
-        mismatch = first_mismatch(module, x)
-        if mismatch is not None:
-            return as_eager(mismatch, usual, module, x)
-        return self.run(module, incoming(x)).shown()
-
-    def step(self, module: nn.Module, flow: Flow) -> Flow:
-        """Returns what the children give one after another."""
-        return self.run(module, flow)
-
-    def run(self, module: nn.Module, flow: Flow, stop: int | None = None) -> Flow:
-        """Returns what the first ``stop`` children (all if None) give one after another."""
-        children = [(name, child) for name, child in module._modules.items() if child is not None][:stop]
-        starts = {segment.names[0]: segment for segment in self.segments}
-        units = [straight(child) for _, child in children]
-        i = 0
-        while i < len(children):
-            name, child = children[i]
-            segment = starts.get(name)
-            if segment is not None and tuple(name for name, _ in children[i : i + len(segment.names)]) == segment.names:
-                found = segment.step(module, flow)
-                if found is not None:
-                    flow = found
-                    i += len(segment.names)
-                    continue
-            follows = i + 1 < len(children) and (children[i + 1][0] in starts or units[i + 1] is not None)
-            flow = _through(child, units[i], flow, follows)
-            i += 1
-        return flow
-
-
-def first_mismatch(module: nn.Module, x: Any) -> Mismatch | None:
-    """Returns in words why x does not fit the convolution that ``module`` begins with; None if it begins otherwise."""
-    if not isinstance(x, Tensor):
-        return not_a_tensor(x)
-    first: Any = next(iter(module._modules.values()), None)
-    if first is None or dimensions_of(first) is None or obstacle(first) is not None:
-        return None
-    words = checks.mismatch(x, first.in_channels, len(first.kernel_size), parameter(first, "weight"))
-    return None if words is None else Mismatch(words)
-
-
-def _through(child: nn.Module, unit: Any, flow: Flow, unit_follows: bool) -> Flow:
-    """Returns what ``child`` gives: straight from unit to unit where nobody looks on, else by a call like any other.
-
-    ``unit``: that of the child, where running it is all that a call would do.
-    """
-    if isinstance(unit, MapUnit):
-        for probe in child._forward_pre_hooks.values():
-            probe()
-        found = unit.step(child, flow)
-        if isinstance(found, Flow):
-            for probe in child._forward_hooks.values():
-                probe()
-            return found
-    if unit_follows and dimensions_of(child) is not None and obstacle(child) is None:
-        # A plain convolution whose result only the next unit sees: that one reads channels_last memory in place.
-        return Flow(child(to_channels_last(flow.x)), flow.behind(parameter(child, "weight")))
-    return incoming(child(flow.shown()))

@@ -38,6 +38,7 @@ from densenet_ext.units.parts import (
     submodule,
 )
 from densenet_ext.units.reading import Entry, Readings, record
+from densenet_ext.units.stretch import Repeat
 
 
 class Parts(NamedTuple):
@@ -191,9 +192,26 @@ class Block(MapUnit):
             return out
 
         out = with_metadata(compute, flow.x)
-        if (getattr(module, "returns", "all") if self.returns is None else self.returns) == "new":
+        if self._returns(module) == "new":
             return Flow(out[:, first.shape[1] :], new)
         return Flow(out, layout, stats[0])
+
+    def _returns(self, module: nn.Module) -> str:
+        return str(getattr(module, "returns", "all")) if self.returns is None else self.returns
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        reading = self._read(module)
+        layers = None if reading is None else reading.now(self.new_first)
+        call = None if layers is None else layers.repeated.inferences.find(x)
+        if reading is None or call is None or self._returns(module) != "all":
+            return None
+
+        def holds(module: nn.Module) -> bool:
+            same = self._read(module) is reading and reading.now(self.new_first) is layers
+            return same and self._returns(module) == "all"
+
+        return Repeat(call, holds)
 
     def values(self, module: nn.Module) -> Layer | BasicLayer | None:
         """Returns the first layer as it stands at this call; None where the block cannot run."""

@@ -22,6 +22,7 @@ from densenet_ext.units.flow import Flow, incoming
 from densenet_ext.units.metadata import bare
 from densenet_ext.units.parts import hook_on
 from densenet_ext.units.reading import code_changed, know_code
+from densenet_ext.units.stretch import Repeat
 
 
 class Mismatch(NamedTuple):
@@ -60,6 +61,10 @@ class MapUnit:
     def step(self, module: nn.Module, flow: Flow) -> Flow | Mismatch | None:
         """Returns the features behind the unit; None where it cannot run, and in words why ``flow`` does not fit."""
         raise NotImplementedError
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        return None
 
     def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
         """Returns what ``usual(module, x)`` does, in eager's layout."""
@@ -129,6 +134,11 @@ def observed(note: Callable[[nn.Module, str], None]) -> Iterator[None]:
         yield
     finally:
         _observers.remove(note)
+
+
+def is_observed() -> bool:
+    """Returns whether somebody is told which units run."""
+    return bool(_observers)
 
 
 def ran(module: nn.Module, kind: str) -> None:

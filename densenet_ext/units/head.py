@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from densenet_ext.algorithm.head import head
-from densenet_ext.units.around import Sequence, first_mismatch
 from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
 from densenet_ext.units.flow import incoming
@@ -29,6 +28,7 @@ from densenet_ext.units.parts import (
     submodule,
 )
 from densenet_ext.units.reading import Part, Readings
+from densenet_ext.units.sequence import Sequence, first_mismatch
 
 OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
     "relu": lambda module, dims: other_relu(module),

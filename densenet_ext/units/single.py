@@ -15,7 +15,6 @@ from densenet_ext.algorithm.concat import bottleneck
 from densenet_ext.algorithm.layer import dense_layer
 from densenet_ext.algorithm.layout import concatenation_format, convolution_format
 from densenet_ext.algorithm.values import Layer
-from densenet_ext.units.around import first_mismatch
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, ran
 from densenet_ext.units.flow import Flow, incoming, to_channels_last
@@ -29,6 +28,7 @@ from densenet_ext.units.parts import (
     other_norm,
     other_relu,
 )
+from densenet_ext.units.sequence import first_mismatch
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext import kernels, reference
-from densenet_ext.algorithm.inference import Inferences
+from densenet_ext.algorithm.inference import Inferences, form_of
 from densenet_ext.algorithm.operation import without_autocast
 from densenet_ext.algorithm.single import single
 from densenet_ext.algorithm.stem import stem
-from densenet_ext.algorithm.transition import transition
+from densenet_ext.algorithm.transition import key_of, transition
 from tests.support.helpers import make_norm
 
 compiled = pytest.mark.skipif(kernels.why_plain("cpu") is not None, reason="plain PyTorch has nothing to prepare")
@@ -60,6 +60,7 @@ def test_a_call_is_found_by_the_form_of_its_features() -> None:
         assert calls.run(x) is None
     with kernels.force_plain():
         assert calls.run(x) is None
+    assert form_of(x) == form_of(x + 1) and form_of(x) != form_of(x.double())
     assert_same(calls.run(x), x + 1)
 
 
@@ -205,6 +206,7 @@ def test_the_same_norm_with_another_window_or_convolution(found: list[bool]) -> 
         theirs = reference.stem(x, norm.norm, window, stride, padding)
         assert_close(stem(x, norm, window, stride, padding), theirs)
     weight = torch.randn(4, 8, 1, 1)
+    assert key_of(weight, 2, None) != key_of(weight, 2, torch.ones(4)) != key_of(weight, 3, None)
     for _ in range(2):
         assert_close(transition(x, norm, weight), reference.transition(x, norm.norm, weight))
         weight.data = torch.randn(6, 8, 1, 1)

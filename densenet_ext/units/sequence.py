@@ -1,0 +1,150 @@
+"""A Sequential with its stem and its runs of dense layers, whose units hand features straight on to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from densenet_ext import checks
+from densenet_ext.units.around import Stem
+from densenet_ext.units.block import Block
+from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, is_observed, not_a_tensor, straight
+from densenet_ext.units.flow import Flow, incoming, to_channels_last
+from densenet_ext.units.parts import dimensions_of, hooks_on_all_modules, obstacle, parameter
+from densenet_ext.units.stretch import Repeat, Stretch, stretches_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """Dense layers that follow one another among the children of a Sequential, each handing on all features."""
+
+    block: Block
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The children, in the order in which they run."""
+        return self.block.layers
+
+    def step(self, module: nn.Module, flow: Flow) -> Flow | None:
+        """Returns all features; None where the layers have to run one by one."""
+        found = self.block.step(module, flow)
+        return found if isinstance(found, Flow) else None
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        return self.block.repeated(module, x)
+
+
+@dataclass(frozen=True)
+class Sequence(MapUnit):
+    """A Sequential some of whose children run as one, and whose units hand features straight on to each other."""
+
+    segments: tuple[Stem | Run, ...] = ()
+
+    kind: ClassVar[str] = "sequence"
+
+    @property
+    def stem(self) -> Stem | None:
+        """The stem among the children, if there is one."""
+        return next((segment for segment in self.segments if isinstance(segment, Stem)), None)
+
+    def with_level(self, save: str) -> Sequence:
+        """Returns the sequence with this level of saving in its runs of layers."""
+        segments = (
+            Run(dataclasses.replace(segment.block, save=save)) if isinstance(segment, Run) else segment
+            for segment in self.segments
+        )
+        return Sequence(tuple(segments))
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Returns None: every child decides for itself."""
+        return None
+
+    def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
+        """Returns what the children give one after another, in eager's layout."""
+        if hooks_on_all_modules() is not None:
+            return usual(module, x)
+        mismatch = first_mismatch(module, x)
+        if mismatch is not None:
+            return as_eager(mismatch, usual, module, x)
+        return self.run(module, incoming(x)).shown()
+
+    def step(self, module: nn.Module, flow: Flow) -> Flow:
+        """Returns what the children give one after another."""
+        return self.run(module, flow)
+
+    def run(self, module: nn.Module, flow: Flow, stop: int | None = None) -> Flow:
+        """Returns what the first ``stop`` children (all if None) give one after another."""
+        children = [(name, child) for name, child in module._modules.items() if child is not None][:stop]
+        segments = {segment.names[0]: segment for segment in self.segments}
+        units = [straight(child) for _, child in children]
+        stretches = stretches_of(module) if _may_repeat() else None
+        stretch = None  # what runs in this call and can be repeated
+        i = 0
+        while i < len(children):
+            if stretches is not None and stretch is None:
+                known = stretches.find(i, flow)
+                if known is not None and known.holds(module, children, units, segments):
+                    flow, i = known.run(flow), known.stop
+                    continue
+                stretch = Stretch(i, flow)
+            before = flow.x
+            segment = segments.get(children[i][0])
+            part = children[i : i + 1] if segment is None else children[i : i + len(segment.names)]
+            if segment is not None and tuple(name for name, _ in part) == segment.names:
+                found = segment.step(module, flow)
+            else:
+                segment = found = None
+            unit: Any = segment
+            if found is None:
+                part, unit = children[i : i + 1], units[i]
+                follows = i + 1 < len(children) and (children[i + 1][0] in segments or units[i + 1] is not None)
+                found = _through(children[i][1], unit, flow, follows)
+            flow = found
+            i += len(part)
+            if stretches is not None and stretch is not None:
+                runs = isinstance(unit, (Stem, Run, MapUnit))
+                repeats = runs and stretch.add(module, part, unit, unit is segment, before, flow)
+                if not repeats or i == len(children):
+                    stretches.keep(stretch)
+                    stretch = None
+        return flow
+
+
+def _may_repeat() -> bool:
+    """Returns whether calls may be repeated without a look at each unit in turn, which somebody may be told of."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or is_observed() or hooks_on_all_modules())
+
+
+def first_mismatch(module: nn.Module, x: Any) -> Mismatch | None:
+    """Returns in words why x does not fit the convolution that ``module`` begins with; None if it begins otherwise."""
+    if not isinstance(x, Tensor):
+        return not_a_tensor(x)
+    first: Any = next(iter(module._modules.values()), None)
+    if first is None or dimensions_of(first) is None or obstacle(first) is not None:
+        return None
+    words = checks.mismatch(x, first.in_channels, len(first.kernel_size), parameter(first, "weight"))
+    return None if words is None else Mismatch(words)
+
+
+def _through(child: nn.Module, unit: Any, flow: Flow, unit_follows: bool) -> Flow:
+    """Returns what ``child`` gives: straight from unit to unit where nobody looks on, else by a call like any other.
+
+    ``unit``: that of the child, where running it is all that a call would do.
+    """
+    if isinstance(unit, MapUnit):
+        for probe in child._forward_pre_hooks.values():
+            probe()
+        found = unit.step(child, flow)
+        if isinstance(found, Flow):
+            for probe in child._forward_hooks.values():
+                probe()
+            return found
+    if unit_follows and dimensions_of(child) is not None and obstacle(child) is None:
+        # A plain convolution whose result only the next unit sees: that one reads channels_last memory in place.
+        return Flow(child(to_channels_last(flow.x)), flow.behind(parameter(child, "weight")))
+    return incoming(child(flow.shown()))

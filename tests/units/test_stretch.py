@@ -1,0 +1,183 @@
+"""Units of a Sequential that run as a whole: only while each of them is what it was, and nobody looks on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import densenet_ext as dx
+from densenet_ext import kernels
+from densenet_ext.algorithm.inference import form_of
+from densenet_ext.units.entry import is_observed, observed
+from densenet_ext.units.flow import incoming
+from densenet_ext.units.stretch import Stretch, key_of, stretches_of
+
+pytestmark = pytest.mark.skipif(kernels.why_plain("cpu") is not None, reason="plain PyTorch prepares no calls")
+LAST = torch.channels_last
+
+
+class Shouting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 3
+
+
+def networks() -> tuple[Any, Any]:
+    """A fused network in evaluation and its unfused twin, on weights and statistics that all count."""
+    torch.manual_seed(1)
+    model: Any = dx.DenseNet(4, (2, 2, 2), 8, num_classes=5).eval()
+    for value in model.state_dict().values():
+        if value.is_floating_point() and value.dim() == 1:
+            value.copy_(torch.rand(value.shape) + 0.5)
+    model.to(memory_format=LAST)
+    return model, dx.unfuse(copy.deepcopy(model))
+
+
+def images(n: int = 2) -> Tensor:
+    return torch.randn(n, 3, 48, 40).contiguous(memory_format=LAST)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many units each stretch has that has run."""
+    seen: list[int] = []
+    run = Stretch.run
+
+    def noted(self: Stretch, *args: Any) -> Any:
+        seen.append(len(self))
+        return run(self, *args)
+
+    monkeypatch.setattr(Stretch, "run", noted)
+    return seen
+
+
+def assert_alike(model: Any, usual: Any, x: Tensor) -> None:
+    ours, theirs = model(x), usual(x)
+    assert ours.dtype == theirs.dtype
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    if isinstance(model, dx.DenseNet):
+        ours, theirs = model.features(x), usual.features(x)
+        assert ours.stride() == theirs.stride()
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_stem_blocks_and_transitions_run_as_one(ran: list[int]) -> None:
+    model, usual = networks()
+    x = images()
+    for _ in range(2):
+        assert_alike(model, usual, x)
+    ran.clear()
+    assert_alike(model, usual, x + 1)
+    assert ran == [6, 6]
+    ran.clear()
+    model(images(3))  # another form
+    assert not ran
+    model(images(3))
+    assert ran == [6]
+    with kernels.force_plain():
+        assert_alike(model, usual, x)
+    with torch.enable_grad():
+        model(x).sum().backward()
+    assert ran == [6] and model.features.conv0.weight.grad is not None
+
+
+def reorder(features: Any, *names: str) -> None:
+    """Gives children another order, from ``denseblock1`` on; "shout" is a new one."""
+    children = dict(features._modules, shout=Shouting())
+    first = list(features._modules).index("denseblock1")
+    before, behind = list(features._modules)[:first], list(features._modules)[first:]
+    features._modules.clear()
+    for name in (*before, *names, *(name for name in behind if name not in names)):
+        features._modules[name] = children[name]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a hook on a block": lambda m: m.features.denseblock2.register_forward_hook(lambda block, args, out: out * 2),
+    "a hook on a layer": lambda m: m.features.denseblock2.denselayer1.register_forward_pre_hook(
+        lambda layer, args: None
+    ),
+    "a hook in the stem": lambda m: m.features.relu0.register_forward_hook(lambda relu, args, out: out + 1),
+    "a hook on the convolution": lambda m: m.features.conv0.register_forward_hook(lambda conv, args, out: out + 1),
+    "another forward": lambda m: setattr(m.features.transition1, "forward", lambda x: x[:, :8, ::2, ::2] * 2),
+    "another block": lambda m: setattr(m.features, "denseblock1", copy.deepcopy(m.features.denseblock2).train()),
+    "a copied block": lambda m: setattr(m.features, "denseblock3", copy.deepcopy(m.features.denseblock3)),
+    "a module between": lambda m: reorder(m.features, "denseblock1", "shout", "transition1"),
+    "another order": lambda m: reorder(m.features, "denseblock2", "transition2", "denseblock1", "transition1"),
+    "the activation of the stem": lambda m: setattr(m.features, "relu0", nn.LeakyReLU(0.5)),
+    "a block in training": lambda m: m.features.denseblock2.train(),
+    "a rate in training": lambda m: m.features.denseblock2.denselayer1.train(),
+    "one layer less": lambda m: m.features.denseblock3._modules.popitem(),
+    "a weight": lambda m: m.features.transition2.conv.weight.neg_(),
+    "a norm": lambda m: m.features.transition2.norm.running_var.mul_(3),
+    "another norm": lambda m: setattr(m.features.transition1, "norm", nn.BatchNorm2d(16).eval()),
+    "another eps": lambda m: setattr(m.features.transition1.norm, "eps", 0.5),
+    "another weight": lambda m: setattr(
+        m.features.transition1.conv, "weight", nn.Parameter(m.features.transition1.conv.weight * 2)
+    ),
+    "another layout": lambda m: m.features.transition1.to(memory_format=torch.contiguous_format),
+    "a block's own eps": lambda m: setattr(m.features.denseblock1.denselayer2.norm1, "eps", 0.5),
+    "a weight's dtype": lambda m: m.features.transition2.conv.double(),
+    "a transition's features": lambda m: setattr(
+        m.features.transition2.conv.weight, "data", torch.full((9, 16, 1, 1), 0.1)
+    ),
+    "the stem's eps": lambda m: setattr(m.features.norm0, "eps", 0.5),
+    "the stem's window": lambda m: setattr(m.features.pool0, "padding", 0),
+    "only new features": lambda m: setattr(m.features.denseblock3, "returns", "new"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@torch.no_grad()
+def test_whatever_changes_between_two_calls(what: str, ran: list[int]) -> None:
+    model, usual = networks()
+    x = images()
+    for _ in range(3):
+        assert_alike(model, usual, x)
+    assert ran
+    for each in (model, usual):
+        CHANGES[what](each)
+    found = []
+    for each in (model, usual):
+        try:
+            found.append(each(x))
+        except RuntimeError as error:
+            found.append(type(error))
+    if isinstance(found[1], type):
+        assert found[0] is found[1]
+        return
+    for _ in range(3):
+        assert_alike(model, usual, x)
+
+
+@torch.no_grad()
+def test_who_observes_is_told_of_each_unit(ran: list[int]) -> None:
+    model, _ = networks()
+    x = images()
+    for _ in range(3):
+        model(x)
+    ran.clear()
+    kinds: list[str] = []
+    assert not is_observed()
+    with observed(lambda module, kind: kinds.append(kind)):
+        assert is_observed()
+        model(x)
+    assert not ran and kinds.count("dense block") == 3 and kinds.count("transition") == 2
+
+
+@torch.no_grad()
+def test_a_stretch_is_forgotten_with_its_module_and_is_not_copied() -> None:
+    model, _ = networks()
+    for _ in range(3):
+        model(images())
+    known = stretches_of(model.features)
+    assert known is stretches_of(model.features) and known.find(1, incoming(images())) is None
+    twin = copy.deepcopy(model)
+    assert stretches_of(twin.features) is not known
+    assert key_of(1, incoming(images())) is not None and form_of(images()) is not None
+    with torch.enable_grad():
+        assert key_of(1, incoming(images())) is None and form_of(images()) is None
