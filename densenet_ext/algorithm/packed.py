@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from densenet_ext import kernels
@@ -20,11 +21,14 @@ class _Weight:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.holders = weight, 0
+        self.lowered: dict[torch.dtype, Tensor] = {}
+        """It as autocast would cast it, by dtype."""
         self.pack_again()
 
     def pack_again(self) -> None:
         """Has the next call pack the weight as it is now."""
         ops = kernels.select(self.weight)
+        self.lowered.clear()
         # An alias: packed forms are found by address, which nobody else may get when the weight is given other memory.
         self.version, self._kept = self.weight._version, Kept(ops, ops.keep_packed([self.weight.detach()]))
 
@@ -83,6 +87,18 @@ class Held:
 def are_held(weights: Sequence[Tensor | None]) -> bool:
     """Returns whether operations may keep packed forms of any of ``weights``; sees to it that they are right."""
     return bool(_weights) and Held(weights).any()
+
+
+def lowered(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Returns a held weight in ``dtype``, cast once until its version changes; None for one that nobody holds."""
+    own = _weights.get(id(weight))
+    if own is None:
+        return None
+    if own.version != weight._version:
+        own.pack_again()
+    if dtype not in own.lowered:
+        own.lowered[dtype] = weight.detach().to(dtype)
+    return own.lowered[dtype]
 
 
 def _can_be_kept(weight: Tensor) -> bool:

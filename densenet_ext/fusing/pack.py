@@ -9,6 +9,8 @@ from torch import nn
 
 from densenet_ext.algorithm.packed import hold, release
 from densenet_ext.fusing.install import check_module
+from densenet_ext.units.entry import unit_of
+from densenet_ext.units.head import Head
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -16,6 +18,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Keeps the convolution weights of ``model``'s fused units packed, as kernels read them, inside the ``with``.
+
+    So does it the classifier's behind a fused head in autocast's dtype.
 
     Without it every call packs them anew, which is a tenth of an inference of one image, or two. The numbers are the
     same but for rounding: more convolutions are worth Winograd's products when their weights are ready. The model may
@@ -35,7 +39,12 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     Raises TypeError when ``model`` is no module.
     """
     check_module("packed_weights", model)
-    held = hold({id(m): m.weight for m in model.modules() if isinstance(m, _CONVOLUTIONS)}.values())
+    found = {id(m): m.weight for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
+    for head in model.modules():
+        unit = unit_of(head)
+        if isinstance(unit, Head):
+            found.update((id(weight), weight) for weight in unit.weights(head))
+    held = hold(found.values())
     try:
         yield
     finally:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from densenet_ext import checks
 from densenet_ext.algorithm.head import head
+from densenet_ext.algorithm.packed import lowered
 from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
 from densenet_ext.units.flow import incoming
@@ -18,6 +20,7 @@ from densenet_ext.units.metadata import with_metadata
 from densenet_ext.units.norms import NormReading
 from densenet_ext.units.parts import (
     activates,
+    has_other_forward,
     hook_on,
     hooks_on_all_modules,
     obstacle,
@@ -120,5 +123,32 @@ class Head:
         else:  # the norm says what is wrong with it
             out = F.relu(norm.module(flow.shown())).flatten(2).mean(2)
         for name in self.rest:
-            out = submodule(module, name)(out)  # type: ignore[misc]
+            part: Any = submodule(module, name)
+            out = _linear(part, out) if _is_plain_linear(part) else part(out)
         return out
+
+    def weights(self, module: nn.Module) -> list[Tensor]:
+        """Returns the weights and biases of the linear layers that run on the result."""
+        linear = [part for part in (submodule(module, name) for name in self.rest) if isinstance(part, nn.Linear)]
+        return [t for part in linear for t in (part.weight, part.bias) if isinstance(t, Tensor)]
+
+
+def _is_plain_linear(part: nn.Module) -> bool:
+    """Returns whether a call of ``part`` is that of F.linear on its weight and bias, and no more."""
+    own = type(part) is nn.Linear and nn.Linear.forward is _LINEAR and not has_other_forward(part)
+    return own and hook_on(part) is None
+
+
+_LINEAR = nn.Linear.forward
+
+
+def _linear(part: Any, x: Tensor) -> Any:
+    """Returns ``part(x)``; under autocast without gradients by weights that somebody holds, which are cast already."""
+    kind = x.device.type
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not checks.autocast_enabled(kind):
+        return part(x)
+    given = [part.weight] if part.bias is None else [part.weight, part.bias]
+    if any(t.dtype == torch.float64 for t in (x, *given)):  # which autocast leaves alone
+        return part(x)
+    cast = [lowered(t, torch.get_autocast_dtype(kind)) for t in given]
+    return part(x) if any(t is None for t in cast) else F.linear(x, *cast)  # type: ignore[arg-type]

@@ -222,3 +222,86 @@ def test_weights_without_a_version_or_a_kernel_are_left_out() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"packed_weights: model: expected a torch.nn.Module, got list"):
         dx.packed_weights([]).__enter__()  # type: ignore[arg-type]
+
+
+def classified(bias: bool = True) -> Any:
+    torch.manual_seed(0)
+    model: Any = dx.DenseNet(12, (2, 2), 16, num_classes=7, small_inputs=True).eval()
+    if not bias:
+        model.classifier = nn.Linear(model.classifier.in_features, 7, bias=False)
+    return model
+
+
+def scores(model: Any, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    _extension.module.set_winograd("never")  # packed weights are transformed more often, which rounds otherwise
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            out: Tensor = model(x)
+    finally:
+        _extension.module.set_winograd("faster")
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_classifier_is_cast_once(bias: bool) -> None:
+    model, x = classified(bias), images().float()
+    usual = copy.deepcopy(model)
+    with dx.packed_weights(model):
+        assert torch.equal(scores(model, x), scores(usual, x))
+        held = packed._weights[id(model.classifier.weight)].lowered
+        assert list(held) == [torch.bfloat16]
+        first = packed.lowered(model.classifier.weight, torch.bfloat16)
+        assert torch.equal(scores(model, x), scores(usual, x))
+        assert packed.lowered(model.classifier.weight, torch.bfloat16) is first
+        assert torch.equal(scores(model, x, torch.float16), scores(usual, x, torch.float16))
+        for each in (model, usual):
+            with torch.no_grad():
+                for parameter in each.classifier.parameters():
+                    parameter.mul_(2)
+        assert torch.equal(scores(model, x), scores(usual, x))
+        for each in (model, usual):
+            each.classifier.register_forward_hook(lambda module, args, out: out + 1)
+        assert torch.equal(scores(model, x), scores(usual, x))
+    assert packed.lowered(model.classifier.weight, torch.bfloat16) is None
+    assert torch.equal(scores(model, x), scores(usual, x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.classifier, "forward", lambda x: x[:, :3]),
+        lambda m: setattr(m, "classifier", nn.Sequential(nn.Linear(m.classifier.in_features, 2))),
+        lambda m: setattr(m.classifier, "weight", nn.Parameter(m.classifier.weight.detach() * 3)),
+        lambda m: setattr(m.classifier, "bias", nn.Parameter(torch.ones(7))),
+        lambda m: m.classifier.double(),
+    ],
+    ids=["forward", "module", "weight", "bias", "float64"],
+)
+def test_another_classifier_inside(change: Callable[[Any], object]) -> None:
+    model, x = classified(), images().float()
+    usual = copy.deepcopy(model)
+    with dx.packed_weights(model):
+        scores(model, x)
+        found: list[Any] = []
+        for each in (model, usual):
+            torch.manual_seed(3)
+            change(each)
+            try:
+                found.append(scores(each, x))
+            except RuntimeError as error:
+                found.append(str(error))
+        assert torch.equal(*found) if isinstance(found[1], Tensor) else found[0] == found[1]
+
+
+def test_a_classifier_with_gradients_and_in_float32_runs_as_ever() -> None:
+    model, x = classified(), images().float()
+    usual = copy.deepcopy(model)
+    with dx.packed_weights(model):
+        scores(model, x)
+        for each in (model, usual):
+            with torch.autocast("cpu", torch.bfloat16):
+                each(x).square().sum().backward()
+        ours, theirs = model.classifier.weight.grad, usual.classifier.weight.grad
+        assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+        with torch.no_grad():
+            assert torch.allclose(model(x), usual(x), atol=1e-5)
