@@ -34,15 +34,14 @@ template <class T>
 void bn_relu_avg_pool(const BnReluPool<T>& p, const Pool& pool) {
   using A = Acc<T>;
   const int64_t Cp = padded<A>(p.C);
-  Scratch scratch(Affine<A>::bytes(p.C) + Scratch::bytes<A>(pool.tasks * Cp));
-  const Affine<A> affine(scratch, p.norm, p.C);
-  A* sums = scratch.take<A>(pool.tasks * Cp);
+  TaskScratch scratch(pool.tasks, Affine<A>::bytes(p.C) + Scratch::bytes<A>(Cp));
+  const Each<A> norms = scratch.take<A>(Affine<A>::size(p.C)), sums = scratch.take<A>(Cp);
   const LinesOfWindows windows{p.pooling};
   const A share = A(1 / windows.pixels());
   pool.run([&](int task) {
-    const Affine<A> own = affine;
+    const Affine<A> own(norms[task], p.norm, p.C);
     const int64_t C = p.C, ahead = kRowsAhead / 2 * p.x.pitch;
-    A* const sum = sums + task * Cp;
+    A* const sum = sums[task];
     const Range lines = part(windows.lines(), 1, pool.tasks, task);
     for (int64_t line = lines.begin; line < lines.end; ++line)
       windows(line, [&](int64_t out_row, int64_t first) {

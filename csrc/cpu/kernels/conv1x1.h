@@ -13,25 +13,25 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
   const int64_t panel = panel_rows_by_turns<P>(pitch * int64_t(sizeof(Operand)), p.M / grid.rows);
   const int64_t panel_size = panel * pitch;
   const int64_t packed_count = packed_size<P>(p.C, p.N);
-  Scratch scratch(Affine<A>::bytes(p.C) + CallWeights<Operand>::bytes(kept, packed_count) + Scratch::bytes<A>(Np) +
-                  TaskMoments::bytes(pool.tasks, p.N));
-  TaskScratch own(pool.tasks,
-                  2 * Scratch::bytes<Operand>(panel_size) + CallWeights<Operand>::task_bytes(kept, packed_count));
-  const Affine<A> affine(scratch, p.norm, p.C);
+  Scratch scratch(CallWeights<Operand>::bytes(kept, packed_count));
+  TaskScratch own(pool.tasks, 2 * Scratch::bytes<Operand>(panel_size) + Affine<A>::bytes(p.C) + Scratch::bytes<A>(Np) +
+                                  CallWeights<Operand>::task_bytes(kept, packed_count) + TaskMoments::bytes(p.N));
   const PackedForm form = {1, sizeof(Operand), P::kDepth, kLanes<A>, packed_count, grid.columns};
   CallWeights<Operand> weights(scratch, own, kept, form, packed_count);
   const RightPacking<P> packing = {p.weight, p.C, p.N, 1, p.C, grid.columns};
-  A* bias = scratch.take<A>(Np);
-  std::fill_n(bias, Np, A(0));
-  if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
   const Each<Operand> even = own.take<Operand>(panel_size), odd = own.take<Operand>(panel_size);
-  const TaskMoments moments(scratch, pool.tasks, p.N);
+  const Each<A> norms = own.take<A>(Affine<A>::size(p.C)), biases = own.take<A>(Np);
+  const TaskMoments moments(own, pool.tasks, p.N);
   weights.write(pool, [&](Operand* to, int task, int tasks) { packing.share(to, task, tasks); });
 
   pool.run([&](int task) {
     AlongColumns<P> y = {even[task], pitch}, next_y = {odd[task], pitch};
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.N);
-    MomentsSum sum = moments[task].from(range.begin);
+    MomentsSum sum = moments.begin(task).from(range.begin);
+    const Affine<A> affine(norms[task], p.norm, p.C);
+    A* const bias = biases[task];
+    std::fill_n(bias, Np, A(0));
+    if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
     const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.columns(to, task % grid.columns); });
     const auto fills = [&](int64_t m, const AlongColumns<P>& to) {
       const int64_t rows = std::clamp<int64_t>(all.end - m, 0, panel), behind = m + panel < all.end ? panel : 0;

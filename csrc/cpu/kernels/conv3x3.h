@@ -14,8 +14,9 @@ struct Conv3x3Output {
   DropFactors<A> drop;
 
   static int64_t bias_size(int64_t N) { return padded<A>(N) + L; }
-  Conv3x3Output(Scratch& scratch, const BnReluConv3x3<T>& p)
-      : out(p.out), N(p.N), bias(scratch.take<A>(bias_size(p.N))), drop(p.drop_rate, p.seed, p.layer, p.drop_rows) {
+  // memory: of bias_size(N).
+  Conv3x3Output(A* memory, const BnReluConv3x3<T>& p)
+      : out(p.out), N(p.N), bias(memory), drop(p.drop_rate, p.seed, p.layer, p.drop_rows) {
     std::fill_n(bias, bias_size(p.N), A(0));
     if (p.bias) std::copy_n(p.bias, p.N, bias);
   }
@@ -54,11 +55,10 @@ class Conv3x3Forward {
   LineRing<P> ring;
   Scratch scratch;
   TaskScratch task_scratch;
-  const Affine<A> affine;
   const TapsPacking<P> packing;
   CallWeights<Operand> weights;
   const Each<Operand> rings, staging;
-  const Conv3x3Output<T> output;
+  const Each<A> norms, biases;
   const TaskMoments moments;
 
   int64_t packed_size() const {
@@ -78,18 +78,18 @@ class Conv3x3Forward {
         ring{nullptr, nullptr, stripes.lines + 2 * image.reach,
              lanes.R ? LanesConv<P>::positions_of(image.width) : LineRing<P>::positions_of(stripes.width),
              lanes.R ? depth_steps<P>(p.C) : pitch},
-        scratch(Affine<A>::bytes(norm_size) + CallWeights<Operand>::bytes(kept, packed_size()) +
-                Scratch::bytes<A>(Conv3x3Output<T>::bias_size(p.N)) + Scratch::bytes<Operand>(ring.zeros_size()) +
-                TaskMoments::bytes(pool.tasks, p.N)),
+        scratch(CallWeights<Operand>::bytes(kept, packed_size()) + Scratch::bytes<Operand>(ring.zeros_size())),
         task_scratch(pool.tasks, Scratch::bytes<Operand>(ring.size()) + Scratch::bytes<Operand>(staging_size()) +
-                                     CallWeights<Operand>::task_bytes(kept, packed_size())),
-        affine(scratch, p.norm, norm_size),
+                                     CallWeights<Operand>::task_bytes(kept, packed_size()) +
+                                     Affine<A>::bytes(norm_size) + Scratch::bytes<A>(Conv3x3Output<T>::bias_size(p.N)) +
+                                     TaskMoments::bytes(p.N)),
         packing{p.weight, p.C, p.N, image.rows * 3, lanes.R},
         weights(scratch, task_scratch, kept, {2, sizeof(Operand), P::kDepth, L, packed_size(), lanes.R}, packed_size()),
         rings(task_scratch.take<Operand>(ring.size())),
         staging(task_scratch.take<Operand>(staging_size())),
-        output(scratch, p),
-        moments(scratch, pool.tasks, p.N) {
+        norms(task_scratch.take<A>(Affine<A>::size(norm_size))),
+        biases(task_scratch.take<A>(Conv3x3Output<T>::bias_size(p.N))),
+        moments(task_scratch, pool.tasks, p.N) {
     ring.zeros = scratch.take<Operand>(ring.zeros_size());
     std::fill_n(ring.zeros, ring.zeros_size(), Operand{});
   }
@@ -107,7 +107,9 @@ class Conv3x3Forward {
     Operand* own_staging = staging[task];
     std::fill_n(own.data, own.size(), Operand{});
     std::fill_n(own_staging, staging_size(), Operand{});
-    MomentsSum sum = moments[task];
+    MomentsSum sum = moments.begin(task);
+    const Affine<A> affine(norms[task], p.norm, norm_size);
+    const Conv3x3Output<T> output(biases[task], p);
     const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.share(to, 0, 1); });
     const LineConv<P> conv = {image, packed, p.C, p.N};
     const LanesConv<P> lanes_conv = {image, packed, p.C, p.N, lanes.R};

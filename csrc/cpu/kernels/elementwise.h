@@ -4,10 +4,10 @@
 
 template <class T>
 void channel_stats(const ChannelStats<T>& p, const Pool& pool) {
-  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C));
-  TaskMoments moments(scratch, pool.tasks, p.C);
+  TaskScratch scratch(pool.tasks, TaskMoments::bytes(p.C));
+  const TaskMoments moments(scratch, pool.tasks, p.C);
   pool.run([&](int task) {
-    MomentsSum sum = moments[task];
+    MomentsSum sum = moments.begin(task);
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows,
                [&](int64_t m, int64_t rows) { sum.add_panel(p.x.row(m), p.x.pitch, rows, p.C); });
   });
@@ -17,11 +17,11 @@ void channel_stats(const ChannelStats<T>& p, const Pool& pool) {
 template <class T>
 void append_features(const AppendFeatures<T>& p, const Pool& pool) {
   using A = Acc<T>;
-  Scratch scratch(TaskMoments::bytes(pool.tasks, p.C));
-  TaskMoments moments(scratch, pool.tasks, p.C);
+  TaskScratch scratch(pool.tasks, TaskMoments::bytes(p.C));
+  const TaskMoments moments(scratch, pool.tasks, p.C);
   const DropFactors<A> drop(p.drop_rate, p.seed, p.layer, p.drop_rows);
   pool.run([&](int task) {
-    MomentsSum sum = moments[task];
+    MomentsSum sum = moments.begin(task);
     const DropFactors<A> factors = drop;
     const int64_t C = p.C;
     for_panels(part(p.M, kPanelRows, pool.tasks, task), kPanelRows, [&](int64_t m0, int64_t rows) {

@@ -64,18 +64,20 @@ struct MomentsSum {
 
 class TaskMoments {
  public:
-  static size_t bytes(int tasks, int64_t C) {
-    return Scratch::bytes<double>(2 * tasks * padded<double>(C)) + Scratch::bytes<int64_t>(tasks);
-  }
-  TaskMoments(Scratch& scratch, int tasks, int64_t C)
+  // Of each task.
+  static size_t bytes(int64_t C) { return Scratch::bytes<double>(2 * padded<double>(C)) + Scratch::bytes<int64_t>(1); }
+  TaskMoments(TaskScratch& scratch, int tasks, int64_t C)
       : tasks_(tasks),
         Cp_(padded<double>(C)),
-        data_(scratch.take<double>(2 * tasks * Cp_)),
-        counts_(scratch.take<int64_t>(tasks)) {
-    std::fill_n(data_, 2 * tasks * Cp_, 0.0);
-    std::fill_n(counts_, tasks, int64_t(0));
+        data_(scratch.take<double>(2 * Cp_)),
+        counts_(scratch.take<int64_t>(1)) {}
+  MomentsSum operator[](int i) const { return {counts_[i], data_[i], data_[i] + Cp_}; }
+  // A task's, of no rows yet: each task has to begin its own.
+  MomentsSum begin(int task) const {
+    std::fill_n(data_[task], 2 * Cp_, 0.0);
+    *counts_[task] = 0;
+    return (*this)[task];
   }
-  MomentsSum operator[](int i) const { return {counts_ + i, data_ + 2 * i * Cp_, data_ + (2 * i + 1) * Cp_}; }
 
   template <class A>
   void finish(int64_t C, A* mean, A* var) const {
@@ -87,7 +89,7 @@ class TaskMoments {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       Moments<double> all = {0, 0, 0};
       for (int i = first; i < tasks_; i += step)
-        all = merge(all, Moments<double>{double(counts_[i]), (*this)[i].mean[c], (*this)[i].m2[c]});
+        all = merge(all, Moments<double>{double(*counts_[i]), (*this)[i].mean[c], (*this)[i].m2[c]});
       mean[c] = A(all.mean);
       var[c] = A(all.m2 / all.count);
     }
@@ -96,8 +98,8 @@ class TaskMoments {
  private:
   int tasks_;
   int64_t Cp_;
-  double* data_;
-  int64_t* counts_;
+  Each<double> data_;
+  Each<int64_t> counts_;
 };
 
 // The two sums of a BatchNorm's backward pass: sum(dy) and sum(dy (x - mean)).

@@ -6,7 +6,7 @@
 class Scratch {
  public:
   explicit Scratch(size_t bytes)
-      : begin_(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))), next_(begin_) {}
+      : begin_(bytes ? static_cast<char*>(::operator new(bytes, std::align_val_t(64))) : nullptr), next_(begin_) {}
   ~Scratch() { ::operator delete(begin_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -101,13 +101,14 @@ template <class A>
 struct Affine {
   A *mean, *scale, *bias, *rstd;  // [padded C]; zero beyond C
 
-  static size_t bytes(int64_t C) { return 4 * Scratch::bytes<A>(padded<A>(C)); }
-  Affine(Scratch& scratch, const Norm<A>& norm, int64_t C) {
+  static int64_t size(int64_t C) { return 4 * padded<A>(C); }
+  static size_t bytes(int64_t C) { return Scratch::bytes<A>(size(C)); }
+  Affine(Scratch& scratch, const Norm<A>& norm, int64_t C) : Affine(scratch.take<A>(size(C)), norm, C) {}
+  // In a task's own memory: as long as another core takes to fetch the vectors from the one that wrote them, each takes
+  // to compute them.
+  Affine(A* memory, const Norm<A>& norm, int64_t C) {
     const int64_t Cp = padded<A>(C);
-    mean = scratch.take<A>(Cp);
-    scale = scratch.take<A>(Cp);
-    bias = scratch.take<A>(Cp);
-    rstd = scratch.take<A>(Cp);
+    mean = memory, scale = mean + Cp, bias = scale + Cp, rstd = bias + Cp;
     if (!norm.mean) {  // x is normalised already
       std::fill_n(scale, C, A(1)), std::fill_n(rstd, C, A(1));
       std::fill_n(bias, C, A(0)), std::fill_n(mean, C, A(0));

@@ -14,10 +14,8 @@ class WinogradForward {
   PointProducts<O> products;
   Scratch scratch;
   TaskScratch task_scratch;
-  const Affine<float> affine;
   CallWeights<float> weights;
-  const Each<float> operands, strips;
-  const Conv3x3Output<T> output;
+  const Each<float> operands, strips, norms, biases;
   const TaskMoments moments;
 
   // What a task has: inputs, outputs, and the lines of the latter.
@@ -41,18 +39,18 @@ class WinogradForward {
         in_vectors(slices * Points<O>::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
         products(groups, p.C, p.N, slices, p.weight, false),
-        scratch(Affine<float>::bytes(norm_size) + CallWeights<float>::bytes(kept, products.points_size()) +
-                Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(pool.tasks, p.N)),
+        scratch(CallWeights<float>::bytes(kept, products.points_size())),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) +
                                      CallWeights<float>::task_bytes(kept, products.points_size()) +
-                                     Scratch::bytes<float>(products.strip_size())),
-        affine(scratch, p.norm, norm_size),
+                                     Scratch::bytes<float>(products.strip_size()) + Affine<float>::bytes(norm_size) +
+                                     Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(p.N)),
         weights(scratch, task_scratch, kept,
                 {3, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors}, products.points_size()),
         operands(task_scratch.take<float>(task_size())),
         strips(task_scratch.take<float>(products.strip_size())),
-        output(scratch, p),
-        moments(scratch, pool.tasks, p.N) {}
+        norms(task_scratch.take<float>(Affine<float>::size(norm_size))),
+        biases(task_scratch.take<float>(Conv3x3Output<T>::bias_size(p.N))),
+        moments(task_scratch, pool.tasks, p.N) {}
 
   void run() {
     weights.write(pool, [&](float* to, int task, int tasks) {
@@ -60,7 +58,7 @@ class WinogradForward {
     });
     pool.run([&](int task) {
       if (p.norm.mean)
-        run_task(task, NormalisedRows<T>{p.x, affine});
+        run_task(task, NormalisedRows<T>{p.x, Affine<float>(norms[task], p.norm, p.C)});
       else
         run_task(task, GivenPixels<T>{p.x});
     });
@@ -77,7 +75,8 @@ class WinogradForward {
     own += out_size();
     float* lines[O];
     for (int i = 0; i < O; ++i) lines[i] = own + i * (lines_size() / O);
-    MomentsSum sum = moments[task];
+    MomentsSum sum = moments.begin(task);
+    const Conv3x3Output<T> output(biases[task], p);
     products.groups.for_task(tiles, pool.tasks, task, [&](TileBand band, int64_t row, int64_t rows) {
       const SliceRange present = present_slices(tiles, row, rows);
       transform_rows<false>(tiles, band, row, rows, present, p.C, source, in);
