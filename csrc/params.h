@@ -29,7 +29,8 @@ struct Norm {
   double eps;
 };
 
-// Geometry of a pooling. Size and window have three spatial entries; 1-D and 2-D have ones in front.
+// Geometry of a pooling, or of a convolution. Size and window have three spatial entries; 1-D and 2-D have ones in
+// front.
 struct Pooling {
   int64_t batch;
   int64_t size[3];  // input  D, H, W
@@ -47,6 +48,11 @@ struct Images {
   int64_t size[3];  // D, H, W
   DX_HOST_DEVICE int64_t pixels() const { return size[0] * size[1] * size[2]; }
   DX_HOST_DEVICE int64_t rows() const { return batch * pixels(); }
+};
+
+// Images of any layout; strides in elements, those of a dimension that is not there are not read.
+struct ImageStrides {
+  int64_t image, channel, spatial[3];  // D, H, W
 };
 
 // A convolution's weight or its gradient as PyTorch has it, contiguous or channels_last; strides in elements. Element
@@ -234,6 +240,20 @@ struct BnReluPoolBackward {
   Norm<Acc<T>> norm;
   const Acc<T>*grad_weight, *grad_bias;
   Rows<T> grad_x;
+};
+
+template <class T>
+struct FirstConv {
+  int64_t C, N;  // N output channels
+  Pooling geometry;
+  // Images and weight in the type of the result, or in that of the sums: of each one is null.
+  const T* x;
+  const Acc<T>* wide_x;
+  ImageStrides strides;
+  Taps<const T> weight;
+  Taps<const Acc<T>> wide_weight;
+  const Acc<T>* bias;  // [N] or null
+  Rows<T> out;
 };
 
 }  // namespace dx

@@ -26,6 +26,7 @@ struct Kernels {
   void (*bn_relu_max_pool)(const BnReluPool<T>&, const Pool&);
   void (*bn_relu_max_pool_backward_reduce)(const BnReluPoolBackwardReduce<T>&, const Pool&);
   void (*bn_relu_max_pool_backward)(const BnReluPoolBackward<T>&, const Pool&);
+  void (*first_conv)(const FirstConv<T>&, const Pool&);
 };
 
 struct Level {

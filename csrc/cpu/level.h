@@ -36,6 +36,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/avg_pool.h"
 #include "kernels/positions.h"
 #include "kernels/max_pool.h"
+#include "kernels/first_conv.h"
 // clang-format on
 
 template <class T>
@@ -56,6 +57,7 @@ constexpr Kernels<T> kKernels = {
     bn_relu_max_pool<T>,
     bn_relu_max_pool_backward_reduce<T>,
     bn_relu_max_pool_backward<T>,
+    first_conv<T>,
 };
 
 #if defined(DX_BF16_DOT)

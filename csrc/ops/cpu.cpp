@@ -7,6 +7,7 @@
 #include "conv3x3.h"
 #include "dense_layers.h"
 #include "elementwise.h"
+#include "first_conv.h"
 #include "pool.h"
 #include "running_stats.h"
 
@@ -18,5 +19,6 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
   dx::ops::implement_dense_layers<dx::ops::Cpu>(m);
   dx::ops::implement_basic_layers<dx::ops::Cpu>(m);
   dx::ops::implement_around<dx::ops::Cpu>(m);
+  dx::ops::implement_first_conv<dx::ops::Cpu>(m);
   m.impl("move_running_stats", TORCH_BOX(&dx::ops::move_running_stats));
 }

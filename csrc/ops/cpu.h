@@ -51,6 +51,7 @@ class Cpu : public TorchCalls {
   DX_RUN(bn_relu_max_pool, BnReluPool)
   DX_RUN(bn_relu_max_pool_backward_reduce, BnReluPoolBackwardReduce)
   DX_RUN(bn_relu_max_pool_backward, BnReluPoolBackward)
+  DX_RUN_PRODUCT(first_conv, FirstConv)
 #undef DX_RUN
 #undef DX_RUN_PRODUCT
 #undef DX_RUN_PACKED
@@ -110,6 +111,10 @@ class Cpu : public TorchCalls {
   template <class Params>
   static auto rows_of(const Params& p) -> decltype(p.images.rows()) {
     return p.images.rows() * p.window[0] * p.window[1] * p.window[2];
+  }
+  template <class Params>
+  static auto rows_of(const Params& p) -> decltype(p.geometry.out_rows()) {
+    return p.geometry.out_rows() * p.geometry.window[0] * p.geometry.window[1] * p.geometry.window[2];
   }
   template <class A>
   static const void* address(const A* weight) {

@@ -70,6 +70,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "whole_stem_backward(Tensor grad, Tensor index, Tensor x, int[] size, int[] window, int[] stride, int[] "
       "padding, " NORM
       ", bool batch, bool sums, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_x) -> ()");
+  m.def(
+      "first_conv(Tensor x, Tensor conv_weight, Tensor? conv_bias, int[] stride, int[] padding, Tensor(a!) out) -> ()");
   // Tensors that are kept (kept.h); the number stands for them in the operators below, until they are dropped.
   m.def("kept_hold(int kept) -> bool");
   m.def("drop_kept(int kept) -> ()");

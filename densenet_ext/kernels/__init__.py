@@ -56,6 +56,7 @@ OPS = (
 
 UNIT_OPS = (
     "move_running_stats",
+    "first_conv",
     "dense_layers",
     "dense_layers_backward",
     "basic_layers",
@@ -65,12 +66,13 @@ UNIT_OPS = (
     "whole_stem",
     "whole_stem_backward",
 )
-"""The operations that run a whole unit; what they compute stands, in plain PyTorch, in ``algorithm``."""
+"""The operations that run a whole unit; what they compute stands, in plain PyTorch, in ``algorithm``, and
+``first_conv`` is PyTorch's own convolution."""
 
 KEPT_OPS = ("keep_layers", "keep_norms", "keep_packed", "kept_hold", "drop_kept")
 """Those that have others keep tensors from call to call; they compute nothing, on any device."""
 
-CPU_OPS = frozenset(("move_running_stats",))
+CPU_OPS = frozenset(("move_running_stats", "first_conv"))
 """Those that have no kernel for GPUs."""
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))

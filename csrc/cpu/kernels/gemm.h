@@ -42,33 +42,27 @@ DX_INLINE void for_column_blocks(int64_t begin, int64_t end, const F& f) {
   }
 }
 
-// acc[r][j] = sum_k a(r, k) * b(k, j). The left operand is addressed as a[r * row_stride + k * k_stride]; a stride
+// acc[r][j] += sum_k a(r, k) * b(k, j). The left operand is addressed as a[r * row_stride + k * k_stride]; a stride
 // given as template argument (not 0) is known to the compiler. The right operand's rows are `b_stride` apart. Each step
 // of the inner dimension calls aside.step(): work that is done beside the multiply-adds.
-template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Aside>
-DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
-                            const typename P::Operand* b, int64_t b_stride,
-                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], Aside& aside) {
-  using A = typename P::A;
-  constexpr int R = kTileRows<NV>;
+template <class P, int ROW_STRIDE, int K_STRIDE, int R, int NV, class Left, class Aside>
+DX_INLINE void add_product(int64_t K, const Left* a, int64_t row_stride_, int64_t k_stride_,
+                           const typename P::Operand* b, int64_t b_stride, Vec<typename P::A> (&acc)[R][NV],
+                           Aside& aside) {
   const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
   // Two or three rows per pointer: x86 then addresses them as [p + i * row_stride], without a pointer for each row.
   constexpr int GROUP = ROW_STRIDE ? R : (R % 3 == 0 ? 3 : 2);
-  const typename P::Operand* rows[R / GROUP];
+  const Left* rows[R / GROUP];
 #pragma GCC unroll 16
   for (int g = 0; g < R / GROUP; ++g) rows[g] = a + g * GROUP * row_stride;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
   for (int64_t k = 0; k < K; ++k) {
     aside.step();
     typename P::Right right[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<A>);
+    for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<typename P::A>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const typename P::Operand left = rows[r / GROUP][(r % GROUP) * row_stride];
+      const typename P::Operand left = P::load_left(rows[r / GROUP] + (r % GROUP) * row_stride);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) P::multiply_add(acc[r][j], left, right[j]);
     }
@@ -76,4 +70,21 @@ DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row
     for (int g = 0; g < R / GROUP; ++g) rows[g] += k_stride;
     b += b_stride;
   }
+}
+
+template <class A, int R, int NV>
+DX_INLINE void set_zero(Vec<A> (&acc)[R][NV]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
+}
+
+// The same of sums that begin here.
+template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Aside>
+DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride, int64_t k_stride,
+                            const typename P::Operand* b, int64_t b_stride,
+                            Vec<typename P::A> (&acc)[kTileRows<NV>][NV], Aside& aside) {
+  set_zero<typename P::A>(acc);
+  add_product<P, ROW_STRIDE, K_STRIDE>(K, a, row_stride, k_stride, b, b_stride, acc, aside);
 }

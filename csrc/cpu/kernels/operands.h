@@ -2,16 +2,25 @@
 // has dot products of bf16, in pairs of bf16 numbers that are summed in float.
 //
 // A product sums over an inner dimension. Its operands are arrays of Operand, each of which holds kDepth neighbours of
-// that dimension; numbers beyond its end are zero.
+// that dimension; numbers beyond its end are zero. A left operand may also be read off an array of Number, of which an
+// operand begins at each.
 #pragma once
+
+// The last of an odd count of numbers, which makes an operand with a zero: what follows it may be infinite.
+template <class Number>
+struct LastNumber {
+  Number value;
+};
 
 template <class A_>
 struct Fma {
   using A = A_;
   using Operand = A;
+  using Number = A;
   using Right = Vec<A>;
   static constexpr int kDepth = 1;
 
+  static DX_INLINE Operand load_left(const Operand* p) { return *p; }
   static DX_INLINE Right load_right(const Operand* p) { return load_vec(p); }
   static DX_INLINE void multiply_add(Vec<A>& sum, Operand left, Right right) { sum += left * right; }
   // The operand that starts at w; `more` says whether the inner dimension goes on, `stride` elements further.
@@ -42,10 +51,14 @@ struct DotBf16 {
   struct Operand {
     bfloat16 first, second;
   };
+  using Number = bfloat16;
   using Right = __m512i;
   static constexpr int kDepth = 2;
   static_assert(sizeof(Operand) == sizeof(A), "a vector of pairs has as many columns as a vector of sums");
 
+  static DX_INLINE Operand load_left(const Operand* p) { return *p; }
+  static DX_INLINE Operand load_left(const Number* p) { return {p[0], p[1]}; }
+  static DX_INLINE Operand load_left(const LastNumber<Number>* p) { return {p->value, {0}}; }
   static DX_INLINE Right load_right(const Operand* p) { return _mm512_loadu_si512(p); }
   static DX_INLINE void multiply_add(Vec<A>& sum, Operand left, Right right) {
     int bits;
