@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_ext import checks
+from densenet_ext.algorithm.first_conv import first_conv
 from densenet_ext.units.around import Stem
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, is_observed, not_a_tensor, straight
@@ -146,5 +147,22 @@ def _through(child: nn.Module, unit: Any, flow: Flow, unit_follows: bool) -> Flo
             return found
     if unit_follows and dimensions_of(child) is not None and obstacle(child) is None:
         # A plain convolution whose result only the next unit sees: that one reads channels_last memory in place.
-        return Flow(child(to_channels_last(flow.x)), flow.behind(parameter(child, "weight")))
+        convolved = _convolved(child, flow.x)
+        out = child(to_channels_last(flow.x)) if convolved is None else convolved
+        return Flow(out, flow.behind(parameter(child, "weight")))
     return incoming(child(flow.shown()))
+
+
+def _convolved(child: nn.Module, x: Tensor) -> Tensor | None:
+    """Returns a plain convolution of images, computed without a call of ``child``; None where that is not done."""
+    conv: Any = child
+    if hooks_on_all_modules() is not None or conv.groups != 1 or conv.padding_mode != "zeros":
+        return None
+    settings = conv.stride, conv.padding, conv.dilation
+    if not all(type(setting) is tuple for setting in settings) or set(conv.dilation) != {1}:
+        return None
+    found = first_conv(x, parameter(conv, "weight"), parameter(conv, "bias"), *settings[:2])
+    if found is not None:
+        for probe in (*child._forward_pre_hooks.values(), *child._forward_hooks.values()):
+            probe()
+    return found
