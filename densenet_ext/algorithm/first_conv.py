@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from densenet_ext import kernels
 from densenet_ext.algorithm.conversions import cast, is_empty, result_dtype
-from densenet_ext.algorithm.layout import new_features
+from densenet_ext.algorithm.inference import Call, Made
+from densenet_ext.algorithm.layout import channels_last_stride
 from densenet_ext.checks import autocast_enabled
 
 MOST_CHANNELS = 4
@@ -25,6 +26,14 @@ def first_conv(
     None where PyTorch's own has to run: with gradients, in compiled code, of many channels, on other devices, of tensor
     subclasses, and for all that it refuses. Stride and padding have an entry for each spatial dimension.
     """
+    call = prepared_conv(x, weight, bias, stride, padding)
+    return None if call is None else call(x)
+
+
+def prepared_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Call | None:
+    """Returns the call of ``first_conv`` for images like x, as long as weight and bias have the same form."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
         return None
     if any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in (x, weight, bias)):
@@ -32,10 +41,12 @@ def first_conv(
     ops, dtype, size = kernels.select(x), result_dtype(x), _result_size(x, weight, stride, padding)
     if ops is kernels.plain or size is None or not _fit(x, weight, bias, dtype):
         return None
-    out = new_features(x, size, dtype)
-    values = None if bias is None else cast(bias, kernels.acc_dtype(dtype))
-    ops.first_conv(x, weight, values, stride, padding, out)
-    return out
+    acc = kernels.acc_dtype(dtype)
+
+    def compute(x: Tensor, out: Tensor) -> None:
+        ops.first_conv(x, weight, None if bias is None else cast(bias, acc), stride, padding, out)
+
+    return Call(compute, Made(size, channels_last_stride(size), dtype, x.device))
 
 
 def _result_size(

@@ -15,7 +15,7 @@ from densenet_ext.algorithm.conversions import (
     is_empty,
     norm_values,
 )
-from densenet_ext.algorithm.inference import Call
+from densenet_ext.algorithm.inference import Call, Made
 from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
@@ -91,12 +91,11 @@ def _prepared(config: Config, own: Inputs) -> Call | None:
     size, norm = rows_size(own.x), norm_call(config, own, None, None)
     window = size[1:]
 
-    def call(x: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[:2])
+    def compute(x: Tensor, out: Tensor) -> None:
         run_whole(readable(x), size, window, *norm, None, None, out, None)
-        return out
 
-    return call
+    N, C = own.x.shape[:2]
+    return Call(compute, Made((N, C), (C, 1), own.x.dtype, own.x.device))
 
 
 def _backward(

@@ -6,7 +6,7 @@ took a third of them. A prepared call allocates, and runs the unit's compiled op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from densenet_ext import kernels
 from densenet_ext.algorithm.operation import without_autocast
+from densenet_ext.algorithm.packed import Held
 from densenet_ext.checks import autocast_enabled
-
-Call = Callable[[Tensor], Tensor]
 
 _MOST = 16  # forms for each unit: who serves images of every size gains nothing
 
@@ -40,6 +39,39 @@ def form_of(x: Tensor) -> Form | None:
     kind = x.device.type
     lowered = torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None
     return Form(x.shape, x.stride(), x.dtype, x.device, lowered, id(kernels.select(x)))
+
+
+class Made(NamedTuple):
+    """A tensor that a call makes, uninitialised."""
+
+    size: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, x: Tensor) -> Made:
+        """Returns one of the form of x, which has no gaps."""
+        return cls(x.shape, x.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        """Makes it."""
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+class Call:
+    """A unit's call on features of one form: ``compute(x, *made)`` fills the tensors that it ``makes``.
+
+    The first of them is the result; nobody needs the others afterwards. ``held``: the unit's weights.
+    """
+
+    def __init__(self, compute: Callable[..., None], *makes: Made, held: Held | None = None) -> None:
+        self.compute, self.makes, self.held = compute, makes, held
+
+    def __call__(self, x: Tensor) -> Tensor:
+        made = [each.empty() for each in self.makes]
+        self.compute(x, *made)
+        return made[0]
 
 
 class Inferences:

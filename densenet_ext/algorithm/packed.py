@@ -7,7 +7,9 @@ through ``.data`` or through NumPy it doesn't.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ class _Weight:
 
 
 _weights: dict[int, _Weight] = {}
+_workspaces: weakref.WeakSet[Freed] = weakref.WeakSet()
 _changes = 0
 """How often somebody has held or released weights."""
 
@@ -59,6 +62,26 @@ def release(weights: Iterable[Tensor]) -> None:
         own.holders -= 1
         if own.holders == 0:
             del _weights[id(weight)]
+    for workspace in list(_workspaces):
+        workspace.free()
+    _workspaces.clear()
+
+
+def changes() -> int:
+    """Returns a number that is another one whenever somebody has held or released weights."""
+    return _changes
+
+
+class Freed(Protocol):
+    """Memory that is kept while weights are held."""
+
+    def free(self) -> None:
+        """Gives it back."""
+
+
+def free_at_release(workspace: Freed) -> None:
+    """Has memory given back as soon as somebody releases weights; whoever still needs it makes it anew."""
+    _workspaces.add(workspace)
 
 
 class Held:

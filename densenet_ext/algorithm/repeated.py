@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_ext.algorithm.inference import Call, Inferences
+from densenet_ext.algorithm.inference import Call, Inferences, Made
 from densenet_ext.algorithm.kept import KeptLayers
 from densenet_ext.algorithm.layout import is_readable, readable
 from densenet_ext.algorithm.operation import Config, Operation, Present, check_data
@@ -60,20 +60,16 @@ class BlockCalls:
     def repeat(self, run_whole: Any, config: Config, x: Tensor, out: Tensor, scratch: Tensor, statistics: int) -> Call:
         """Returns a call of the operation for features like ``x``, whose result and scratch are like ``out`` and
         ``scratch``; it takes so many ``statistics``, of which there are none."""
-        size, stride, elements, nothing = out.shape, out.stride(), scratch.numel(), (None,) * statistics
-        rows, dtype, device, lowered = [size[0], *size[2:]], out.dtype, out.device, config.lowered
+        rows, dtype, nothing = [out.shape[0], *out.shape[2:]], out.dtype, (None,) * statistics
         layers, held, as_it_is = self.layers(config, out), self.held, x.dtype == dtype and is_readable(x)
-        number = layers.number
+        number, lowered = layers.number, config.lowered
 
-        def call(x: Tensor) -> Tensor:
+        def compute(x: Tensor, out: Tensor, scratch: Tensor) -> None:
             assert layers  # without which their number means nothing
-            out = torch.empty_strided(size, stride, dtype=dtype, device=device)
-            scratch = out.new_empty(elements)
             x = x if as_it_is else readable(x.to(dtype))
             run_whole(x, number, rows, None, out, *nothing, scratch, bf16=lowered, packed_weights=held.any())
-            return out
 
-        return call
+        return Call(compute, Made.like(out), Made.like(scratch), held=held)
 
     def layers(self, config: Config, like: Tensor) -> KeptLayers:
         """Returns the layers as the operations have them."""

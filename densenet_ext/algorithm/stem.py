@@ -14,8 +14,8 @@ from torch import Tensor
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.conversions import as_pooled, frozen_norm, is_empty, norm_values
-from densenet_ext.algorithm.inference import Call
-from densenet_ext.algorithm.layout import new_features, readable, to_rows
+from densenet_ext.algorithm.inference import Call, Made
+from densenet_ext.algorithm.layout import channels_last_stride, new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.single import (
@@ -114,12 +114,10 @@ def _prepared(config: Config, own: Inputs) -> Call | None:
     size, norm = _pooled_size(config, own.x), norm_call(config, own, None, None)
     geometry = (rows_size(own.x), config.window, config.stride, config.padding)
 
-    def call(x: Tensor) -> Tensor:
-        out = new_features(x, size)
+    def compute(x: Tensor, out: Tensor) -> None:
         run_whole(readable(x), *geometry, *norm, out, None)
-        return out
 
-    return call
+    return Call(compute, Made(size, channels_last_stride(size), own.x.dtype, own.x.device))
 
 
 def _backward(

@@ -25,9 +25,9 @@ from densenet_ext.algorithm.conversions import (
     norm_values,
     result_dtype,
 )
-from densenet_ext.algorithm.inference import Call
+from densenet_ext.algorithm.inference import Call, Made
 from densenet_ext.algorithm.kept import new_gradient
-from densenet_ext.algorithm.layout import is_readable, new_features, readable, to_rows
+from densenet_ext.algorithm.layout import channels_last_stride, is_readable, new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
 from densenet_ext.algorithm.packed import Held, are_held
@@ -141,28 +141,17 @@ def _prepared(config: Config, own: Inputs) -> Call | None:
     run_whole = whole.operation("whole_transition", x, config.groups) if x.dtype == config.dtype else None
     if run_whole is None:
         return None
-    size, pooled = rows_size(x), _pooled_size(config, x)
-    out_size = (pooled[0], own.conv.shape[0], *pooled[2:])
+    size, of_pooled = rows_size(x), _pooled_size(config, x)
+    of_out = [of_pooled[0], own.conv.shape[0], *of_pooled[2:]]
     norm, held, reads = norm_call(config, own, None, None), Held([own.conv]), is_readable(x)
     conv, bias, window = own.conv, own.conv_bias, config.window
 
-    def call(x: Tensor) -> Tensor:
-        out = new_features(x, out_size)
-        run_whole(
-            x if reads else readable(x),
-            size,
-            window,
-            *norm,
-            conv,
-            bias,
-            new_features(x, pooled),
-            out,
-            tf32=kernels.tf32(x),
-            packed_weights=held.any(),
-        )
-        return out
+    def compute(x: Tensor, out: Tensor, pooled: Tensor) -> None:
+        x, packed = x if reads else readable(x), held.any()
+        run_whole(x, size, window, *norm, conv, bias, pooled, out, tf32=kernels.tf32(x), packed_weights=packed)
 
-    return call
+    makes = [Made(size, channels_last_stride(size), x.dtype, x.device) for size in (of_out, of_pooled)]
+    return Call(compute, *makes, held=held)
 
 
 def _forward_by_steps(config: Config, own: Inputs) -> list[Tensor]:

@@ -19,7 +19,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Keeps the convolution weights of ``model``'s fused units packed, as kernels read them, inside the ``with``.
 
-    So does it the classifier's behind a fused head in autocast's dtype.
+    So does it the classifier's behind a fused head in autocast's dtype, and the memory of the features between units.
 
     Without it every call packs them anew, which is a tenth of an inference of one image, or two. The numbers are the
     same but for rounding: more convolutions are worth Winograd's products when their weights are ready. The model may
@@ -30,8 +30,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     see: writes through ``.data``, through NumPy or another process leave the packed ones as they were.
 
     On a processor it takes about as much memory as the weights do; with Winograd's products up to 16/9 of that in
-    float32, four times the float32 weights' in bf16 and fp16. On a GPU, where kernels read weights as they are, it
-    does nothing.
+    float32, four times the float32 weights' in bf16 and fp16; and the memory that the largest call so far has needed.
+    On a GPU, where kernels read weights as they are and PyTorch keeps memory, it does nothing.
 
     Args:
         model: any module, usually a fused one; that which isn't fused runs as ever.

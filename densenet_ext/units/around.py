@@ -101,13 +101,13 @@ class Transition(MapUnit):
         conv = known[1]
         weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
         call = norm.inferences.find(x, key_of(weight, 2, bias))
-        place = _place(weight)
+        form = form_of_weight(weight)
 
         def holds(module: nn.Module) -> bool:
             if self._read(module) is not known or known[0].now() is not norm:
                 return False
             same = parameter(conv, "weight") is weight and parameter(conv, "bias") is bias
-            return same and _place(weight) == place
+            return same and form_of_weight(weight) == form
 
         return None if call is None else Repeat(call, holds)
 
@@ -125,7 +125,8 @@ class Transition(MapUnit):
         return _TRANSITIONS.get(module, self, read, lambda: self.built.watched(module))
 
 
-def _place(weight: Tensor) -> tuple[object, ...]:
+def form_of_weight(weight: Tensor) -> tuple[object, ...]:
+    """Returns what a prepared call depends on of a weight, but for its values."""
     return weight.shape, weight.stride(), weight.dtype, weight.device
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.first_conv import first_conv
-from densenet_ext.units.around import Stem
+from densenet_ext.algorithm.first_conv import first_conv, prepared_conv
+from densenet_ext.units.around import Stem, form_of_weight
 from densenet_ext.units.block import Block
 from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, is_observed, not_a_tensor, straight
 from densenet_ext.units.flow import Flow, incoming, to_channels_last
-from densenet_ext.units.parts import dimensions_of, hooks_on_all_modules, obstacle, parameter
-from densenet_ext.units.stretch import Repeat, Stretch, stretches_of
+from densenet_ext.units.parts import dimensions_of, hooks_on_all_modules, is_plain, obstacle, parameter
+from densenet_ext.units.stretch import Repeat, stretches_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Sequence(MapUnit):
                 if known is not None and known.holds(module, children, units, segments):
                     flow, i = known.run(flow), known.stop
                     continue
-                stretch = Stretch(i, flow)
+                stretch = stretches.begin(i, flow)
             before = flow.x
             segment = segments.get(children[i][0])
             part = children[i : i + 1] if segment is None else children[i : i + len(segment.names)]
@@ -108,9 +108,9 @@ class Sequence(MapUnit):
             flow = found
             i += len(part)
             if stretches is not None and stretch is not None:
-                runs = isinstance(unit, (Stem, Run, MapUnit))
-                repeats = runs and stretch.add(module, part, unit, unit is segment, before, flow)
-                if not repeats or i == len(children):
+                inside = segment is not None and unit is segment
+                repeat = _repeated(unit, module if inside else part[0][1], before)
+                if not stretch.add(part, unit, inside, repeat, flow) or i == len(children):
                     stretches.keep(stretch)
                     stretch = None
         return flow
@@ -155,14 +155,48 @@ def _through(child: nn.Module, unit: Any, flow: Flow, unit_follows: bool) -> Flo
 
 def _convolved(child: nn.Module, x: Tensor) -> Tensor | None:
     """Returns a plain convolution of images, computed without a call of ``child``; None where that is not done."""
+    settings = _settings(child)
+    found = None if settings is None else first_conv(x, *settings)
+    if found is not None:
+        for probe in (*child._forward_pre_hooks.values(), *child._forward_hooks.values()):
+            probe()
+    return found
+
+
+def _settings(child: nn.Module) -> tuple[Any, ...] | None:
+    """Returns weight, bias, stride and padding of a plain convolution; None of one that `first_conv` does not know."""
     conv: Any = child
     if hooks_on_all_modules() is not None or conv.groups != 1 or conv.padding_mode != "zeros":
         return None
     settings = conv.stride, conv.padding, conv.dilation
     if not all(type(setting) is tuple for setting in settings) or set(conv.dilation) != {1}:
         return None
-    found = first_conv(x, parameter(conv, "weight"), parameter(conv, "bias"), *settings[:2])
-    if found is not None:
-        for probe in (*child._forward_pre_hooks.values(), *child._forward_hooks.values()):
-            probe()
-    return found
+    return parameter(conv, "weight"), parameter(conv, "bias"), *settings[:2]
+
+
+def _repeated(unit: Any, module: nn.Module, x: Tensor) -> Repeat | None:
+    """Returns a call of what has run on x that can be repeated: of a unit, or of a plain convolution of images."""
+    if isinstance(unit, (Stem, Run, MapUnit)):
+        return unit.repeated(module, x)
+    if unit is not None or dimensions_of(module) is None or not _is_unseen(module):
+        return None
+    settings = _settings(module)
+    call = None if settings is None else prepared_conv(x, *settings)
+    if settings is None or call is None:
+        return None
+    weight, bias, *rest = settings
+    given = [t for t in (weight, bias) if t is not None]
+    forms = list(map(form_of_weight, given))
+
+    def holds(module: nn.Module) -> bool:
+        now = _settings(module) if dimensions_of(module) is not None and _is_unseen(module) else None
+        if now is None or now[0] is not weight or now[1] is not bias or now[2:] != tuple(rest):
+            return False
+        return list(map(form_of_weight, given)) == forms and all(map(is_plain, given))
+
+    return Repeat(call, holds)
+
+
+def _is_unseen(module: nn.Module) -> bool:
+    """Returns whether nobody would see a call of ``module``, a probe not either."""
+    return not (module._forward_pre_hooks or module._forward_hooks) and obstacle(module) is None

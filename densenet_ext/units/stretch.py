@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from densenet_ext.algorithm.inference import Call, form_of
 from densenet_ext.algorithm.operation import without_autocast
+from densenet_ext.algorithm.workspace import Memory, Workspace
 from densenet_ext.units.flow import Flow
 
 Children = Sequence[tuple[str, nn.Module]]
@@ -39,19 +40,23 @@ class _Place(NamedTuple):
 class Stretch:
     """Units that follow one another, for features of one form."""
 
-    def __init__(self, start: int, flow: Flow) -> None:
+    def __init__(self, start: int, flow: Flow, memory: Memory) -> None:
         self.start = self.stop = start  # children
         self.key = key_of(start, flow)
         self._layout = flow.layout
         self._places: list[_Place] = []
+        self._memory = memory
+        self._workspace: Workspace | None = None
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def add(self, module: nn.Module, part: Children, unit: Any, inside: bool, x: Tensor, after: Flow) -> bool:
-        """Adds a unit of ``module`` that has run ``part`` of its children on x, unless its call can't be repeated."""
-        repeat = unit.repeated(module if inside else part[0][1], x) if after.stats is None else None
-        if repeat is None:
+    def add(self, part: Children, unit: object, inside: bool, repeat: Repeat | None, after: Flow) -> bool:
+        """Adds a unit that has run ``part`` of the children, unless its call can't be repeated.
+
+        ``inside``: the unit is the Sequential's, not the child's; None: the child is a plain convolution.
+        """
+        if repeat is None or after.stats is not None:
             return False
         self._places.append(_Place(self.stop, unit, inside, repeat))
         self.stop += len(part)
@@ -72,11 +77,10 @@ class Stretch:
 
     def run(self, flow: Flow) -> Flow:
         """Returns the features behind the last unit."""
-        x = flow.x
-        with without_autocast(x.device.type):
-            for place in self._places:
-                x = place.repeat.call(x)
-        return Flow(x, self._layout)
+        if self._workspace is None:
+            self._workspace = Workspace([place.repeat.call for place in self._places], self._memory)
+        with without_autocast(flow.x.device.type):
+            return Flow(self._workspace.run(flow.x), self._layout)
 
 
 def key_of(start: int, flow: Flow) -> Hashable:
@@ -90,6 +94,11 @@ class Stretches:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Stretch] = {}
+        self._memory = Memory()
+
+    def begin(self, start: int, flow: Flow) -> Stretch:
+        """Returns one without a unit yet, from the child ``start`` on."""
+        return Stretch(start, flow, self._memory)
 
     def find(self, start: int, flow: Flow) -> Stretch | None:
         """Returns the one from the child ``start`` on, for features like those of ``flow``."""

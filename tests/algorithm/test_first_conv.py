@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_ext import kernels
-from densenet_ext.algorithm.first_conv import MOST_CHANNELS, first_conv
+from densenet_ext.algorithm.first_conv import MOST_CHANNELS, first_conv, prepared_conv
 from tests.support.helpers import DEVICE, assert_as_good
 
 pytestmark = pytest.mark.skipif(
@@ -89,3 +89,11 @@ def test_pytorchs_own_runs_elsewhere() -> None:
         assert not runs()
     with kernels.force_plain():
         assert not runs()
+
+
+def test_a_prepared_call_takes_other_images() -> None:
+    x, weight, bias = tensors()
+    call = prepared_conv(x, weight, bias, (1, 1), (2, 2))
+    assert call is not None and prepared_conv(x, weight, bias, (0, 1), (2, 2)) is None
+    for images in (x, x + 1):
+        assert torch.equal(call(images), first_conv(images, weight, bias, (1, 1), (2, 2)))  # type: ignore[arg-type]

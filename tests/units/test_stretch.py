@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm.inference import form_of
+from densenet_ext.units.around import form_of_weight
 from densenet_ext.units.entry import is_observed, observed
 from densenet_ext.units.flow import incoming
 from densenet_ext.units.stretch import Stretch, key_of, stretches_of
@@ -66,24 +67,24 @@ def assert_alike(model: Any, usual: Any, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_stem_blocks_and_transitions_run_as_one(ran: list[int]) -> None:
+def test_convolution_stem_blocks_and_transitions_run_as_one(ran: list[int]) -> None:
     model, usual = networks()
     x = images()
     for _ in range(2):
         assert_alike(model, usual, x)
     ran.clear()
     assert_alike(model, usual, x + 1)
-    assert ran == [6, 6]
+    assert ran == [7, 7]
     ran.clear()
     model(images(3))  # another form
     assert not ran
     model(images(3))
-    assert ran == [6]
+    assert ran == [7]
     with kernels.force_plain():
         assert_alike(model, usual, x)
     with torch.enable_grad():
         model(x).sum().backward()
-    assert ran == [6] and model.features.conv0.weight.grad is not None
+    assert ran == [7] and model.features.conv0.weight.grad is not None
 
 
 def reorder(features: Any, *names: str) -> None:
@@ -181,3 +182,10 @@ def test_a_stretch_is_forgotten_with_its_module_and_is_not_copied() -> None:
     assert key_of(1, incoming(images())) is not None and form_of(images()) is not None
     with torch.enable_grad():
         assert key_of(1, incoming(images())) is None and form_of(images()) is None
+
+
+def test_what_a_call_depends_on_of_a_weight() -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    assert form_of_weight(weight) == form_of_weight(weight + 1)
+    for other in (weight.double(), weight[1:], weight.contiguous(memory_format=LAST), weight.to("meta")):
+        assert form_of_weight(weight) != form_of_weight(other)
