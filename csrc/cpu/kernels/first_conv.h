@@ -180,12 +180,9 @@ class FirstConvolution {
       const Number* left = rows[task][i].line + w * distance;
       const Operand* right = block + rows[task][i].weights * NV * L;
       add_product<P, 0, kDepth>(whole, left, distance, kDepth, right, NV * L, acc, nothing);
-      if (whole < steps) {
-        const auto* last = reinterpret_cast<const LastNumber<Number>*>(left + whole * kDepth);
-        if constexpr (kDepth > 1)
-          add_product<P, 0, kDepth>(1, last, distance, kDepth, right + whole * NV * L, NV * L, acc, nothing);
-      }
     }
+    if constexpr (kDepth > 1)
+      if (whole < steps) add_last(rows[task], count, w * distance + whole * kDepth, block + whole * NV * L, acc);
     // Copies, as what is stored might be anything that a pointer leads to.
     const Rows<T> out = {p.out.row(line * g.out[2] + w) + n, p.out.pitch};
     const int64_t pixels = std::min<int64_t>(R, g.out[2] - w), columns = p.N - n;
@@ -196,6 +193,29 @@ class FirstConvolution {
       write(acc, add, out, R, Whole{});
     else
       write(acc, add, out, pixels, Part{int(std::min<int64_t>(columns - (NV - 1) * L, L))});
+  }
+  // The last numbers of stretches of an odd count, two of which make an operand: what follows them in a line may not be
+  // finite, and must not be multiplied with a zero. `at`: of the first output's; block: their weights'.
+  template <int R, int NV>
+  DX_INLINE void add_last(const Row* of, int64_t count, int64_t at, const Operand* block, Vec<A> (&acc)[R][NV]) const {
+    const Number zero = {};
+    for (int64_t i = 0; i < count; i += 2) {
+      const bool two = i + 1 < count;
+      const int64_t distance = g.stride[2] * p.C;
+      const Number *a = of[i].line + at, *b = two ? of[i + 1].line + at : &zero;
+      typename P::Right right[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        right[j] = P::load_right(block + (of[i].weights * NV + j) * L);
+        if (two) right[j] = P::joined(right[j], P::load_right(block + (of[i + 1].weights * NV + j) * L));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Operand left = P::joined(a[r * distance], b[two ? r * distance : 0]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) P::multiply_add(acc[r][j], left, right[j]);
+      }
+    }
   }
   // last: the columns of the last vector.
   template <int R, int NV, class Columns>

@@ -6,12 +6,6 @@
 // operand begins at each.
 #pragma once
 
-// The last of an odd count of numbers, which makes an operand with a zero: what follows it may be infinite.
-template <class Number>
-struct LastNumber {
-  Number value;
-};
-
 template <class A_>
 struct Fma {
   using A = A_;
@@ -58,7 +52,9 @@ struct DotBf16 {
 
   static DX_INLINE Operand load_left(const Operand* p) { return *p; }
   static DX_INLINE Operand load_left(const Number* p) { return {p[0], p[1]}; }
-  static DX_INLINE Operand load_left(const LastNumber<Number>* p) { return {p->value, {0}}; }
+  // Two operands without a second number as one, left and right.
+  static DX_INLINE Operand joined(Number a, Number b) { return {a, b}; }
+  static DX_INLINE Right joined(Right a, Right b) { return _mm512_or_si512(a, _mm512_slli_epi32(b, 16)); }
   static DX_INLINE Right load_right(const Operand* p) { return _mm512_loadu_si512(p); }
   static DX_INLINE void multiply_add(Vec<A>& sum, Operand left, Right right) {
     int bits;
