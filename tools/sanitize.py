@@ -31,7 +31,9 @@ COPIED = (
     "README.md",
     "LICENSE",
 )
-TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("kernels", "operator_arguments", "fuzz_operators"))
+TESTS = tuple(
+    f"tests/kernels/test_{name}.py" for name in ("kernels", "operator_arguments", "fuzz_operators", "first_conv")
+)
 # A file, followed by the process's number: pytest captures what is printed, and ends with the process.
 REPORT = COPY / "report"
 # No -fsanitize=vptr: it asks for type information that torch's libraries hide.

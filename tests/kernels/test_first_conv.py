@@ -84,7 +84,7 @@ def check(got: Tensor, case: Case, x: Tensor, weight: Tensor, bias: Tensor | Non
     if got.dtype == F64:
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     else:
-        assert_as_good([got], [eager], [exact], factor=1.5, floor=2.0)
+        assert_as_good([got], [eager], [exact])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

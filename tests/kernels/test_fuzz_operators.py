@@ -12,6 +12,7 @@ from torch import Tensor
 
 from densenet_ext import _extension, kernels
 from densenet_ext.kernels import plain
+from tests.kernels.test_first_conv import CONVOLUTIONS, Case, computed, layouts, tensors
 from tests.support.helpers import DEVICE
 from tests.support.kernel_calls import DTYPES
 
@@ -299,3 +300,25 @@ def test_right_or_refused(op: str) -> None:
             )
 
     check()
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Case:
+    """A convolution of any window, stride and padding, on images that are not much larger."""
+    dims = draw(st.integers(1, 3))
+    each = lambda least, most: tuple(draw(st.integers(least, most)) for _ in range(dims))  # noqa: E731
+    window, stride, padding, more = each(1, 7), each(1, 4), each(0, 8), each(0, (50, 20, 5)[dims - 1])
+    least = (max(1, w - 2 * p) for w, p in zip(window, padding, strict=True))
+    spatial = tuple(n + m for n, m in zip(least, more, strict=True))
+    return spatial, draw(st.integers(1, 9)), draw(st.integers(1, 70)), window, stride, padding
+
+
+@given(case=convolutions(), dtype=st.sampled_from(DTYPES), wide=st.booleans(), data=st.data())
+def test_first_convolutions(case: Case, dtype: torch.dtype, wide: bool, data: st.DataObject) -> None:
+    """Of images in any memory, as the result has them or in the type of its sums."""
+    x, weight, bias = tensors(case, kernels.acc_dtype(dtype) if wide else dtype)
+    images = layouts(x)[data.draw(st.sampled_from(sorted(layouts(x))))]
+    got = computed(images, weight, bias.to(kernels.acc_dtype(dtype)), *case[4:], dtype)
+    exact = CONVOLUTIONS[x.dim() - 2](x.double(), weight.double(), bias.double(), *case[4:])
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
