@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <thread>
 #include <unordered_map>
@@ -80,6 +81,7 @@ class Cpu : public TorchCalls {
   void together(int64_t elements, const F& f) const {
     const int threads = pool(elements).tasks;
     if (threads == 1 || cpu::Team::led()) return f();
+    const Together together;
     cpu::Team team(threads);
     const std::thread::id leader = std::this_thread::get_id();
     bool ran = false;
@@ -103,6 +105,17 @@ class Cpu : public TorchCalls {
   }
 
  private:
+  // Work is split as for a team, whether its threads have come or not: the same sums in the same order.
+  struct Together {
+    static bool& on() {
+      static thread_local bool is = false;
+      return is;
+    }
+    Together() { on() = true; }
+    ~Together() { on() = false; }
+    Together(const Together&) = delete;
+    Together& operator=(const Together&) = delete;
+  };
   // Rows that a product takes of its inputs: a window of every row.
   template <class Params>
   static auto rows_of(const Params& p) -> decltype(p.M) {
@@ -130,11 +143,13 @@ class Cpu : public TorchCalls {
     constexpr int64_t kProductsPerElement = 32;
     return pool(elements + rows_of(p) * p.C * p.N / kProductsPerElement);
   }
-  // As many of torch's threads as the work is worth.
+  // As many of torch's threads as the work is worth. To call one more of a team takes as long as some elements: small
+  // work is split until each task's share is as long as all calls.
   static cpu::Pool pool(int64_t elements) {
-    constexpr int64_t kElementsPerTask = 16384;
-    const int64_t worth = std::max<int64_t>(1, elements / kElementsPerTask);
+    constexpr int64_t kElementsPerTask = 16384, kElementsPerCall = 2048;
     const cpu::Team* team = cpu::Team::led();
+    const int64_t of_team = Together::on() ? int64_t(std::sqrt(double(elements / kElementsPerCall))) : 1;
+    const int64_t worth = std::max({int64_t(1), elements / kElementsPerTask, of_team});
     const int64_t threads = team ? team->size() : int64_t(torch::stable::get_num_threads());
     return {int(std::min(threads, worth)), [](int tasks, void (*body)(void*, int), void* context) {
               if (cpu::Team* led = cpu::Team::led()) return led->run(tasks, body, context);
