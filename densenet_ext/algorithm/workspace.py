@@ -1,7 +1,7 @@
 """Memory of calls that follow one another, kept from one time to the next while somebody holds their weights.
 
-Memory that a process frees at the end of an inference Linux takes back, and gives it again at the next page by page, each
-of them cleared: 26,000 times for 16 images of DenseNet-121, a twentieth of their time.
+What a process frees at the end of an inference Linux takes back, and gives it again at the next page by page, each of
+them cleared: 26,000 times for 16 images of DenseNet-121, a twentieth of their time.
 """
 
 from __future__ import annotations
