@@ -26,6 +26,7 @@ from benchmarks.stopwatch import Stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("training", "inference")
+FIRST = "densenet_ext::first_conv"
 FORWARD, BACKWARD = "PyTorch's convolutions, forward", "PyTorch's convolutions, backward"
 OPTIMIZER = "the optimizer"
 REST = "the rest: autograd, loss, classifier, Python"
@@ -49,8 +50,8 @@ def parts_of(events: Iterable[Any]) -> dict[str, Part]:
         if name is None or any(group_of(above.name) for above in _above(event)):
             continue
         part = found[name]
-        flops = flops_of_backward(event) if name == BACKWARD else event.flops or 0
-        found[name] = Part(part.calls + 1, part.seconds + event.cpu_time_total / 1e6, part.flops + flops)
+        seconds, flops = event.cpu_time_total / 1e6, flops_of(event, name)
+        found[name] = Part(part.calls + 1, part.seconds + seconds, part.flops + flops)
     return dict(found)
 
 
@@ -68,6 +69,16 @@ def group_of(name: str) -> str | None:
 def _above(event: Any) -> Iterator[Any]:
     while (event := event.cpu_parent) is not None:
         yield event
+
+
+def flops_of(event: Any, name: str) -> int:
+    """Returns the flops of one call of an operator that counts as ``name``; 0 where they do not follow from it."""
+    if name == BACKWARD:
+        return flops_of_backward(event)
+    if name == FIRST:
+        _, weight, *_, out = event.input_shapes
+        return 2 * math.prod(out) * math.prod(weight[1:])
+    return event.flops or 0
 
 
 def flops_of_backward(event: Any) -> int:

@@ -170,7 +170,7 @@ def test_a_profile() -> None:
         assert parts["densenet_ext::dense_layers"]["flops"] == layers
         assert parts["densenet_ext::dense_layers"]["calls"] == len(TINY.block_config)
         stem = 2 * 2 * 16 * 16 * 49 * 3 * 8
-        assert parts[profile.FORWARD]["flops"] == stem
+        assert parts[profile.FORWARD if training else profile.FIRST]["flops"] == stem
         assert parts["densenet_ext::whole_transition"]["calls"] == 2  # a head is one, too
         assert (profile.OPTIMIZER in parts) == training
         if training:
