@@ -80,11 +80,36 @@ DX_INLINE void set_zero(Vec<A> (&acc)[R][NV]) {
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
 }
 
-// The same of sums that begin here.
+// The same of sums that begin here, and of left operands as they are: the compiler's code for one function of both
+// takes 1.03 of the time of a training step.
 template <class P, int NV, int ROW_STRIDE, int K_STRIDE, class Aside>
-DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride, int64_t k_stride,
+DX_INLINE void tile_product(int64_t K, const typename P::Operand* a, int64_t row_stride_, int64_t k_stride_,
                             const typename P::Operand* b, int64_t b_stride,
                             Vec<typename P::A> (&acc)[kTileRows<NV>][NV], Aside& aside) {
-  set_zero<typename P::A>(acc);
-  add_product<P, ROW_STRIDE, K_STRIDE>(K, a, row_stride, k_stride, b, b_stride, acc, aside);
+  using A = typename P::A;
+  constexpr int R = kTileRows<NV>;
+  const int64_t row_stride = ROW_STRIDE ? ROW_STRIDE : row_stride_, k_stride = K_STRIDE ? K_STRIDE : k_stride_;
+  constexpr int GROUP = ROW_STRIDE ? R : (R % 3 == 0 ? 3 : 2);
+  const typename P::Operand* rows[R / GROUP];
+#pragma GCC unroll 16
+  for (int g = 0; g < R / GROUP; ++g) rows[g] = a + g * GROUP * row_stride;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = Vec<A>{};
+  for (int64_t k = 0; k < K; ++k) {
+    aside.step();
+    typename P::Right right[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * kLanes<A>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename P::Operand left = rows[r / GROUP][(r % GROUP) * row_stride];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) P::multiply_add(acc[r][j], left, right[j]);
+    }
+#pragma GCC unroll 16
+    for (int g = 0; g < R / GROUP; ++g) rows[g] += k_stride;
+    b += b_stride;
+  }
 }
