@@ -7,6 +7,7 @@ through ``.data`` or through NumPy it doesn't.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -36,6 +37,7 @@ class _Weight:
 
 
 _weights: dict[int, _Weight] = {}
+_lock = threading.Lock()  # of the workspaces, which threads that call add while another releases weights
 _workspaces: weakref.WeakSet[Freed] = weakref.WeakSet()
 _changes = 0
 """How often somebody has held or released weights."""
@@ -44,27 +46,29 @@ _changes = 0
 def hold(weights: Iterable[Tensor]) -> list[Tensor]:
     """Has the packed forms of ``weights`` kept until they are released; returns those for which there are any."""
     global _changes
-    _changes += 1
     held = [weight for weight in weights if _can_be_kept(weight)]
     for weight in held:
         if id(weight) not in _weights:
             _weights[id(weight)] = _Weight(weight)
         _weights[id(weight)].holders += 1
+    _changes += 1
     return held
 
 
 def release(weights: Iterable[Tensor]) -> None:
     """Drops the packed forms of ``weights``, which were held, unless somebody else holds them."""
     global _changes
-    _changes += 1
     for weight in weights:
         own = _weights[id(weight)]
         own.holders -= 1
         if own.holders == 0:
             del _weights[id(weight)]
-    for workspace in list(_workspaces):
+    _changes += 1  # behind what has changed: who sees the number sees that as well
+    with _lock:
+        freed = list(_workspaces)
+        _workspaces.clear()
+    for workspace in freed:
         workspace.free()
-    _workspaces.clear()
 
 
 def changes() -> int:
@@ -81,7 +85,8 @@ class Freed(Protocol):
 
 def free_at_release(workspace: Freed) -> None:
     """Has memory given back as soon as somebody releases weights; whoever still needs it makes it anew."""
-    _workspaces.add(workspace)
+    with _lock:
+        _workspaces.add(workspace)
 
 
 class Held:
@@ -96,12 +101,14 @@ class Held:
     def any(self) -> bool:
         """Returns whether there are any; sees to it that the packed forms are right."""
         if self._seen != _changes:
+            seen = _changes
             self._held = [weight for weight in self._weights if weight is not None and id(weight) in _weights]
-            self._seen, self._versions = _changes, []
+            self._seen, self._versions = seen, []
         versions = [weight._version for weight in self._held]
         if versions != self._versions:
-            for own in [_weights[id(weight)] for weight in self._held]:  # not kept: whoever releases them frees them
-                if own.version != own.weight._version:
+            # looked up: whoever releases a weight frees it, in another thread perhaps
+            for own in map(_weights.get, map(id, self._held)):
+                if own is not None and own.version != own.weight._version:
                     own.pack_again()
             self._versions = versions
         return bool(self._held)
@@ -119,9 +126,10 @@ def lowered(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     if own.version != weight._version:
         own.pack_again()
-    if dtype not in own.lowered:
-        own.lowered[dtype] = weight.detach().to(dtype)
-    return own.lowered[dtype]
+    found = own.lowered.get(dtype)
+    if found is None:
+        found = own.lowered[dtype] = weight.detach().to(dtype)
+    return found
 
 
 def _can_be_kept(weight: Tensor) -> bool:

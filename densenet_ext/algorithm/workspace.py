@@ -25,25 +25,28 @@ class Memory:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self._change = threading.RLock()  # weights are released by any thread
         self._bytes: Tensor | None = None
         self._users: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
     def of(self, user: Workspace, count: int) -> Tensor:
         """Returns so many bytes, which ``user`` has until it is told to forget them; all workspaces get the same."""
-        if self._bytes is None or self._bytes.numel() < count:
-            self.free()
-            with torch.inference_mode(False), torch.no_grad():
-                self._bytes = torch.empty(count, dtype=torch.uint8, device="cpu")
-            packed.free_at_release(self)
-        self._users.add(user)
-        return self._bytes
+        with self._change:
+            if self._bytes is None or self._bytes.numel() < count:
+                self.free()
+                with torch.inference_mode(False), torch.no_grad():
+                    self._bytes = torch.empty(count, dtype=torch.uint8, device="cpu")
+                packed.free_at_release(self)
+            self._users.add(user)
+            return self._bytes
 
     def free(self) -> None:
         """Gives the memory back."""
-        self._bytes = None
-        for user in list(self._users):
-            user.forget()
-        self._users.clear()
+        with self._change:
+            self._bytes = None
+            for user in list(self._users):
+                user.forget()
+            self._users.clear()
 
 
 class Workspace:
@@ -84,9 +87,13 @@ class Workspace:
     def _are_held(self) -> bool:
         """Returns whether weights are held. An allocator of GPUs keeps memory by itself."""
         if self._seen != packed.changes():
-            self._seen = packed.changes()
+            seen = packed.changes()
             on_cpu = self._calls[0].makes[0].device.type == "cpu"
             self._holds = on_cpu and any(call.held is not None and call.held.any() for call in self._calls)
+            self._seen = seen
+            if not self._holds:  # what was made while another thread released
+                self._memory.free()
+                self.forget()
         return self._holds
 
     def _make(self) -> list[list[Tensor]]:

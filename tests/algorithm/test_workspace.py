@@ -138,6 +138,46 @@ def test_a_second_thread_takes_memory_of_its_own(weight: Tensor) -> None:
     assert (found[0] == 5).all()
 
 
+def test_weights_are_released_while_another_thread_calls() -> None:
+    other = torch.ones(4, 3, 1, 1)
+    workspace, failed, stop = Workspace(chain(other), Memory()), [], threading.Event()
+
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                if not (workspace.run(torch.zeros(3)) == 5).all():
+                    failed.append("numbers")
+            except Exception as error:
+                failed.append(repr(error))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        held = hold([other])
+        other.add_(1)
+        release(held)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed[:3]
+    workspace.run(torch.zeros(3))
+    assert workspace._tensors is None and workspace._memory._bytes is None
+
+
+def test_a_version_that_changes_behind_the_last_release() -> None:
+    weight = torch.ones(4, 3, 1, 1)
+    kept, given = Held([weight]), hold([weight])
+    assert kept.any()
+    packed._weights.pop(id(weight))  # as another thread does it between two lines of ours
+    weight.add_(1)
+    kept.any()
+    packed._weights[id(weight)] = packed._Weight(weight)
+    packed._weights[id(weight)].holders = 1
+    release(given)
+    assert not kept.any()
+
+
 def test_an_error_leaves_the_memory_to_the_next(weight: Tensor) -> None:
     calls = chain(weight)
     compute = calls[3].compute
