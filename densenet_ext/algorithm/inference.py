@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from densenet_ext import kernels
-from densenet_ext.algorithm.operation import without_autocast
+from densenet_ext.algorithm.conversions import without_autocast
 from densenet_ext.algorithm.packed import Held
 from densenet_ext.checks import autocast_enabled
 

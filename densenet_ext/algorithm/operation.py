@@ -10,7 +10,6 @@ move once however often the graph is replayed or partitioned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple, get_type_hints
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from densenet_ext.algorithm.conversions import without_autocast
 from densenet_ext.algorithm.layout import new_features
 from densenet_ext.algorithm.values import Tensors
 from densenet_ext.checks import autocast_enabled
@@ -216,27 +216,6 @@ def run(
         present = _present(tuple([x is not None for x in tensors]))
     out: Tensor = _Fused.apply(_Call(operation, config, tensors, then, present), *present.of(tensors))
     return out
-
-
-class _WithoutAutocast:
-    """Switches autocast off, as ``torch.autocast(kind, enabled=False)`` at a tenth of its time."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def __enter__(self) -> None:
-        torch.set_autocast_enabled(self._kind, False)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_autocast_enabled(self._kind, True)
-
-
-def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Returns a context in which autocast is off for a device type: units choose their dtypes themselves."""
-    return _WithoutAutocast(kind) if autocast_enabled(kind) else _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

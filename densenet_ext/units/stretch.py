@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from densenet_ext.algorithm.conversions import without_autocast
 from densenet_ext.algorithm.inference import Call, form_of
-from densenet_ext.algorithm.operation import without_autocast
 from densenet_ext.algorithm.workspace import Memory, Workspace
 from densenet_ext.units.flow import Flow
 

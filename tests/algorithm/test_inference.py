@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext import kernels, reference
+from densenet_ext.algorithm.conversions import without_autocast
 from densenet_ext.algorithm.inference import Inferences, form_of
-from densenet_ext.algorithm.operation import without_autocast
 from densenet_ext.algorithm.single import single
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import key_of, transition
