@@ -1,4 +1,4 @@
-// The SIMD level in use: the widest that the processor has, unless a test sets another.
+// The SIMD level in use: the processor's fastest, unless somebody asks for another.
 #pragma once
 
 #include <string>
