@@ -193,9 +193,10 @@ class Stem:
 
     def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
         """Returns a call on features like x that can be repeated without `step`; None where there is none."""
-        known = self._read(module)
+        # a norm with its ReLU inside is read at every call, and what autocast does to volumes is not part of one
+        known = None if self.relu is None or x.dim() == 5 else self._read(module)
         norm = None if known is None else known[0].now()
-        if known is None or norm is None or x.dim() == 5:  # what autocast does to volumes is not part of a call
+        if known is None or norm is None:
             return None
         pool: Any = known[1]
         call = norm.inferences.find(x, (pool.kernel_size, pool.stride, pool.padding))

@@ -15,7 +15,7 @@ from densenet_ext.algorithm.head import head
 from densenet_ext.algorithm.packed import lowered
 from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
-from densenet_ext.units.flow import incoming
+from densenet_ext.units.flow import Flow, incoming
 from densenet_ext.units.metadata import with_metadata
 from densenet_ext.units.norms import NormReading
 from densenet_ext.units.parts import (
@@ -31,7 +31,8 @@ from densenet_ext.units.parts import (
     submodule,
 )
 from densenet_ext.units.reading import Part, Readings
-from densenet_ext.units.sequence import Sequence, first_mismatch
+from densenet_ext.units.sequence import Ending, Sequence, first_mismatch
+from densenet_ext.units.stretch import Repeat
 
 OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
     "relu": lambda module, dims: other_relu(module),
@@ -88,8 +89,7 @@ class Head:
         """Returns the norm, or None where the head runs unfused."""
 
         def read() -> NormReading | None:
-            features: Any = submodule(module, self.features)
-            return None if self.reason(module) is not None else NormReading(list(features._modules.values())[-1])
+            return None if self.reason(module) is not None else NormReading(self._features(module)[-1])
 
         # what a norm with its ReLU inside is made of is not watched
         if torch.compiler.is_compiling() or self.activated:
@@ -98,9 +98,13 @@ class Head:
             return None
         return _RUNNING.get(module, self, read, lambda: self._watched(module))
 
+    def _features(self, module: nn.Module) -> list[Any]:
+        features: Any = submodule(module, self.features)
+        return list(features._modules.values())
+
     def _watched(self, module: nn.Module) -> list[Part]:
         features: Any = submodule(module, self.features)
-        parts = [*self.built.watched(module), Part(features), Part(list(features._modules.values())[-1])]
+        parts = [*self.built.watched(module), Part(features), Part(self._features(module)[-1])]
         found = (submodule(module, name) for name, _ in self.replaced)
         return parts + [Part(part) for part in found if part is not None]
 
@@ -115,17 +119,33 @@ class Head:
             return as_eager(mismatch, usual, module, x)
         unit = unit_of(features)
         sequence = unit if isinstance(unit, Sequence) else Sequence()
-        flow = sequence.run(features, incoming(x), stop=-1)
-        values, stats = norm.now(), flow.stats
-        if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.module.num_features:
-            ran(module, self.kind)
-            out = with_metadata(lambda maps: head(maps, values, stats=stats), flow.x)
-        else:  # the norm says what is wrong with it
-            out = F.relu(norm.module(flow.shown())).flatten(2).mean(2)
+        out = sequence.run(features, incoming(x), Ending(self, module)).x
         for name in self.rest:
             part: Any = submodule(module, name)
             out = _linear(part, out) if _is_plain_linear(part) else part(out)
         return out
+
+    def step(self, module: nn.Module, flow: Flow) -> Flow:
+        """Returns the averages [N, C] of the features that ``call`` has, in the place of the last norm."""
+        norm = self._norm(module)
+        if norm is None:  # what the features' modules did has changed it: it was read before they ran
+            norm = NormReading(self._features(module)[-1])
+        values = norm.now()
+        if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.module.num_features:
+            ran(module, self.kind)
+            return Flow(with_metadata(lambda maps: head(maps, values, stats=flow.stats), flow.x), flow.layout)
+        # the norm says what is wrong with it
+        return Flow(F.relu(norm.module(flow.shown())).flatten(2).mean(2), flow.layout)
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+        # a norm with its ReLU inside is read at every call, and what autocast does to volumes is not part of one
+        norm = None if self.activated or x.dim() == 5 else self._norm(module)
+        values = None if norm is None else norm.now()
+        call = None if values is None else values.inferences.find(x)
+        if norm is None or call is None:
+            return None
+        return Repeat(call, lambda module: self._norm(module) is norm and norm.now() is values)
 
     def weights(self, module: nn.Module) -> list[Tensor]:
         """Returns the weights and biases of the linear layers that run on the result."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,23 @@ class Run:
     def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
         """Returns a call on features like x that can be repeated without `step`; None where there is none."""
         return self.block.repeated(module, x)
+
+
+class End(Protocol):
+    """A unit of another module that takes the features of a Sequential, in the place of its last child."""
+
+    def step(self, module: nn.Module, flow: Flow) -> Flow:
+        """Returns the unit's result as a flow."""
+
+    def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
+        """Returns a call on features like x that can be repeated without `step`; None where there is none."""
+
+
+class Ending(NamedTuple):
+    """Such a unit, and the module that it is of."""
+
+    unit: End
+    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -78,41 +95,45 @@ class Sequence(MapUnit):
         """Returns what the children give one after another."""
         return self.run(module, flow)
 
-    def run(self, module: nn.Module, flow: Flow, stop: int | None = None) -> Flow:
-        """Returns what the first ``stop`` children (all if None) give one after another."""
-        children = [(name, child) for name, child in module._modules.items() if child is not None][:stop]
+    def run(self, module: nn.Module, flow: Flow, ending: Ending | None = None) -> Flow:
+        """Returns what the children give one after another; ``ending`` runs in the place of the last."""
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        units = [straight(child) for _, child in children[: None if ending is None else -1]]
+        if ending is not None:
+            children[-1] = children[-1][0], ending.module
+            units.append(ending.unit)
         segments = {segment.names[0]: segment for segment in self.segments}
-        units = [straight(child) for _, child in children]
         stretches = stretches_of(module) if _may_repeat() else None
         stretch = None  # what runs in this call and can be repeated
         i = 0
         while i < len(children):
             if stretches is not None and stretch is None:
-                known = stretches.find(i, flow)
+                known = stretches.find(i, flow, ending is not None)
                 if known is not None and known.holds(module, children, units, segments):
                     flow, i = known.run(flow), known.stop
                     continue
-                stretch = stretches.begin(i, flow)
+                stretch = stretches.begin(i, flow, ending is not None)
             before = flow.x
+            inside, part, found = False, children[i : i + 1], None
+            at_end = ending is not None and i == len(children) - 1
             segment = segments.get(children[i][0])
-            part = children[i : i + 1] if segment is None else children[i : i + len(segment.names)]
-            if segment is not None and tuple(name for name, _ in part) == segment.names:
+            if at_end:
+                found = units[i].step(children[i][1], flow)
+            elif segment is not None and tuple(name for name, _ in children[i:][: len(segment.names)]) == segment.names:
                 found = segment.step(module, flow)
-            else:
-                segment = found = None
-            unit: Any = segment
+                if found is not None:
+                    inside, part = True, children[i : i + len(segment.names)]
             if found is None:
-                part, unit = children[i : i + 1], units[i]
                 follows = i + 1 < len(children) and (children[i + 1][0] in segments or units[i + 1] is not None)
-                found = _through(children[i][1], unit, flow, follows)
-            flow = found
-            i += len(part)
+                found = _through(children[i][1], units[i], flow, follows)
             if stretches is not None and stretch is not None:
-                inside = segment is not None and unit is segment
-                repeat = _repeated(unit, module if inside else part[0][1], before)
-                if not stretch.add(part, unit, inside, repeat, flow) or i == len(children):
+                unit, owner = (segment, module) if inside else (units[i], part[0][1])
+                repeat = units[i].repeated(owner, before) if at_end else _repeated(unit, owner, before)
+                if not stretch.add(part, unit, inside, repeat, found) or stretch.stop == len(children):
                     stretches.keep(stretch)
                     stretch = None
+            flow = found
+            i += len(part)
         return flow
 
 

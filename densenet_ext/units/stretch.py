@@ -40,9 +40,9 @@ class _Place(NamedTuple):
 class Stretch:
     """Units that follow one another, for features of one form."""
 
-    def __init__(self, start: int, flow: Flow, memory: Memory) -> None:
+    def __init__(self, start: int, key: Hashable, flow: Flow, memory: Memory) -> None:
         self.start = self.stop = start  # children
-        self.key = key_of(start, flow)
+        self.key = key
         self._layout = flow.layout
         self._places: list[_Place] = []
         self._memory = memory
@@ -83,10 +83,13 @@ class Stretch:
             return Flow(self._workspace.run(flow.x), self._layout)
 
 
-def key_of(start: int, flow: Flow) -> Hashable:
-    """Returns what a stretch from the child ``start`` on is found by; None where calls are not repeated."""
+def key_of(start: int, flow: Flow, ended: bool = False) -> Hashable:
+    """Returns what a stretch from the child ``start`` on is found by; None where calls are not repeated.
+
+    ``ended``: a unit of another module runs in the place of the last child.
+    """
     form = form_of(flow.x)
-    return None if form is None else (start, flow.layout, form)
+    return None if form is None else (start, ended, flow.layout, form)
 
 
 class Stretches:
@@ -96,13 +99,13 @@ class Stretches:
         self._known: dict[Hashable, Stretch] = {}
         self._memory = Memory()
 
-    def begin(self, start: int, flow: Flow) -> Stretch:
-        """Returns one without a unit yet, from the child ``start`` on."""
-        return Stretch(start, flow, self._memory)
+    def begin(self, start: int, flow: Flow, ended: bool = False) -> Stretch:
+        """Returns one without a unit yet; arguments as of `key_of`."""
+        return Stretch(start, key_of(start, flow, ended), flow, self._memory)
 
-    def find(self, start: int, flow: Flow) -> Stretch | None:
-        """Returns the one from the child ``start`` on, for features like those of ``flow``."""
-        return self._known.get(key_of(start, flow)) if self._known else None
+    def find(self, start: int, flow: Flow, ended: bool = False) -> Stretch | None:
+        """Returns the one for features like those of ``flow``; arguments as of `key_of`."""
+        return self._known.get(key_of(start, flow, ended)) if self._known else None
 
     def keep(self, stretch: Stretch) -> None:
         """Keeps it, if it is more than one unit."""

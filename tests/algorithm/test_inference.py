@@ -17,6 +17,7 @@ from densenet_ext.algorithm.inference import Inferences, form_of
 from densenet_ext.algorithm.single import single
 from densenet_ext.algorithm.stem import stem
 from densenet_ext.algorithm.transition import key_of, transition
+from densenet_ext.units.stretch import Stretch
 from tests.support.helpers import make_norm
 
 compiled = pytest.mark.skipif(kernels.why_plain("cpu") is not None, reason="plain PyTorch has nothing to prepare")
@@ -29,7 +30,7 @@ def features(*shape: int) -> Tensor:
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of a unit found a prepared one."""
+    """Whether each call of a unit found a prepared one; of units that follow one another, all did."""
     seen: list[bool] = []
     run = Inferences.run
 
@@ -38,7 +39,14 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(out is not None)
         return out
 
+    together = Stretch.run
+
+    def noted_together(self: Stretch, *args: Any) -> Any:
+        seen.append(True)
+        return together(self, *args)
+
     monkeypatch.setattr(Inferences, "run", noted)
+    monkeypatch.setattr(Stretch, "run", noted_together)
     return seen
 
 

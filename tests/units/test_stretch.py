@@ -67,24 +67,24 @@ def assert_alike(model: Any, usual: Any, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_convolution_stem_blocks_and_transitions_run_as_one(ran: list[int]) -> None:
+def test_convolution_stem_blocks_transitions_and_head_run_as_one(ran: list[int]) -> None:
     model, usual = networks()
     x = images()
     for _ in range(2):
         assert_alike(model, usual, x)
     ran.clear()
     assert_alike(model, usual, x + 1)
-    assert ran == [7, 7]
+    assert ran == [8, 7]  # with the head, and the features alone
     ran.clear()
     model(images(3))  # another form
     assert not ran
     model(images(3))
-    assert ran == [7]
+    assert ran == [8]
     with kernels.force_plain():
         assert_alike(model, usual, x)
     with torch.enable_grad():
         model(x).sum().backward()
-    assert ran == [7] and model.features.conv0.weight.grad is not None
+    assert ran == [8] and model.features.conv0.weight.grad is not None
 
 
 def reorder(features: Any, *names: str) -> None:
@@ -129,6 +129,15 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "the stem's eps": lambda m: setattr(m.features.norm0, "eps", 0.5),
     "the stem's window": lambda m: setattr(m.features.pool0, "padding", 0),
     "only new features": lambda m: setattr(m.features.denseblock3, "returns", "new"),
+    "the last norm": lambda m: m.features.norm5.weight.neg_(),
+    "the last norm's eps": lambda m: setattr(m.features.norm5, "eps", 0.5),
+    "another last norm": lambda m: setattr(
+        m.features, "norm5", nn.BatchNorm2d(m.features.norm5.num_features, eps=0.5).eval()
+    ),
+    "the last norm in training": lambda m: m.features.norm5.train(),
+    "a hook on the last norm": lambda m: m.features.norm5.register_forward_hook(lambda norm, args, out: out * 2),
+    "a hook on the features": lambda m: m.features.register_forward_hook(lambda features, args, out: out * 2),
+    "one module more": lambda m: m.features.add_module("shout", Shouting()),
 }
 
 
