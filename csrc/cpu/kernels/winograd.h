@@ -21,14 +21,16 @@ constexpr int kWinogradOutputs = sizeof(T) == 2                       ? 4
                                  : std::is_same<P, Fma<float>>::value ? 2
                                                                       : 0;
 
-// Tiles of a product, as rows: two heights are compiled, of which the one is used that leaves fewer rows over.
+// Tiles of a product, as rows: two heights are compiled, of which the one is used that leaves fewer rows over. The
+// short one of a single vector is not 8: with two multiply-adds a cycle, of four cycles each, Intel's cores would have
+// all eight sums under way and wait for each number that is late.
 template <int NV>
 constexpr int kLongTiles = kRegisters == 32 ? (NV == 3 ? 8 : 14)
                                             : (NV == 1                              ? 6
                                                : kMostVectors * 6 + 3 <= kRegisters ? 6
                                                                                     : 4);
 template <int NV>
-constexpr int kShortTiles = kRegisters == 32 ? 8 : 4;
+constexpr int kShortTiles = kRegisters == 32 ? (NV == 1 ? 16 : 8) : 4;
 
 // A stretch of tiles that lie side by side in their rows.
 struct TileBand {
@@ -129,7 +131,7 @@ struct Points {
   int64_t tiles;
 
   // Products read and write whole tiles of rows.
-  static int64_t tiles_of(int64_t tiles) { return tiles + kLongTiles<1> - 1; }
+  static int64_t tiles_of(int64_t tiles) { return tiles + std::max(kLongTiles<1>, kShortTiles<1>) - 1; }
   static int64_t vectors_of(int64_t columns) { return padded<float>(columns) / kLanes<float>; }
   static int64_t size(int64_t tiles, int64_t vectors) { return tiles_of(tiles) * vectors * kTile; }
   Points(float* data, int64_t tiles) : data(data), tiles(tiles_of(tiles)) {}
@@ -157,68 +159,65 @@ struct NoCenters {
 // The first tile is `tile` in `to`, the first vector of columns `vector`. Calls centers(tile, c, pixels) with the
 // columns of pixels that a tile has for itself. Whether all inputs were finite, where that is asked for.
 //
-// Pixels are read as they lie in memory, all of their columns; what they are along the height stays in the first cache
-// until a tile's last pixel is there.
+// One vector of columns goes along the whole row: what its pixels are along the height then stays in registers from a
+// tile to the next, where they are enough (O = 2).
 template <int O, bool kChecks, class Source, class Centers>
 DX_INLINE bool transform_inputs(const int64_t (&lines)[O + 2], int64_t width, TileBand band, int64_t C,
                                 const Source source, const Points<O> to, int64_t vector, int64_t tile,
                                 const Centers centers) {
-  constexpr int I = O + 2, L = kLanes<float>, kVectors = 8;
+  constexpr int I = O + 2, L = kLanes<float>;
   constexpr bool kCenters = !std::is_same<Centers, NoCenters>::value;
   Vec<float> check = {};
-  for (int64_t begin = 0; begin < C; begin += kVectors * L) {
-    const int64_t some = std::min<int64_t>(kVectors * L, C - begin);
-    Vec<float> u[I][kVectors][I];                   // B^T along the height of the last I columns of pixels
-    Vec<float> own[kCenters ? I : 1][kVectors][O];  // and the lines of outputs in them
-    const auto read = [&](int64_t w) {
-      const int at = int((w + I) % I);
-      const bool inside = w >= 0 && w < width;
-      for_columns<float>(some, [&](int64_t c, auto columns) {
-        const auto constants = source.at(begin + c);
-        Vec<float> d[I] = {};
-        if (inside)
+  for_columns<float>(C, [&](int64_t c, auto columns) {
+    const auto constants = source.at(c);
+    Vec<float> u[I][I];                   // B^T along the height of a tile's columns of pixels
+    Vec<float> own[kCenters ? I : 1][O];  // and the lines of outputs in them
+    const auto read = [&](int64_t w, int at) __attribute__((always_inline)) {
+      Vec<float> d[I] = {};
+      if (w >= 0 && w < width)
 #pragma GCC unroll 8
-          for (int i = 0; i < I; ++i)
-            if (lines[i] >= 0) d[i] = source.value(constants, lines[i] * width + w, begin + c, columns);
-        Vec<float>(&points)[I] = u[at][c / L];
-        Winograd<O>::inputs(d, points);
-        if constexpr (kChecks) check += finite_check(points[0] + points[I - 1]);  // every line is in one of them
-        if constexpr (kCenters)
+        for (int i = 0; i < I; ++i)
+          if (lines[i] >= 0) d[i] = source.value(constants, lines[i] * width + w, c, columns);
+      Winograd<O>::inputs(d, u[at]);
+      if constexpr (kChecks) check += finite_check(u[at][0] + u[at][I - 1]);  // every line is in one of them
+      if constexpr (kCenters)
 #pragma GCC unroll 4
-          for (int i = 0; i < O; ++i) own[at][c / L][i] = d[1 + i];
-      });
+        for (int i = 0; i < O; ++i) own[at][i] = d[1 + i];
     };
     int64_t w = O * band.begin - 1;
-    read(w);
-    read(w + 1);
-    for (int64_t t = 0; t < band.count; ++t, w += O) {
+    read(w, O);
+    read(w + 1, O + 1);
+    float* out = to.at(vector + c / L, tile);
+    for (int64_t t = 0; t < band.count; ++t, w += O, out += Points<O>::kTile) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {  // the last two columns of pixels are the next tile's first
+#pragma GCC unroll 8
+        for (int i = 0; i < I; ++i) u[j][i] = u[O + j][i];
+        if constexpr (kCenters)
 #pragma GCC unroll 4
-      for (int i = 2; i < I; ++i) read(w + i);
-      int at[I];
-#pragma GCC unroll 8
-      for (int j = 0; j < I; ++j) at[j] = int((w + j + I) % I);
-      for (int64_t v = 0; v * L < some; ++v) {
-        float* out = to.at(vector + begin / L + v, tile + t);
-#pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) {
-          Vec<float> d[I], points[I];
-#pragma GCC unroll 8
-          for (int j = 0; j < I; ++j) d[j] = u[at[j]][v][i];
-          Winograd<O>::inputs(d, points);
-#pragma GCC unroll 8
-          for (int j = 0; j < I; ++j) store_vec(out + (I * i + j) * L, points[j]);
-        }
-        if constexpr (kCenters) {
-          Vec<float> pixels[O][O];
+          for (int i = 0; i < O; ++i) own[j][i] = own[O + j][i];
+      }
 #pragma GCC unroll 4
-          for (int j = 0; j < O; ++j)
+      for (int j = 2; j < I; ++j) read(w + j, j);
+#pragma GCC unroll 8
+      for (int i = 0; i < I; ++i) {
+        Vec<float> d[I], points[I];
+#pragma GCC unroll 8
+        for (int j = 0; j < I; ++j) d[j] = u[j][i];
+        Winograd<O>::inputs(d, points);
+#pragma GCC unroll 8
+        for (int j = 0; j < I; ++j) store_vec(out + (I * i + j) * L, points[j]);
+      }
+      if constexpr (kCenters) {
+        Vec<float> pixels[O][O];
 #pragma GCC unroll 4
-            for (int i = 0; i < O; ++i) pixels[j][i] = own[at[1 + j]][v][i];
-          centers(tile + t, begin + v * L, pixels);
-        }
+        for (int j = 0; j < O; ++j)
+#pragma GCC unroll 4
+          for (int i = 0; i < O; ++i) pixels[j][i] = own[1 + j][i];
+        centers(tile + t, c, pixels);
       }
     }
-  }
+  });
   return all_zero(check);
 }
 // The slices that some of the rows from `row` on have.

@@ -18,7 +18,8 @@ __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int6
     for (int64_t slice = 0; slice < slices; ++slice)
       for (int64_t k0 = 0; k0 < K; k0 += L, a += in_vector)
         for (int64_t k = 0; k < std::min<int64_t>(L, K - k0); ++k, b += NV * L) {
-          if (k % 2 == 0) ahead.step();  // often enough
+          if (k % 2 == 0) ahead.step();                                 // often enough
+          if (k < R) prefetch<1>(a, in_vector + k * Points<O>::kTile);  // a tile's next numbers lie far behind
           Vec<float> right[NV];
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) right[j] = load_vec(b + j * L);
