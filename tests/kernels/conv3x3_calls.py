@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -118,20 +119,36 @@ def eager_backward(args: dict[str, Any]) -> list[Tensor]:
     return [args[name] for name in BACKWARD]
 
 
-def check_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype) -> None:
+class Reference(NamedTuple):
+    """A call as it is stored in a dtype, and PyTorch's results in that dtype and, of the plain form, in float64."""
+
+    name: str
+    call: Call
+    eager: list[Tensor]
+    exact: list[Tensor]
+
+
+@functools.lru_cache(maxsize=1)  # for the runs at the other SIMD levels, which come next
+def references(size: tuple[int, ...], dims: int, C: int, k: int, dtype: torch.dtype) -> list[Reference]:
+    found = []
     for name, args, outputs, usual in zip(
         ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"),
-        calls(size, dims, C, k),
+        calls(list(size), dims, C, k),
         (FORWARD, BACKWARD),
         (eager_forward, eager_backward),
         strict=True,
     ):
-        got = converted(Call(args, outputs), dtype)
         stored = Call(converted(Call(args, outputs), dtype), outputs)
         eager, exact = converted(stored, dtype), converted(stored, F64)
-        found, theirs = written(name, got, outputs), usual(eager)
-        right = written(name, exact, outputs, plainly=True)
-        if outputs is FORWARD:  # statistics are of the values as stored, and their errors no matter of the convolution
+        found.append(Reference(name, stored, usual(eager), written(name, exact, outputs, plainly=True)))
+    return found
+
+
+def check_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype) -> None:
+    for name, call, theirs, right in references(tuple(size), dims, C, k, dtype):
+        got = converted(call, dtype)
+        found = written(name, got, call.outputs)
+        if call.outputs is FORWARD:  # statistics are of the stored values, their errors no matter of the convolution
             mean, var = torch.empty(k, dtype=F64), torch.empty(k, dtype=F64)
             plain.channel_stats(found[0].double(), mean, var)
             torch.testing.assert_close(found[1].double(), mean, rtol=1e-5, atol=1e-5)

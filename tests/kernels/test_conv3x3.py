@@ -28,7 +28,7 @@ from tests.kernels.conv3x3_calls import (  # noqa: F401  one is a fixture
     winograd,
     written,
 )
-from tests.kernels.test_kernels import level, outside_is_untouched, threads  # noqa: F401  fixtures
+from tests.kernels.test_kernels import each_level, level, outside_is_untouched, threads  # noqa: F401  fixtures
 from tests.support.helpers import DEVICE, F64, error
 from tests.support.kernel_calls import CONV_GRADS, DTYPES, SEED, SUMS, Call, converted
 
@@ -78,6 +78,7 @@ def test_gradients_are_autograds(size: list[int], dims: int, C: int, k: int, com
 
 
 # ---- every dtype, by eager's own error -------------------------------------------------------------------------------
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @shapes
 def test_as_good_as_eager(size: list[int], dims: int, C: int, k: int, dtype: torch.dtype, level: str) -> None:  # noqa: F811

@@ -3,8 +3,9 @@ slices of wider buffers; and against the dispatcher's rules."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +38,10 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_simd_level(before)
 
 
+# On top of other parameters: the runs of a test that differ in the level alone come one after another.
+each_level = pytest.mark.parametrize("level", LEVELS or [DEVICE.type], indirect=True)
+
+
 def outside_is_untouched(x: Tensor) -> bool:
     base = x._base
     if base is None:
@@ -44,15 +49,38 @@ def outside_is_untouched(x: Tensor) -> bool:
     return bool((base[:, :3] == 7).all() and (base[:, 3 + x.shape[1] :] == 7).all())
 
 
-def check(name: str, call: Call, dtype: torch.dtype) -> None:
+class Reference(NamedTuple):
+    """A call as it is stored in a dtype, and the arguments of plain PyTorch's in that dtype and in float64, done."""
+
+    call: Call
+    eager: dict[str, Any]
+    exact: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=16)  # a test's, which its runs at the other SIMD levels find: they come next (each_level)
+def references(name: str, dtype: torch.dtype, *size: Any) -> list[Reference]:
+    found = []
+    for call in MAKERS[name](*size):
+        # what is stored is the starting point of all three: float64 gets the values after rounding to dtype
+        rounded = Call(converted(call, dtype), call.outputs)
+        eager, exact = converted(rounded, dtype), converted(rounded, F64)
+        getattr(plain, name)(*eager.values())
+        getattr(plain, name)(*exact.values())
+        found.append(Reference(rounded, eager, exact))
+    return found
+
+
+def check(name: str, dtype: torch.dtype, *size: Any) -> None:
+    """Every call of the operator at this size: its arguments in kernel_calls.py."""
+    for reference in references(name, dtype, *size):
+        compare(name, dtype, reference)
+
+
+def compare(name: str, dtype: torch.dtype, reference: Reference) -> None:
     compiled = getattr(torch.ops.densenet_ext, name).default
-    # what is stored is the starting point of all three: float64 gets the values after rounding to dtype
+    call, eager, exact = reference
     got = converted(call, dtype)
-    rounded = Call(converted(call, dtype), call.outputs)
-    eager, exact = converted(rounded, dtype), converted(rounded, F64)
     compiled(*got.values())
-    getattr(plain, name)(*eager.values())
-    getattr(plain, name)(*exact.values())
     if name in ("bn_relu_conv1x1", "bn_relu_conv3x3") and got["out_mean"] is not None:
         # of the values as stored: where they nearly cancel, those of another rounding are of another mean
         for args in (eager, exact):
@@ -76,6 +104,7 @@ def check(name: str, call: Call, dtype: torch.dtype) -> None:
     assert all(outside_is_untouched(args) for args in got.values() if isinstance(args, Tensor))
 
 
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_compiled_equals_plain(name: str, dtype: torch.dtype, level: str) -> None:
@@ -84,25 +113,24 @@ def test_compiled_equals_plain(name: str, dtype: torch.dtype, level: str) -> Non
         # the sums of a single channel may cancel, and there is none beside it to measure their error by
         channels = (1, 3, 12, 33, 50, 70) if "pool" in name else (3, 12, 33, 70)
         shapes = [(0, C, i % 2 == 1) for i, C in enumerate(channels)]
-    for M, C, pitched in shapes:
-        for call in MAKERS[name](M, C, pitched):
-            check(name, call, dtype)
+    for size in shapes:
+        check(name, dtype, *size)
 
 
+@each_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows(dtype: torch.dtype, level: str) -> None:
     """Enough rows for several panels and both threads."""
     for name in ("channel_stats", "append_features", "bn_relu_conv1x1", "bn_relu_conv1x1_backward", "feature_grad"):
-        for call in MAKERS[name](4999, 37, True):
-            check(name, call, dtype)
+        check(name, dtype, 4999, 37, True)
 
 
+@each_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_sums_of_many_columns(dtype: torch.dtype, level: str) -> None:
     """Sums are taken over stretches of eight vectors of columns, then of four and fewer, and of a part of one."""
     for name in ("channel_stats", "append_features", "bn_relu_backward_reduce"):
-        for call in MAKERS[name](67, 277, True):
-            check(name, call, dtype)
+        check(name, dtype, 67, 277, True)
 
 
 @pytest.fixture
@@ -114,6 +142,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 # Every shape of tile with whole and partial blocks of columns: 16 columns are a vector of AVX-512, 48 three of them.
+@each_level
 @pytest.mark.parametrize("outputs", [(7, 16), (17, 31, 32), (48, 50), (64, 77), (95, 96), (128, 130)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_products_of_every_tile(
@@ -122,8 +151,7 @@ def test_products_of_every_tile(
     threads(1)
     for M, C, pitched in ((1, 1, False), (9, 13, True), (49, 47, True), (97, 65, False)):
         for name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
-            for call in getattr(kernel_calls, name)(M, C, pitched, outputs):
-                check(name, call, dtype)
+            check(name, dtype, M, C, pitched, outputs)
 
 
 @pytest.mark.parametrize(("count", "M"), [(2, 1), (2, 49), (6, 49), (3, 500)])
@@ -151,8 +179,7 @@ def test_large_weights_are_packed_once(dtype: torch.dtype, threads: Callable[[in
     """Beyond 2 MiB tasks share what each packs for itself otherwise."""
     threads(3)
     for name in ("bn_relu_conv1x1", "bn_relu_conv1x1_backward"):
-        for call in getattr(kernel_calls, name)(67, 2100, True, (530,)):
-            check(name, call, dtype)
+        check(name, dtype, 67, 2100, True, (530,))
 
 
 @pytest.mark.parametrize("N", [48, 128])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks import conv3x3
 from densenet_ext import _extension
 from tests.kernels.conv3x3_calls import FORWARD, SHAPES, calls, check_as_good_as_eager, winograd, written  # noqa: F401
-from tests.kernels.test_kernels import level  # noqa: F401  a fixture
+from tests.kernels.test_kernels import each_level, level  # noqa: F401  a fixture
 from tests.support.helpers import DEVICE, error
 from tests.support.kernel_calls import Call, converted
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@each_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("size", "dims", "C", "k"),
