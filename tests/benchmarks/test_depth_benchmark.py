@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import depth, table
 from densenet_ext import _extension
+from tests.support import forks
 
 pytestmark = pytest.mark.skipif(_extension.module is None, reason=f"no compiled part: {_extension.why_missing}")
 SHALLOW = [depth.Depth(depth.OURS, 10), depth.Depth(depth.THEIRS, 10)]
@@ -30,7 +33,11 @@ def end_the_process(*_: object) -> None:
 
 def run(depths: list[depth.Depth], earlier: Any, save: Callable[[Any], None] = no_words, **changed: Any) -> Any:
     settings: dict[str, Any] = {"rounds": 1, "batch": 2, "image": 8, "threads": torch.get_num_threads()}
-    return depth.run(depths, earlier, **{**settings, **changed}, say=no_words, save=save)
+    settings = {**settings, "say": no_words, "save": save, **changed}
+    # its processes: new ones, too, but with their imports done
+    server = SimpleNamespace(get_context=lambda _: forks.server())
+    with mock.patch.object(depth, "multiprocessing", server):
+        return depth.run(depths, earlier, **settings)
 
 
 def test_both_forms_have_the_same_parameters() -> None:
@@ -87,8 +94,7 @@ def test_a_process_that_is_ended_leaves_its_row_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(depth, "measured", end_the_process)
     monkeypatch.setattr(depth, "levels", lambda *_: {"rounds": 0})
     words: list[str] = []
-    settings: dict[str, Any] = {"rounds": 1, "batch": 2, "image": 8, "threads": torch.get_num_threads()}
-    assert depth.run(SHALLOW[:1], None, **settings, say=words.append, save=no_words)["rows"] == []
+    assert run(SHALLOW[:1], None, say=words.append)["rows"] == []
     assert "10 layers" in words[0] and "was ended" in words[0]
 
 

@@ -32,7 +32,8 @@ def environment() -> dict[str, str]:
 
 
 @functools.cache
-def _context() -> multiprocessing.context.ForkServerContext:
+def server() -> multiprocessing.context.ForkServerContext:
+    """Returns what starts processes from the server, also for a ProcessPoolExecutor."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preloaded"])
     with mock.patch.dict(os.environ, environment()):  # the server finds this checkout from any folder
@@ -50,7 +51,7 @@ class Fork:
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self._printed = tempfile.NamedTemporaryFile(prefix="printed")
         inside = (environment(), self._printed.name, function, arguments)
-        self._process = _context().Process(target=_begin, args=inside)
+        self._process = server().Process(target=_begin, args=inside)
         self._process.start()
 
     def poll(self) -> int | None:
