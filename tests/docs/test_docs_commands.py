@@ -18,9 +18,9 @@ from tests.support.training_data import cifar, image_folder
 from tests.support.training_runs import Ended, run, start
 
 SHORT = {
-    "digits": ("--epochs", 1),
+    "digits": ("--epochs", 1, "--validation", 0.9),  # 144 images to train on
     "cifar10": ("--epochs", 1, "--model", "densenet_bc:10,4", "--batch-size", 32),
-    "imagefolder": ("--epochs", 1, "--image-size", 64, "--batch-size", 8),
+    "imagefolder": ("--epochs", 1, "--image-size", 32, "--batch-size", 8),
 }
 
 
@@ -79,6 +79,14 @@ def test_commands_of_the_page(page, folder):
 
 
 def test_commands_are_shortened_by_what_is_appended():
-    assert shortened(["train", "--download", "--lr", "1"]) == ["train", "--lr", "1", "--epochs", "1"]
+    assert shortened(["train", "--download", "--lr", "1"]) == [
+        "train",
+        "--lr",
+        "1",
+        "--epochs",
+        "1",
+        "--validation",
+        "0.9",
+    ]
     assert shortened(["reuse", "file"]) == ["reuse", "file"] and shortened(["train", "--resume"])[-1] == "--resume"
     assert shortened(["compare", "--seeds", "5"])[-4:] == ["--model", "densenet_bc:10,4", "--seeds", "1"]
