@@ -100,6 +100,7 @@ def test_a_whole_network_without_graph_break(training: bool, save: str) -> None:
 
 
 @pytest.mark.slow
+@torch._inductor.config.patch({"cpp.vec_isa_ok": True})  # compiles no program to see whether the compiler knows AVX
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
