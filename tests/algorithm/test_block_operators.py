@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from densenet_ext.algorithm import whole
 from densenet_ext.algorithm.basic_block import basic_block
 from densenet_ext.algorithm.block import dense_block
 from densenet_ext.algorithm.values import BasicLayer
+from tests.support.covering import pairs
 from tests.support.helpers import F64, make_conv, make_input, make_layers, make_norm
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,10 +64,13 @@ def assert_close(got: list[Tensor], expected: list[Tensor], exact: bool) -> None
         assert torch.equal(a, b) if exact else (a - b).abs().max() <= 1e-11 * (1 + b.abs().max())
 
 
-@pytest.mark.parametrize("save", ["bottlenecks", "features"])
-@pytest.mark.parametrize("drops", DROPS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", ["compiled", "emulated"], indirect=True)
+# In the emulator, where a case takes ten times as long, each pair of values.
+SAVE = ("bottlenecks", "features")
+CASES = [("compiled", *case) for case in itertools.product(OPTIONS, DROPS, SAVE)]
+CASES += [("emulated", *case) for case in pairs(OPTIONS, DROPS, SAVE)]
+
+
+@pytest.mark.parametrize(("backend", "options", "drops", "save"), CASES, indirect=["backend"])
 def test_a_dense_block_is_its_layers(options: str, drops: str, save: str, backend: str, by_layers: Any) -> None:
     layers = [layer._replace(**DROPS[drops]) for layer in make_layers(**OPTIONS[options])]
     dims = OPTIONS[options].get("dims", 2)

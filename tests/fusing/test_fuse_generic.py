@@ -17,6 +17,7 @@ from densenet_ext.fusing import find, trials
 from densenet_ext.units.block import Block, Drop
 from densenet_ext.units.entry import unit_of
 from tests.support import own_code as own
+from tests.support.covering import BACKENDS, pairs
 from tests.support.fusing_helpers import assert_same_gradients, assert_same_state, images, rows, three_steps
 from tests.support.helpers import F64, assert_equal, kept_for_backward
 
@@ -65,11 +66,11 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-def net(style: str, size: int = 32) -> own.Net:
+def net(style: str, size: int = 32, blocks: int = 3) -> own.Net:
     torch.manual_seed(0)
     make = BLOCKS[style][0]
     channels = 12 if style == "only the new features" else 20
-    return without_dropout(own.Net([make() for _ in range(3)], channels, size)).double()
+    return without_dropout(own.Net([make() for _ in range(blocks)], channels, size)).double()
 
 
 def fused_quietly(model: nn.Module, **kwargs: str) -> nn.Module:
@@ -84,8 +85,9 @@ def block_of(module: nn.Module) -> Block:
     return unit
 
 
-@pytest.mark.parametrize("save", ["bottlenecks", "features"])
-@pytest.mark.parametrize("style", BLOCKS)
+@pytest.mark.parametrize(
+    ("style", "save", "backend"), pairs(BLOCKS, ["bottlenecks", "features"], BACKENDS), indirect=["backend"]
+)
 def test_trains_as_the_unfused_model(style: str, save: str, backend: str) -> None:
     # In the emulator 192 pixels, three tiles of the 1x1 convolution, then 48 and 12, no whole tile.
     size, batch = (8, 3) if backend == "emulated" else (32, 2)
@@ -376,7 +378,8 @@ def test_verify_and_what_is_kept() -> None:
 @pytest.mark.parametrize("style", ["F.relu, new in front", "no bottleneck", "only the new features"])
 def test_compiles_without_graph_break(style: str) -> None:
     torch._dynamo.reset()
-    plain = net(style)
+    plain = net(style, blocks=2)  # each is traced
+    plain.linear = nn.Linear(8 * 8 * 8, 10).double()
     model = torch.compile(fused_quietly(copy.deepcopy(plain)), fullgraph=True, backend="aot_eager")
     x = images(2)
     for _ in range(2):
