@@ -7,7 +7,6 @@
 #include <thread>
 #include <unordered_map>
 
-#include "../cpu/huge_pages.h"
 #include "../cpu/levels.h"
 #include "../cpu/packed_weights.h"
 #include "../cpu/team.h"
@@ -18,12 +17,6 @@ namespace dx::ops {
 class Cpu : public TorchCalls {
  public:
   explicit Cpu(const Tensor& first) : TorchCalls(first) {}
-
-  // Notes the memory, as every backend does.
-  void uses(const Region& region) const {
-    if (region.written) cpu::ask_for_huge_pages(region.begin, region.end);
-    Place::uses(region);
-  }
 
 // `elements`: of all feature maps, the measure of the work
 #define DX_RUN(name, Params)                              \
