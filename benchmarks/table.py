@@ -22,6 +22,7 @@ PAGES = {
     "README.md": ("workloads-summary", "depth"),
     "docs/users/measured.md": (
         "workloads",
+        "workloads-amd",
         "summary",
         "speed",
         "host",
@@ -132,6 +133,7 @@ _COMPARED = ("loss", "validation_error_last", "test_error", "seconds", "kept_byt
 BESIDE: dict[str, dict[str, Callable[[Any], str]]] = {
     **{f"gpu-{name}": {f"gpu-{Path(name).stem}": render} for name, render in gpu_table.RENDERERS.items()},
     "cpu-workloads.json": {"workloads": workloads.table, "workloads-summary": workloads.summary},
+    "cpu-workloads-amd.json": {"workloads-amd": workloads.table},  # of another machine, kept by hand
     "cpu-depth.json": {"depth": depth.table},
     "cpu-host.json": {"host": host.table},
     "cpu-roofline.json": {"roofline": roofline.table},
