@@ -127,15 +127,13 @@ class Head:
 
     def step(self, module: nn.Module, flow: Flow) -> Flow:
         """Returns the averages [N, C] of the features that ``call`` has, in the place of the last norm."""
-        norm = self._norm(module)
-        if norm is None:  # what the features' modules did has changed it: it was read before they ran
-            norm = NormReading(self._features(module)[-1])
-        values = norm.now()
-        if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == norm.module.num_features:
+        norm, last = self._norm(module), self._features(module)[-1]
+        values = None if norm is None else norm.now()
+        if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == last.num_features:
             ran(module, self.kind)
             return Flow(with_metadata(lambda maps: head(maps, values, stats=flow.stats), flow.x), flow.layout)
-        # the norm says what is wrong with it
-        return Flow(F.relu(norm.module(flow.shown())).flatten(2).mean(2), flow.layout)
+        # the norm says what is wrong with it, or a module before it has just changed it
+        return Flow(F.relu(last(flow.shown())).flatten(2).mean(2), flow.layout)
 
     def repeated(self, module: nn.Module, x: Tensor) -> Repeat | None:
         """Returns a call on features like x that can be repeated without `step`; None where there is none."""

@@ -164,6 +164,30 @@ def test_whatever_changes_between_two_calls(what: str, ran: list[int]) -> None:
         assert_alike(model, usual, x)
 
 
+class HooksTheLast(nn.Module):
+    """Hooks another module while it runs."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.last = [last]  # not a child
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.last[0]._forward_hooks:
+            self.last[0].register_forward_hook(lambda norm, args, out: out * 2)
+        return x
+
+
+@torch.no_grad()
+def test_a_module_that_hooks_the_last_norm_on_its_way() -> None:
+    model, usual = networks()
+    for each in (model, usual):
+        each.features._modules["shout"] = HooksTheLast(each.features.norm5)
+        each.features._modules["norm5"] = each.features._modules.pop("norm5")  # stays the last
+    x = images()
+    for _ in range(3):
+        assert_alike(model, usual, x)
+
+
 @torch.no_grad()
 def test_who_observes_is_told_of_each_unit(ran: list[int]) -> None:
     model, _ = networks()
