@@ -16,6 +16,19 @@ class BasicBlockCall : public BlockCall<D, T> {
   using BlockCall<D, T>::BlockCall;
 
   void read_layers(const KeptLayers& kept) {
+    this->read_once(kept, layers, [&] { read_parameters(kept); });
+    A *const mean = this->buffer.mean, *const var = this->buffer.var;
+    for (size_t l = 0; l < layers.size(); ++l) {
+      BasicLayer<T>& layer = layers[l];
+      this->place_statistics(l, layer.norm, mean ? mean + layer.read : nullptr, var ? var + layer.read : nullptr);
+      layer.drop = this->dropout(this->options_.drop_rates[l], this->options_.drop_channels[l], int64_t(l));
+    }
+  }
+
+  std::vector<BasicLayer<T>> layers;
+
+ private:
+  void read_parameters(const KeptLayers& kept) {
     LayerTensors all(kept.tensors, kept.given, kBasicLayerTensors, "tensors");
     const size_t count = all.layers();
     this->options_.check(count, 1);
@@ -36,14 +49,10 @@ class BasicBlockCall : public BlockCall<D, T> {
                       this->buffer.C);
       this->place(C, layer.k, layer.read, layer.added);
       layer.batch = this->options_.batch_stats[l];
-      A *mean = this->buffer.mean, *var = this->buffer.var;
-      layer.norm = this->norm(l, t, mean ? mean + layer.read : nullptr, var ? var + layer.read : nullptr, C);
-      layer.drop = this->dropout(this->options_.drop_rates[l], this->options_.drop_channels[l], int64_t(l));
+      layer.norm = this->norm(l, t, C);
     }
     STD_TORCH_CHECK(C_next == this->buffer.C, "densenet_ext: out: expected ", C_next, " columns, got ", this->buffer.C);
   }
-
-  std::vector<BasicLayer<T>> layers;
 };
 
 template <class D>

@@ -52,6 +52,8 @@ class Parameters {
     const Taps<A> found = checked_taps<A>(*values, name, N, C, false);
     return {found.data, found.output, found.input, found.tap};
   }
+  // Whether some of them are copies, which live as long as this.
+  bool converted() const { return !kept_.empty(); }
   template <class A>
   Taps<A> taps_out(const Tensor* t, const char* name, int64_t N, int64_t C) const {
     if (!t) return {nullptr, 0, 0, 0};
@@ -162,19 +164,30 @@ class BlockCall {
     return t ? checked_matrix<A>(parameters_, *t, "grads", N, C, true) : nullptr;
   }
 
-  // Norm number i over C channels, with the statistics of the batch (mean, var) where it takes those.
-  Norm<A> norm(size_t i, const Tensor* const* t, A* mean, A* var, int64_t C) {
-    Norm<A> n = {mean, var, parameters_.template dense<A>(t[0], "norm weight", C),
+  // Norm number i over C channels, without statistics where it takes those of the batch.
+  Norm<A> norm(size_t i, const Tensor* const* t, int64_t C) {
+    Norm<A> n = {nullptr, nullptr, parameters_.template dense<A>(t[0], "norm weight", C),
                  parameters_.template dense<A>(t[1], "norm bias", C), options_.eps[i]};
-    if (options_.batch_stats[i]) {
-      STD_TORCH_CHECK(mean && var, "densenet_ext: mean and var: expected tensors for norms of the batch, got None");
-    } else {
-      STD_TORCH_CHECK(t[2] && t[3], "densenet_ext: running statistics: expected those of frozen norm ", i,
-                      ", got None");
-      n.mean = parameters_.template dense<A>(t[2], "running_mean", C);
-      n.var = parameters_.template dense<A>(t[3], "running_var", C);
-    }
+    if (options_.batch_stats[i]) return n;
+    STD_TORCH_CHECK(t[2] && t[3], "densenet_ext: running statistics: expected those of frozen norm ", i, ", got None");
+    n.mean = parameters_.template dense<A>(t[2], "running_mean", C);
+    n.var = parameters_.template dense<A>(t[3], "running_var", C);
     return n;
+  }
+  // Gives norm number i the statistics of the batch, where it takes those.
+  void place_statistics(size_t i, Norm<A>& norm, A* mean, A* var) const {
+    if (!options_.batch_stats[i]) return;
+    STD_TORCH_CHECK(mean && var, "densenet_ext: mean and var: expected tensors for norms of the batch, got None");
+    norm.mean = mean, norm.var = var;
+  }
+  // The layers' parameters: as read() finds them, or as an earlier call did.
+  template <class Layer, class F>
+  void read_once(const KeptLayers& kept, std::vector<Layer>& layers, const F& read) {
+    const auto device = at_.device();
+    const KeptLayers::Call call = {int64_t(device.type()), device.index(), buffer.C, window_dims_, buffer.tf32};
+    if (kept.read_again(call, layers)) return;
+    read();
+    if (!parameters_.converted()) kept.remember(call, layers);
   }
 
   DropoutSite dropout(double rate, bool channels, int64_t site) const {

@@ -16,18 +16,47 @@ class DenseBlockCall : public BlockCall<D, T> {
   using BlockCall<D, T>::BlockCall;
 
   void read_layers(const KeptLayers& kept, const OptionalTensor& z_mean, const OptionalTensor& z_var, bool written) {
-    LayerTensors all(kept.tensors, kept.given, kDenseLayerTensors, "tensors");
-    const auto& inner_drop_rates = this->options_.inner_drop_rates;
-    const auto& inner_drop_channels = this->options_.inner_drop_channels;
-    const size_t count = all.layers();
-    this->options_.check(count, 2);
-    BlockOptions::check_length(inner_drop_rates.size(), count, "inner_drop_rates");
-    BlockOptions::check_length(inner_drop_channels.size(), count, "inner_drop_channels");
+    this->read_once(kept, layers, [&] { read_parameters(kept); });
     check_together(z_mean, z_var, "z_mean and z_var");
-    int64_t b_total = z_mean ? defined(*z_mean, "z_mean").numel() : 0;
+    const int64_t b_total = z_mean ? defined(*z_mean, "z_mean").numel() : 0;
     A *z_means = this->vector(z_mean, "z_mean", b_total, written),
       *z_vars = this->vector(z_var, "z_var", b_total, written);
-    const bool stats = z_mean.has_value();
+    A *const mean = this->buffer.mean, *const var = this->buffer.var;
+    for (size_t l = 0; l < layers.size(); ++l) {
+      DenseLayer<T>& layer = layers[l];
+      this->place_statistics(2 * l, layer.norm1, mean ? mean + layer.read : nullptr, var ? var + layer.read : nullptr);
+      STD_TORCH_CHECK(!z_mean || layer.z + layer.b <= b_total, "densenet_ext: z_mean: expected at least ",
+                      layer.z + layer.b, " elements, got ", b_total);
+      layer.z_mean = z_mean ? z_means + layer.z : nullptr, layer.z_var = z_mean ? z_vars + layer.z : nullptr;
+      this->place_statistics(2 * l + 1, layer.norm2, layer.z_mean, layer.z_var);
+      const BlockOptions& options = this->options_;
+      layer.inner =
+          this->dropout(options.inner_drop_rates[l], options.inner_drop_channels[l], kBottlenecks + int64_t(l));
+      layer.drop = this->dropout(options.drop_rates[l], options.drop_channels[l], int64_t(l));
+    }
+    bottlenecks = layers.back().z + layers.back().b;
+  }
+
+  T* kept(const OptionalTensor& z, bool written) const {
+    if (!z) return nullptr;
+    return checked_vector<T>(this->at_, *z, "z", this->buffer.M() * bottlenecks, written);
+  }
+
+  // Whether z is written twice: before its dropout into scratch.a.
+  bool drops_inside() const {
+    return std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer.inner.rate > 0; });
+  }
+
+  std::vector<DenseLayer<T>> layers;
+  int64_t bottlenecks = 0;  // of all layers
+
+ private:
+  void read_parameters(const KeptLayers& kept) {
+    LayerTensors all(kept.tensors, kept.given, kDenseLayerTensors, "tensors");
+    const size_t count = all.layers();
+    this->options_.check(count, 2);
+    BlockOptions::check_length(this->options_.inner_drop_rates.size(), count, "inner_drop_rates");
+    BlockOptions::check_length(this->options_.inner_drop_channels.size(), count, "inner_drop_channels");
     int64_t C_next = -1, z = 0;
     layers.resize(count);
     for (size_t l = 0; l < count; ++l) {
@@ -48,37 +77,17 @@ class DenseBlockCall : public BlockCall<D, T> {
       this->place(C, layer.k, layer.read, layer.added);
       layer.z = z;
       layer.batch1 = this->options_.batch_stats[2 * l], layer.batch2 = this->options_.batch_stats[2 * l + 1];
-      A *mean = this->buffer.mean, *var = this->buffer.var;
-      layer.norm1 = this->norm(2 * l, t, mean ? mean + layer.read : nullptr, var ? var + layer.read : nullptr, C);
+      layer.norm1 = this->norm(2 * l, t, C);
       layer.W1 = this->parameters_.template matrix<A>(*t[4], "conv1", b, C);
       layer.c1 = this->parameters_.template dense<A>(t[5], "conv1 bias", b);
-      STD_TORCH_CHECK(!stats || z + b <= b_total, "densenet_ext: z_mean: expected at least ", z + b, " elements, got ",
-                      b_total);
-      layer.z_mean = stats ? z_means + z : nullptr, layer.z_var = stats ? z_vars + z : nullptr;
       const bool folded = !layer.batch2 && !t[7] && !t[8] && !t[9];
       if (folded) layer.fold = this->parameters_.template dense<A>(t[6], "norm2 weight", b);
-      if (!folded) layer.norm2 = this->norm(2 * l + 1, t + 6, layer.z_mean, layer.z_var, b);
-      layer.inner = this->dropout(inner_drop_rates[l], inner_drop_channels[l], kBottlenecks + int64_t(l));
-      layer.drop = this->dropout(this->options_.drop_rates[l], this->options_.drop_channels[l], int64_t(l));
+      if (!folded) layer.norm2 = this->norm(2 * l + 1, t + 6, b);
       z += b;
     }
     STD_TORCH_CHECK(count > 0, "densenet_ext: tensors: expected at least one layer");
     STD_TORCH_CHECK(C_next == this->buffer.C, "densenet_ext: out: expected ", C_next, " columns, got ", this->buffer.C);
-    bottlenecks = z;
   }
-
-  T* kept(const OptionalTensor& z, bool written) const {
-    if (!z) return nullptr;
-    return checked_vector<T>(this->at_, *z, "z", this->buffer.M() * bottlenecks, written);
-  }
-
-  // Whether z is written twice: before its dropout into scratch.a.
-  bool drops_inside() const {
-    return std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer.inner.rate > 0; });
-  }
-
-  std::vector<DenseLayer<T>> layers;
-  int64_t bottlenecks = 0;  // of all layers
 };
 
 template <class D>

@@ -1,5 +1,6 @@
 // Tensors that operators are given once and keep, named by a number from then on: to hand hundreds of them over takes
-// longer than a small unit computes. Only which tensors they are is kept; where their memory is, every call looks up.
+// longer than a small unit computes. Which tensors they are is kept, not what they hold; where their memory is, every
+// call looks up.
 #pragma once
 
 #include <memory>
@@ -43,14 +44,30 @@ struct KeptTensors {
   virtual ~KeptTensors() = default;
   // Whether all have the dtype, the device, the sizes and the strides that they had when they were given.
   bool hold() const {
-    size_t at = 0;
-    const auto same = [&](int64_t number) { return at < forms_.size() && forms_[at++] == number; };
-    for (const Tensor& t : tensors)
-      if (!Form(t).each(same)) return false;
-    return at == forms_.size();
+    return hold([](const Tensor&) { return true; });
+  }
+  // And whether their memory is where it was, by `addresses`.
+  bool hold(const std::vector<const void*>& addresses) const {
+    size_t i = 0;
+    return addresses.size() == tensors.size() &&
+           hold([&](const Tensor& t) { return t.const_data_ptr() == addresses[i++]; });
+  }
+  std::vector<const void*> addresses() const {
+    std::vector<const void*> found;
+    for (const Tensor& t : tensors) found.push_back(t.const_data_ptr());
+    return found;
   }
 
  private:
+  template <class F>
+  bool hold(const F& more) const {
+    size_t at = 0;
+    const auto same = [&](int64_t number) { return at < forms_.size() && forms_[at++] == number; };
+    for (const Tensor& t : tensors)
+      if (!Form(t).each(same) || !more(t)) return false;
+    return at == forms_.size();
+  }
+
   std::vector<int64_t> forms_;
 };
 

@@ -149,6 +149,8 @@ def to_double(module: nn.Module) -> None:
 def to_other_memory(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.clone().mul_(2)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.clone().mul_(2)
 
 
 def to_other_values(module: nn.Module) -> None:
