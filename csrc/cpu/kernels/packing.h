@@ -86,8 +86,51 @@ struct Packing {
   // Weights come from memory, along many rows at once: more than a processor follows by itself.
   static DX_INLINE void ahead(const A* w) { _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0); }
 
+  // Calls f(i, vector of columns) for `count` numbers after each other in each column's row, the first one's at
+  // `first`.
+  template <class F>
+  DX_INLINE void squares(const float* first, int64_t columns, int64_t count, const F& f) const {
+    for (int64_t at = 0; at < count; at += L) {
+      __m512i square[L];
+      const float* rows = first + at;
+      for (int64_t i = 0; i < columns; ++i) ahead(rows + i * w.output);
+      const auto whole = [&](auto quarters) {
+        load_columns<decltype(quarters)::value>(rows, w.output, square);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) f(at + i, square[i]);
+      };
+      if (count - at >= L && columns == L) {
+        whole(Constant<4>{});
+        continue;
+      }
+      if (count - at >= L && columns == 12) {
+        whole(Constant<3>{});
+        continue;
+      }
+      for (int i = 0; i < L; ++i)
+        square[i] = i < columns ? P::load_along(rows + i * w.output, count - at) : _mm512_setzero_si512();
+      transpose(square);
+      for (int64_t i = 0; i < std::min<int64_t>(L, count - at); ++i) f(at + i, square[i]);
+    }
+  }
+
   // The same where the numbers are neighbours along the columns, the inner dimension or the taps.
   void vectors(const Target& out, int64_t n, int64_t columns, int64_t k0, int64_t k1) const {
+    if constexpr (std::is_same<P, Fma<float>>::value) {
+      if (w.output != 1 && w.input == 1) {
+        for (int64_t t = 0; t < taps; ++t)
+          squares(from(n, k0, t), columns, k1 - k0, [&](int64_t i, __m512i v) { out.store(t, k0 + i, v); });
+        return;
+      }
+      if (w.output != 1 && w.input == taps) {  // the taps of an input after those of the one before
+        const float* first = from(n, k0, w.tap > 0 ? 0 : taps - 1);
+        int64_t t = 0, k = k0;
+        return squares(first, columns, (k1 - k0) * taps, [&](int64_t, __m512i v) {
+          out.store(w.tap > 0 ? t : taps - 1 - t, k, v);
+          if (++t == taps) t = 0, ++k;
+        });
+      }
+    }
     if (w.output == 1) {
       for (int64_t t = 0; t < taps; ++t)
         for (int64_t k = k0; k < k1; ++k) {
