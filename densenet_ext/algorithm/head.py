@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from densenet_ext import kernels, reference
@@ -19,6 +20,7 @@ from densenet_ext.algorithm.inference import Call, Made
 from densenet_ext.algorithm.layout import new_features, readable, to_rows
 from densenet_ext.algorithm.norm import check_count
 from densenet_ext.algorithm.operation import Config, Operation, kept_level, register, run
+from densenet_ext.algorithm.packed import Held
 from densenet_ext.algorithm.single import (
     GIVEN_STATS,
     Inputs,
@@ -83,19 +85,43 @@ def _forward(config: Config, tensors: Tensors) -> list[Tensor]:
     return [out, mean, var, count]
 
 
+def prepared_scores(x: Tensor, norm: SingleNorm, weight: Tensor, bias: Tensor | None) -> Call | None:
+    """Returns a call on features like x, in evaluation without gradients, that gives the result [N, K] of a linear
+    layer on that of `head`; None where this is not done.
+
+    A classifier takes longer to be called than a small one takes to compute. weight: [K, C]; bias: [K].
+    """
+    same = x.is_cpu and all(t.dtype == x.dtype == torch.float32 for t in (weight, bias) if t is not None)
+    if not same or norm.norm.batch_stats or weight.numel() > _MOST_WEIGHTS:
+        return None
+    config = Config((False,), (norm.norm.eps,), x.dtype, save="nothing", groups=(norm.norm.group,))
+    return _prepared(config, inputs_of(x, norm.norm, None, weight, bias))
+
+
+_MOST_WEIGHTS = 2**16  # of a linear layer: packed at every call, more of them take longer than the call
+
+
 def _prepared(config: Config, own: Inputs) -> Call | None:
-    """``_forward`` in evaluation without gradients, on features like those of ``own``; None where it goes by steps."""
+    """``_forward`` in evaluation without gradients, on features like those of ``own``, then the linear layer whose
+    weight and bias are in the place of a convolution's; None where it goes by steps."""
     run_whole = whole.operation("whole_transition", own.x, config.groups)
     if run_whole is None:
         return None
     size, norm = rows_size(own.x), norm_call(config, own, None, None)
-    window = size[1:]
+    window, weight, bias, held = size[1:], own.conv, own.conv_bias, Held([own.conv])
 
-    def compute(x: Tensor, out: Tensor) -> None:
+    def average(x: Tensor, out: Tensor) -> None:
         run_whole(readable(x), size, window, *norm, None, None, out, None)
 
+    def score(x: Tensor, out: Tensor, pooled: Tensor) -> None:
+        run_whole(readable(x), size, window, *norm, weight, bias, pooled, out, packed_weights=held.any())
+
     N, C = own.x.shape[:2]
-    return Call(compute, Made((N, C), (C, 1), own.x.dtype, own.x.device))
+    pooled = Made((N, C), (C, 1), own.x.dtype, own.x.device)
+    if weight is None:
+        return Call(average, pooled)
+    K = weight.shape[0]
+    return Call(score, pooled._replace(size=(N, K), stride=(K, 1)), pooled, held=held)
 
 
 def _backward(

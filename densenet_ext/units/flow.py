@@ -24,6 +24,7 @@ class Flow(NamedTuple):
     x: Tensor  # [N, C, *spatial] in any layout
     layout: torch.memory_format  # that eager's x would have
     stats: Stats | None = None  # of x as it is now
+    scored: bool = False  # x [N, K] is a head's features behind the linear layer that follows it
 
     def shown(self) -> Tensor:
         """Returns the feature maps in eager's layout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_ext import checks
-from densenet_ext.algorithm.head import head
+from densenet_ext.algorithm.head import head, prepared_scores
+from densenet_ext.algorithm.inference import Call, form_of
 from densenet_ext.algorithm.packed import lowered
+from densenet_ext.algorithm.single import SingleNorm
+from densenet_ext.units.around import form_of_weight
 from densenet_ext.units.built import Built
 from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
 from densenet_ext.units.flow import Flow, incoming
@@ -23,11 +27,13 @@ from densenet_ext.units.parts import (
     has_other_forward,
     hook_on,
     hooks_on_all_modules,
+    is_plain,
     obstacle,
     other_flatten,
     other_global_average,
     other_norm,
     other_relu,
+    parameter,
     submodule,
 )
 from densenet_ext.units.reading import Part, Readings
@@ -119,18 +125,23 @@ class Head:
             return as_eager(mismatch, usual, module, x)
         unit = unit_of(features)
         sequence = unit if isinstance(unit, Sequence) else Sequence()
-        out = sequence.run(features, incoming(x), Ending(self, module)).x
-        for name in self.rest:
+        flow = sequence.run(features, incoming(x), Ending(self, module))
+        out = flow.x
+        for name in () if flow.scored else self.rest:
             part: Any = submodule(module, name)
             out = _linear(part, out) if _is_plain_linear(part) else part(out)
         return out
 
     def step(self, module: nn.Module, flow: Flow) -> Flow:
-        """Returns the averages [N, C] of the features that ``call`` has, in the place of the last norm."""
+        """Returns the averages [N, C] of the features that ``call`` has, in the place of the last norm; or the scores
+        [N, K] of what follows."""
         norm, last = self._norm(module), self._features(module)[-1]
         values = None if norm is None else norm.now()
         if values is not None and flow.x.dim() - 2 == self.dims and flow.x.shape[1] == last.num_features:
             ran(module, self.kind)
+            scores = self._scores(module, values, flow.x)
+            if scores is not None:
+                return Flow(with_metadata(scores.call, flow.x), flow.layout, scored=True)
             return Flow(with_metadata(lambda maps: head(maps, values, stats=flow.stats), flow.x), flow.layout)
         # the norm says what is wrong with it, or a module before it has just changed it
         return Flow(F.relu(last(flow.shown())).flatten(2).mean(2), flow.layout)
@@ -140,10 +151,33 @@ class Head:
         # a norm with its ReLU inside is read at every call, and what autocast does to volumes is not part of one
         norm = None if self.activated or x.dim() == 5 else self._norm(module)
         values = None if norm is None else norm.now()
-        call = None if values is None else values.inferences.find(x)
-        if norm is None or call is None:
+        if norm is None or values is None:
             return None
-        return Repeat(call, lambda module: self._norm(module) is norm and norm.now() is values)
+        scores = self._scores(module, values, x)
+        call = values.inferences.find(x) if scores is None else scores.call
+
+        def holds(module: nn.Module) -> bool:
+            same = self._norm(module) is norm and norm.now() is values
+            return same and (scores is None or scores.holds(self._scorer(module)))
+
+        return None if call is None else Repeat(call, holds, scores=scores is not None)
+
+    def _scores(self, module: nn.Module, norm: SingleNorm, x: Tensor) -> _Scores | None:
+        """Returns how features like x are scored in one call; None where the linear layer is called by itself."""
+        usual = self.activated or x.dim() == 5 or form_of(x) is None or checks.autocast_enabled(x.device.type)
+        part = None if usual or x.numel() == 0 else self._scorer(module)
+        if part is None:
+            return None
+        weight, bias = parameter(part, "weight"), parameter(part, "bias")
+        if not is_plain(weight) or not (bias is None or is_plain(bias)):
+            return None
+        call = prepared_scores(x, norm, weight, bias)
+        return None if call is None else _Scores(call, weight, bias)
+
+    def _scorer(self, module: nn.Module) -> nn.Linear | None:
+        """Returns the linear layer where a plain one, which nobody sees, is all that follows; else None."""
+        part: Any = submodule(module, self.rest[0]) if len(self.rest) == 1 else None
+        return part if _is_plain_linear(part) else None
 
     def weights(self, module: nn.Module) -> list[Tensor]:
         """Returns the weights and biases of the linear layers that run on the result."""
@@ -151,13 +185,32 @@ class Head:
         return [t for part in linear for t in (part.weight, part.bias) if isinstance(t, Tensor)]
 
 
-def _is_plain_linear(part: nn.Module) -> bool:
-    """Returns whether a call of ``part`` is that of F.linear on its weight and bias, and no more."""
-    own = type(part) is nn.Linear and nn.Linear.forward is _LINEAR and not has_other_forward(part)
-    return own and hook_on(part) is None
+def _is_plain_linear(part: Any) -> bool:
+    """Returns whether a call of ``part`` is that of F.linear on its weight and bias, and nobody sees it."""
+    own = type(part) is nn.Linear and nn.Linear.forward is _FORWARD and F.linear is _LINEAR
+    seen = own and (part._forward_hooks or part._forward_pre_hooks or hook_on(part) is not None)
+    return own and not seen and not has_other_forward(part)
 
 
-_LINEAR = nn.Linear.forward
+_FORWARD, _LINEAR = nn.Linear.forward, F.linear
+
+
+class _Scores:
+    """A call on features of one form that gives a linear layer's result, and what it depends on of that layer."""
+
+    def __init__(self, call: Call, weight: Tensor, bias: Tensor | None) -> None:
+        self.call = call
+        self._given = weight, bias
+        self._forms = self._forms_now()
+
+    def _forms_now(self) -> list[tuple[object, ...]]:
+        return [form_of_weight(t) for t in self._given if t is not None]
+
+    def holds(self, part: nn.Linear | None) -> bool:
+        """Returns whether ``part`` is that layer still."""
+        if part is None or not all(map(is_, (parameter(part, "weight"), parameter(part, "bias")), self._given)):
+            return False
+        return self._forms_now() == self._forms
 
 
 def _linear(part: Any, x: Tensor) -> Any:

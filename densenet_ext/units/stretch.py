@@ -26,6 +26,7 @@ class Repeat(NamedTuple):
 
     call: Call  # to run without autocast
     holds: Callable[[nn.Module], bool]  # whether the unit's module is as it was
+    scores: bool = False  # whether it gives what `Flow.scored` says
 
 
 class _Place(NamedTuple):
@@ -80,7 +81,7 @@ class Stretch:
         if self._workspace is None:
             self._workspace = Workspace([place.repeat.call for place in self._places], self._memory)
         with without_autocast(flow.x.device.type):
-            return Flow(self._workspace.run(flow.x), self._layout)
+            return Flow(self._workspace.run(flow.x), self._layout, scored=self._places[-1].repeat.scores)
 
 
 def key_of(start: int, flow: Flow, ended: bool = False) -> Hashable:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import densenet_ext as dx
 from densenet_ext import kernels, reference
 from densenet_ext.algorithm.conversions import without_autocast
+from densenet_ext.algorithm.head import prepared_scores
 from densenet_ext.algorithm.inference import Inferences, form_of
 from densenet_ext.algorithm.single import single
 from densenet_ext.algorithm.stem import stem
@@ -219,6 +221,26 @@ def test_the_same_norm_with_another_window_or_convolution(found: list[bool]) -> 
         assert_close(transition(x, norm, weight), reference.transition(x, norm.norm, weight))
         weight.data = torch.randn(6, 8, 1, 1)
     assert found == [False, False, False, True, False, False]
+
+
+@compiled
+@pytest.mark.parametrize("biased", [True, False])
+@torch.no_grad()
+def test_a_small_linear_layer_behind_the_head(biased: bool) -> None:
+    x, norm = features(3, 37, 6, 5), single(make_norm(37, torch.float32, batch=False))
+    weight, bias = torch.randn(19, 37), torch.randn(19) if biased else None
+    call = prepared_scores(x, norm, weight, bias)
+    assert call is not None
+    for _ in range(2):
+        assert_close(call(x), F.linear(reference.head(x, norm.norm), weight, bias))
+        x = x + 1
+    assert call.held is not None and not call.held.any()
+    large, training = torch.randn(2**16 // 37 + 1, 37), single(make_norm(37, torch.float32))
+    assert prepared_scores(x, norm, large, None) is None and prepared_scores(x, training, weight, bias) is None
+    assert prepared_scores(x, norm, weight.double(), None) is None
+    assert prepared_scores(x.bfloat16(), norm, weight.bfloat16(), None) is None
+    with kernels.force_plain():
+        assert prepared_scores(x, norm, weight, bias) is None
 
 
 def assert_same(ours: Tensor | None, theirs: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm.inference import form_of
+from densenet_ext.units import head
 from densenet_ext.units.around import form_of_weight
 from densenet_ext.units.entry import is_observed, observed
 from densenet_ext.units.flow import incoming
@@ -97,6 +98,12 @@ def reorder(features: Any, *names: str) -> None:
         features._modules[name] = children[name]
 
 
+def threefold(linear: nn.Linear) -> nn.Linear:
+    made = copy.deepcopy(linear)
+    made.weight.mul_(3)
+    return made
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "a hook on a block": lambda m: m.features.denseblock2.register_forward_hook(lambda block, args, out: out * 2),
     "a hook on a layer": lambda m: m.features.denseblock2.denselayer1.register_forward_pre_hook(
@@ -136,9 +143,81 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     ),
     "the last norm in training": lambda m: m.features.norm5.train(),
     "a hook on the last norm": lambda m: m.features.norm5.register_forward_hook(lambda norm, args, out: out * 2),
+    "a hook on the classifier": lambda m: m.classifier.register_forward_hook(lambda linear, args, out: out * 2),
+    "a probe before the classifier": lambda m: m.classifier.register_forward_pre_hook(lambda linear, args: None),
+    "another forward of the classifier": lambda m: setattr(m.classifier, "forward", lambda x: x[:, :3] * 2),
+    "the classifier's weight": lambda m: m.classifier.weight.neg_(),
+    "the classifier's memory": lambda m: setattr(m.classifier.bias, "data", m.classifier.bias.data + 1),
+    "the classifier's layout": lambda m: setattr(m.classifier.weight, "data", m.classifier.weight.data.t().clone().t()),
+    "another weight of the classifier": lambda m: setattr(
+        m.classifier, "weight", nn.Parameter(m.classifier.weight[:4] * 2)
+    ),
+    "the classifier's dtype": lambda m: m.classifier.double(),
+    "no bias": lambda m: setattr(m.classifier, "bias", None),
+    "another classifier": lambda m: setattr(m, "classifier", threefold(m.classifier)),
+    "a classifier of another kind": lambda m: setattr(
+        m, "classifier", nn.Sequential(nn.Dropout(0.5), nn.ReLU(), m.classifier).eval()
+    ),
     "a hook on the features": lambda m: m.features.register_forward_hook(lambda features, args, out: out * 2),
     "one module more": lambda m: m.features.add_module("shout", Shouting()),
 }
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What PyTorch's linear layer was called with."""
+    seen: list[Tensor] = []
+
+    def noted(part: nn.Module, x: Tensor) -> Tensor:
+        seen.append(x)
+        return linear(part, x)
+
+    linear = head._linear
+    monkeypatch.setattr(head, "_linear", noted)
+    return seen
+
+
+@torch.no_grad()
+def test_a_small_classifier_runs_with_the_head_in_every_call(called: list[Tensor]) -> None:
+    model, usual = networks()
+    x = images(3)
+    first = model(x)
+    for _ in range(3):
+        assert torch.equal(model(x), first)
+    assert not called
+    exact = usual.double()(x.double())
+    assert (first - exact).abs().max() <= 2 * (usual.float()(x) - exact).abs().max()
+    nothing = model(x[:0])
+    assert nothing.shape == (0, 5) and len(called) == 1
+    with torch.enable_grad():
+        model(x).sum().backward()
+    assert len(called) == 2 and model.classifier.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert len(called) == 3
+    seen: list[Any] = []
+    model.classifier.register_forward_hook(lambda linear, args, out: seen.append(out))
+    assert torch.equal(model(x), seen[0]) and len(called) == 3
+
+
+@torch.no_grad()
+def test_a_large_classifier_is_pytorchs(called: list[Tensor]) -> None:
+    model, usual = networks()
+    for each in (model, usual):
+        each.classifier = nn.Linear(model.classifier.in_features, 2**16 // model.classifier.in_features + 1)
+    usual.classifier.load_state_dict(model.classifier.state_dict())
+    for _ in range(3):
+        assert_alike(model, usual, images())
+    assert len(called) == 3
+
+
+@torch.no_grad()
+def test_who_replaced_the_linear_layers_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = networks()
+    for _ in range(3):
+        model(images())
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: x[:, :2])
+    assert model(images()).shape == (2, 2)
 
 
 @pytest.mark.parametrize("what", CHANGES)
