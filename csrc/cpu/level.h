@@ -29,6 +29,7 @@ namespace dx::cpu::DX_LEVEL {
 #include "kernels/winograd_transforms.h"
 #include "kernels/winograd.h"
 #include "kernels/winograd_products.h"
+#include "kernels/winograd_lanes.h"
 #include "kernels/winograd_forward.h"
 #include "kernels/conv3x3_wgrad.h"
 #include "kernels/conv3x3_backward.h"

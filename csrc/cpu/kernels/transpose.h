@@ -12,6 +12,16 @@ DX_INLINE __m512i quarters(__m512i a, __m512i b) {
   return _mm512_maskz_shuffle_i32x4(0xffff, a, b, ORDER);
 }
 
+// Rows and columns of 4 x 4 numbers exchanged within each quarter of four registers.
+DX_INLINE void transpose_quarters(__m512i (&v)[4]) {
+  const __m512i low01 = low_32(v[0], v[1]), high01 = high_32(v[0], v[1]);
+  const __m512i low23 = low_32(v[2], v[3]), high23 = high_32(v[2], v[3]);
+  v[0] = low_64(low01, low23);
+  v[1] = high_64(low01, low23);
+  v[2] = low_64(high01, high23);
+  v[3] = high_64(high01, high23);
+}
+
 // Rows and columns of 16 x 16 numbers of 32 bits exchanged: pairs, then pairs of pairs within each quarter of a
 // register, then the quarters.
 DX_INLINE void transpose(__m512i (&v)[16]) {
@@ -59,12 +69,9 @@ DX_INLINE void load_columns(const float* rows, int64_t pitch, __m512i (&v)[16]) 
         w[i] = _mm512_mask_broadcast_i32x4(w[i], __mmask16(0xf << 4 * q), quarter);
       }
     }
-    const __m512i low01 = low_32(w[0], w[1]), high01 = high_32(w[0], w[1]);
-    const __m512i low23 = low_32(w[2], w[3]), high23 = high_32(w[2], w[3]);
-    v[4 * j] = low_64(low01, low23);
-    v[4 * j + 1] = high_64(low01, low23);
-    v[4 * j + 2] = low_64(high01, high23);
-    v[4 * j + 3] = high_64(high01, high23);
+    transpose_quarters(w);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[4 * j + i] = w[i];
   }
 }
 #endif

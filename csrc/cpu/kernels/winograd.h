@@ -83,31 +83,26 @@ struct TileGroups {
   int64_t band = 1, bands = 1, rows = 1;
   double work = 0;  // multiply-adds of vectors for each number of the inner dimension, all tiles and points
 
-  // N: columns of the product. tile_bytes: of all that is kept of a tile, of which `kept` should fit. many: whether
-  // work of each group is saved by large ones; small ones have what they need nearer.
-  TileGroups(const TileRows<O>& tiles, int64_t N, int64_t tile_bytes, int64_t kept, bool many) {
+  // N: columns of the products, whose class says what they cost. tile_bytes: of all that is kept of a tile, of which
+  // `kept` should fit. many: whether work of each group is saved by large ones; small ones have what they need nearer.
+  template <class Products>
+  static TileGroups of(const TileRows<O>& tiles, int64_t N, int64_t tile_bytes, int64_t kept, bool many) {
     constexpr int64_t kMostTiles = 112;
     const int64_t most = std::max<int64_t>(1, std::min(kMostTiles, kept / tile_bytes));
-    bands = (tiles.across + most - 1) / most;
-    band = (tiles.across + bands - 1) / bands;
-    for (int nv = 1; nv <= kMostVectors; ++nv)
-      for (int64_t r = 1; r <= std::max<int64_t>(1, std::min(most / band, tiles.count)); ++r) {
-        const double columns = double(round_up(N, nv * kLanes<float>) / kLanes<float>);
-        const double loads = 1 + 0.15 / nv;  // of numbers of the left operand
-        const double here = columns * loads * double(covered(r * band, nv)) / double(r * band);
-        if (work == 0 || here < (many ? 1.001 : 0.999) * work) work = here, vectors = nv, rows = r;
+    TileGroups groups;
+    groups.bands = (tiles.across + most - 1) / most;
+    groups.band = (tiles.across + groups.bands - 1) / groups.bands;
+    double& work = groups.work;
+    for (int nv = 1; nv <= Products::kMostBlock; ++nv)
+      for (int64_t r = 1; r <= std::max<int64_t>(1, std::min(most / groups.band, tiles.count)); ++r) {
+        const double here = Products::work(N, nv, r * groups.band) / double(r * groups.band);
+        if (work == 0 || here < (many ? 1.001 : 0.999) * work) work = here, groups.vectors = nv, groups.rows = r;
       }
     work *= double(tiles.count * tiles.across * Winograd<O>::kPoints);
+    return groups;
   }
   int64_t most() const { return rows * band; }
   int64_t block() const { return vectors * kLanes<float>; }
-
-  // Tiles that a product of blocks of so many vectors takes.
-  static int64_t covered(int64_t tiles, int vectors) {
-    if (vectors == 1) return std::min(round_up(tiles, kLongTiles<1>), round_up(tiles, kShortTiles<1>));
-    if (vectors == 2) return std::min(round_up(tiles, kLongTiles<2>), round_up(tiles, kShortTiles<2>));
-    return std::min(round_up(tiles, kLongTiles<3>), round_up(tiles, kShortTiles<3>));
-  }
 
   // Calls f(band, first row, rows) for a task's groups.
   template <class F>
@@ -137,17 +132,26 @@ struct Points {
   Points(float* data, int64_t tiles) : data(data), tiles(tiles_of(tiles)) {}
 
   DX_INLINE float* at(int64_t vector, int64_t tile) const { return data + (vector * tiles + tile) * kTile; }
+  // A tile's inputs at the points of row i, where products read them.
+  static DX_INLINE void put(float* tile, int i, const Vec<float> (&points)[O + 2]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < O + 2; ++j) store_vec(tile + ((O + 2) * i + j) * kLanes<float>, points[j]);
+  }
 };
 
 // ---- transforms -----------------------------------------------------------------------------------------------------
 // Zero, or NaN if one of the numbers was not finite.
 DX_INLINE Vec<float> finite_check(Vec<float> v) { return v * Vec<float>{}; }
 inline bool all_zero(Vec<float> v) {
+#if DX_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+#else
   float numbers[kLanes<float>];
   store_vec(numbers, v);
   float sum = 0;
   for (float number : numbers) sum += number;
   return sum == 0;
+#endif
 }
 
 struct NoCenters {
@@ -161,10 +165,9 @@ struct NoCenters {
 //
 // One vector of columns goes along the whole row: what its pixels are along the height then stays in registers from a
 // tile to the next, where they are enough (O = 2).
-template <int O, bool kChecks, class Source, class Centers>
+template <int O, bool kChecks, class Source, class To, class Centers>
 DX_INLINE bool transform_inputs(const int64_t (&lines)[O + 2], int64_t width, TileBand band, int64_t C,
-                                const Source source, const Points<O> to, int64_t vector, int64_t tile,
-                                const Centers centers) {
+                                const Source source, const To to, int64_t vector, int64_t tile, const Centers centers) {
   constexpr int I = O + 2, L = kLanes<float>;
   constexpr bool kCenters = !std::is_same<Centers, NoCenters>::value;
   Vec<float> check = {};
@@ -205,8 +208,7 @@ DX_INLINE bool transform_inputs(const int64_t (&lines)[O + 2], int64_t width, Ti
 #pragma GCC unroll 8
         for (int j = 0; j < I; ++j) d[j] = u[j][i];
         Winograd<O>::inputs(d, points);
-#pragma GCC unroll 8
-        for (int j = 0; j < I; ++j) store_vec(out + (I * i + j) * L, points[j]);
+        To::put(out, i, points);
       }
       if constexpr (kCenters) {
         Vec<float> pixels[O][O];
@@ -233,9 +235,9 @@ inline SliceRange present_slices(const TileRows<O>& tiles, int64_t row, int64_t 
 
 // Transforms the inputs of some rows of tiles, the slices' vectors of columns one after the other: of the slices asked
 // for, zeros where a row has none. centers as in transform_inputs. Whether all inputs were finite.
-template <bool kChecks, int O, class Source, class Centers = NoCenters>
+template <bool kChecks, int O, class Source, class To, class Centers = NoCenters>
 DX_INLINE bool transform_rows(const TileRows<O>& tiles, TileBand band, int64_t row, int64_t rows, SliceRange slices,
-                              int64_t C, const Source source, const Points<O> to, const Centers centers = {}) {
+                              int64_t C, const Source source, const To to, const Centers centers = {}) {
   const int64_t vectors = Points<O>::vectors_of(C);
   bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
@@ -261,6 +263,22 @@ DX_INLINE bool transform_rows(const TileRows<O>& tiles, TileBand band, int64_t r
   return finite;
 }
 
+// G w G^T of a vector of columns: load(tap) is the weight, put(i, j, v) takes what there is at the point (i, j).
+template <int O, class Load, class Put>
+DX_INLINE void transform_weight(const Load& load, const Put& put) {
+  constexpr int I = O + 2;
+  Vec<float> rows[3][I];
+#pragma GCC unroll 3
+  for (int h = 0; h < 3; ++h) Winograd<O>::weights({load(3 * h), load(3 * h + 1), load(3 * h + 2)}, rows[h]);
+#pragma GCC unroll 8
+  for (int j = 0; j < I; ++j) {
+    Vec<float> w[I];
+    Winograd<O>::weights({rows[0][j], rows[1][j], rows[2][j]}, w);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) put(i, j, w[i]);
+  }
+}
+
 // Transforms K channels of a block of columns of the weights, packed as a direct convolution takes them, [taps, K,
 // block]: G w G^T. Points lie `point` apart, slices of one `slice`.
 template <int O>
@@ -268,21 +286,10 @@ inline void transform_weights(const float* taps, int64_t K, int slices, int64_t 
                               int64_t point) {
   constexpr int L = kLanes<float>, I = O + 2;
   for (int s = 0; s < slices; ++s, taps += 9 * K * block, points += slice)
-    for (int64_t i = 0; i < K * block; i += L) {
-      Vec<float> rows[3][I];
-#pragma GCC unroll 3
-      for (int h = 0; h < 3; ++h) {
-        const float* row = taps + i + h * 3 * K * block;
-        Winograd<O>::weights({load_vec(row), load_vec(row + K * block), load_vec(row + 2 * K * block)}, rows[h]);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < I; ++j) {
-        Vec<float> w[I];
-        Winograd<O>::weights({rows[0][j], rows[1][j], rows[2][j]}, w);
-#pragma GCC unroll 8
-        for (int h = 0; h < I; ++h) store_vec(points + i + (I * h + j) * point, w[h]);
-      }
-    }
+    for (int64_t at = 0; at < K * block; at += L)
+      transform_weight<O>([&](int tap) __attribute__((always_inline)) { return load_vec(taps + at + tap * K * block); },
+                          [&](int i, int j, Vec<float> v)
+                              __attribute__((always_inline)) { store_vec(points + at + (I * i + j) * point, v); });
 }
 
 // Y = A^T m A for one vector of columns of a row of tiles, of which `m` is the first: outputs[line] are `count` times O

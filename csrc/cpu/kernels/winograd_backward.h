@@ -167,7 +167,8 @@ class WinogradBackward {
     constexpr int64_t kKept = 1024 * 1024;  // wgrad's sums are loaded and stored once a group
     const int64_t vectors =
         tiles.slices() * Points<O>::vectors_of(p.C) + (tiles.slices() + 1) * Points<O>::vectors_of(p.N);
-    return TileGroups<O>(tiles, p.C, vectors * Points<O>::kTile * int64_t(sizeof(float)), kKept, true);
+    const int64_t bytes = vectors * Points<O>::kTile * int64_t(sizeof(float));
+    return TileGroups<O>::template of<PointProducts<O>>(tiles, p.C, bytes, kKept, true);
   }
   WinogradBackward(const BnReluConv3x3Backward<T>& p, const TileRows<O>& tiles, const TileGroups<O>& groups,
                    const Pool& pool)
@@ -294,7 +295,7 @@ void bn_relu_conv3x3_backward(const BnReluConv3x3Backward<T>& p, const Pool& poo
     const TileRows<O> tiles(ImageLines(p.images, p.window));
     const TileGroups<O> groups = WinogradBackward<T, O>::groups(p, tiles);
     const WinogradCost<O> cost = {tiles, p.C, p.N, pool.tasks};
-    if (use_winograd(tiles, cost.backward(groups), 2 * cost.template direct<P>()))
+    if (use_winograd(tiles, cost.backward(groups), 2 * cost.template direct<P>(0)))
       return WinogradBackward<T, O>(p, tiles, groups, pool).run();
   }
   Conv3x3Backward<T, P>(p, pool).run();

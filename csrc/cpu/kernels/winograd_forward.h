@@ -2,16 +2,16 @@
 // the cache, multiplied there, and transformed back on their way into the outputs' rows.
 #pragma once
 
-template <class T, int O>
+template <class T, class Products>
 class WinogradForward {
-  static constexpr int L = kLanes<float>;
+  static constexpr int L = kLanes<float>, O = Products::kOutputs;
 
   const BnReluConv3x3<T>& p;
   const Pool& pool;
   const TileRows<O> tiles;
   const int slices;
   const int64_t in_vectors, norm_size;
-  PointProducts<O> products;
+  Products products;
   Scratch scratch;
   TaskScratch task_scratch;
   CallWeights<float> weights;
@@ -28,7 +28,8 @@ class WinogradForward {
   static TileGroups<O> groups(const BnReluConv3x3<T>& p, const TileRows<O>& tiles) {
     constexpr int64_t kKept = 400 * 1024;
     const int64_t vectors = tiles.slices() * Points<O>::vectors_of(p.C) + Points<O>::vectors_of(p.N);
-    return TileGroups<O>(tiles, p.N, vectors * Points<O>::kTile * int64_t(sizeof(float)), kKept, false);
+    const int64_t bytes = vectors * Points<O>::kTile * int64_t(sizeof(float));
+    return TileGroups<O>::template of<Products>(tiles, p.N, bytes, kKept, false);
   }
   WinogradForward(const BnReluConv3x3<T>& p, const TileRows<O>& tiles, const TileGroups<O>& groups, const Pool& pool,
                   PackedWeights* kept)
@@ -38,14 +39,15 @@ class WinogradForward {
         slices(tiles.slices()),
         in_vectors(slices * Points<O>::vectors_of(p.C)),
         norm_size(p.norm.mean ? p.C : 0),
-        products(groups, p.C, p.N, slices, p.weight, false),
+        products(groups, p.C, p.N, slices, p.weight),
         scratch(CallWeights<float>::bytes(kept, products.points_size())),
         task_scratch(pool.tasks, Scratch::bytes<float>(task_size()) +
                                      CallWeights<float>::task_bytes(kept, products.points_size()) +
                                      Scratch::bytes<float>(products.strip_size()) + Affine<float>::bytes(norm_size) +
                                      Scratch::bytes<float>(Conv3x3Output<T>::bias_size(p.N)) + TaskMoments::bytes(p.N)),
         weights(scratch, task_scratch, kept,
-                {3, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors}, products.points_size()),
+                {Products::kForm, slices, Winograd<O>::kPoints, L, products.points_size(), groups.vectors},
+                products.points_size()),
         operands(task_scratch.take<float>(task_size())),
         strips(task_scratch.take<float>(products.strip_size())),
         norms(task_scratch.take<float>(Affine<float>::size(norm_size))),
@@ -71,7 +73,8 @@ class WinogradForward {
     float* own = operands[task];
     const float* points = weights.of_task(task, [&](float* to) { products.transform({0, p.C}, strips[task], to); });
     const int64_t most = products.groups.most();
-    const Points<O> in(own, most), out(own += in_size(), most);
+    const typename Products::Inputs in(own, most);
+    const Points<O> out(own += in_size(), most);
     own += out_size();
     float* lines[O];
     for (int i = 0; i < O; ++i) lines[i] = own + i * (lines_size() / O);
@@ -85,7 +88,7 @@ class WinogradForward {
       products.run(points, in, out, rows * band.count, present, ahead);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t n = 0; n < p.N; n += L) {
-          if (!transform_outputs<O>(out.at(n / L, i * band.count), band.count, lines))
+          if (!products.outputs(out, n, i * band.count, band.count, lines))
             products.sum_directly(tiles, row + i, band, source, n, lines);
           tiles.for_lines(row + i, band, [&](int64_t line, int64_t m, int64_t pixels) {
             output.template write<1>(n, lines[line], 0, m, pixels);
@@ -103,15 +106,32 @@ class WinogradForward {
   }
 };
 
+// Runs by these products where an estimate says that they are faster than P's; returns whether it does.
+template <class Products, class P, class T>
+bool run_products(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept) {
+  constexpr int O = Products::kOutputs;
+  using Forward = WinogradForward<T, Products>;
+  const TileRows<O> tiles(ImageLines(p.images, p.window));
+  const TileGroups<O> groups = Forward::groups(p, tiles);
+  const WinogradCost<O> cost = {tiles, p.C, p.N, pool.tasks};
+  const double direct = cost.template direct<P>(Products::kPixelCycles);
+  if (!use_winograd(tiles, cost.forward(groups, kept != nullptr), direct)) return false;
+  Forward(p, tiles, groups, pool, kept).run();
+  return true;
+}
+template <int O, class P, class T>
+bool run_winograd(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept) {
+#if DX_VECTOR_BYTES == 64
+  if constexpr (O == LaneProducts::kOutputs)
+    if (LaneProducts::pays(p.N)) return run_products<LaneProducts, P>(p, pool, kept);
+#endif
+  return run_products<PointProducts<O>, P>(p, pool, kept);
+}
+
 template <class T, class P = Product<T>>
 void bn_relu_conv3x3(const BnReluConv3x3<T>& p, const Pool& pool, PackedWeights* kept) {
   constexpr int O = kWinogradOutputs<T, P>;
-  if constexpr (O > 0) {
-    const TileRows<O> tiles(ImageLines(p.images, p.window));
-    const TileGroups<O> groups = WinogradForward<T, O>::groups(p, tiles);
-    const WinogradCost<O> cost = {tiles, p.C, p.N, pool.tasks};
-    if (use_winograd(tiles, cost.forward(groups, kept != nullptr), cost.template direct<P>()))
-      return WinogradForward<T, O>(p, tiles, groups, pool, kept).run();
-  }
+  if constexpr (O > 0)
+    if (run_winograd<O, P>(p, pool, kept)) return;
   Conv3x3Forward<T, P>(p, pool, kept).run();
 }

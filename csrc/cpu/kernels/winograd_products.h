@@ -37,22 +37,78 @@ __attribute__((noinline)) void point_product(int64_t tiles, int64_t slices, int6
   }
 }
 
-// What the products of one pass have in common: the inner dimension is made of the slices' K channels, the columns of
-// blocks.
+// What the products of one pass have in common, whatever lies in a vector's lanes: the inner dimension is made of the
+// slices' K channels.
 template <int O>
-struct PointProducts {
+struct TileProducts {
+  static constexpr int kOutputs = O;
   static constexpr int64_t kStrip = 16;  // channels that are packed at a time, to be transformed from the first cache
   TileGroups<O> groups;
   int64_t K, N;
   int slices;
   Taps<const float> weight;  // its `input` is the inner dimension
 
-  PointProducts(const TileGroups<O>& groups, int64_t K, int64_t N, int slices, Taps<const float> weight, bool backwards)
-      : groups(groups), K(K), N(N), slices(slices), weight(weight) {
+  TileProducts(const TileGroups<O>& groups, int64_t K, int64_t N, int slices, Taps<const float> weight)
+      : groups(groups), K(K), N(N), slices(slices), weight(weight) {}
+
+  // One vector of columns, from n on, of a row of tiles without Winograd's sums, which numbers that are not finite
+  // would spread in: outputs as in transform_outputs.
+  template <class Source>
+  __attribute__((noinline)) void sum_directly(const TileRows<O>& tiles, int64_t row, TileBand band, const Source source,
+                                              int64_t n, float* const (&outputs)[O]) const {
+    constexpr int L = kLanes<float>;
+    const int64_t width = tiles.image.width, columns = std::min<int64_t>(L, N - n);
+    for (int64_t i = 0; i < tiles.lines(row); ++i)
+      for (int64_t w = O * band.begin; w < std::min(width, O * (band.begin + band.count)); ++w) {
+        Vec<float> sum = {};
+        for (int tap = 0; tap < slices * 9; ++tap) {
+          const int64_t line = tiles.input_line(row, tap / 9, int(i) + tap / 3 % 3), pixel = w + tap % 3 - 1;
+          if (line < 0 || pixel < 0 || pixel >= width) continue;
+          for_columns<float>(K, [&](int64_t k, auto of_k) {
+            float values[L], weights[L] = {};
+            store_vec(values, source.value(source.at(k), line * width + pixel, k, of_k));
+            for (int64_t j = 0; j < std::min<int64_t>(L, K - k); ++j) {
+              const float* from = weight.data + n * weight.output + (k + j) * weight.input + tap * weight.tap;
+              for (int64_t c = 0; c < columns; ++c) weights[c] = from[c * weight.output];
+              sum += values[j] * load_vec(weights);
+            }
+          });
+        }
+        store_vec(outputs[i] + (w - O * band.begin) * L, sum);
+      }
+  }
+};
+
+// A product for each point: the lanes are columns, in blocks of vectors.
+template <int O>
+struct PointProducts : TileProducts<O> {
+  using Inputs = Points<O>;
+  using Base = TileProducts<O>;
+  using Base::groups, Base::K, Base::N, Base::slices, Base::weight, Base::kStrip;
+  static constexpr int kMostBlock = kMostVectors;
+  static constexpr int kForm = 3;            // of packed weights
+  static constexpr double kPixelCycles = 0;  // of direct sums, beside which these are estimated
+
+  PointProducts(const TileGroups<O>& groups, int64_t K, int64_t N, int slices, Taps<const float> weight,
+                bool backwards = false)
+      : Base(groups, K, N, slices, weight) {
     if (backwards) {  // the window turned round
       this->weight.data += (slices * 9 - 1) * weight.tap;
       this->weight.tap = -weight.tap;
     }
+  }
+
+  // Tiles that a product of blocks of so many vectors takes.
+  static int64_t covered(int64_t tiles, int vectors) {
+    if (vectors == 1) return std::min(round_up(tiles, kLongTiles<1>), round_up(tiles, kShortTiles<1>));
+    if (vectors == 2) return std::min(round_up(tiles, kLongTiles<2>), round_up(tiles, kShortTiles<2>));
+    return std::min(round_up(tiles, kLongTiles<3>), round_up(tiles, kShortTiles<3>));
+  }
+  // Multiply-adds of vectors for a number of the inner dimension and a point of so many tiles.
+  static double work(int64_t N, int vectors, int64_t tiles) {
+    const double columns = double(round_up(N, vectors * kLanes<float>) / kLanes<float>);
+    const double loads = 1 + 0.15 / vectors;  // of numbers of the left operand
+    return columns * loads * double(covered(tiles, vectors));
   }
   int64_t columns() const { return round_up(N, groups.block()); }
   // Of a block at one point, with a vector more: of an even number of channels that makes an odd number of vectors, so
@@ -82,7 +138,7 @@ struct PointProducts {
   // put behind the last one.
   void run(const float* points, const Points<O> in, const Points<O> out, int64_t tiles, SliceRange range,
            ReadsAhead& ahead) const {
-    const int64_t vectors = Points<O>::vectors_of(K), beyond = TileGroups<O>::covered(tiles, groups.vectors) - tiles;
+    const int64_t vectors = Points<O>::vectors_of(K), beyond = covered(tiles, groups.vectors) - tiles;
     for (int64_t v = range.begin * vectors; v < range.end * vectors; ++v)
       std::fill_n(in.at(v, tiles), beyond * Points<O>::kTile, 0.f);
     if (groups.vectors == 1) run_blocks<1>(points, in, out, tiles, range, ahead);
@@ -91,31 +147,9 @@ struct PointProducts {
       if (groups.vectors == 3) run_blocks<3>(points, in, out, tiles, range, ahead);
   }
 
-  // One vector of columns, from n on, of a row of tiles without Winograd's sums, which numbers that are not finite
-  // would spread in: outputs as in transform_outputs.
-  template <class Source>
-  __attribute__((noinline)) void sum_directly(const TileRows<O>& tiles, int64_t row, TileBand band, const Source source,
-                                              int64_t n, float* const (&outputs)[O]) const {
-    constexpr int L = kLanes<float>;
-    const int64_t width = tiles.image.width, columns = std::min<int64_t>(L, N - n);
-    for (int64_t i = 0; i < tiles.lines(row); ++i)
-      for (int64_t w = O * band.begin; w < std::min(width, O * (band.begin + band.count)); ++w) {
-        Vec<float> sum = {};
-        for (int tap = 0; tap < slices * 9; ++tap) {
-          const int64_t line = tiles.input_line(row, tap / 9, int(i) + tap / 3 % 3), pixel = w + tap % 3 - 1;
-          if (line < 0 || pixel < 0 || pixel >= width) continue;
-          for_columns<float>(K, [&](int64_t k, auto of_k) {
-            float values[L], weights[L] = {};
-            store_vec(values, source.value(source.at(k), line * width + pixel, k, of_k));
-            for (int64_t j = 0; j < std::min<int64_t>(L, K - k); ++j) {
-              const float* from = weight.data + n * weight.output + (k + j) * weight.input + tap * weight.tap;
-              for (int64_t c = 0; c < columns; ++c) weights[c] = from[c * weight.output];
-              sum += values[j] * load_vec(weights);
-            }
-          });
-        }
-        store_vec(outputs[i] + (w - O * band.begin) * L, sum);
-      }
+  // The outputs of a row of tiles as transform_outputs has them: `tile` is the first, n the first column of a vector.
+  bool outputs(const Points<O> out, int64_t n, int64_t tile, int64_t count, float* const (&lines)[O]) const {
+    return transform_outputs<O>(out.at(n / kLanes<float>, tile), count, lines);
   }
 
  private:
@@ -169,13 +203,14 @@ struct WinogradCost {
   double spread(int64_t units) const {
     return units < tasks ? 1.0 : double((units + tasks - 1) / tasks * tasks) / double(units);
   }
+  // per_pixel: what reading and writing it costs beside its products.
   template <class P>
-  double direct() const {
+  double direct(double per_pixel) const {
     const double pixels = double(tiles.image.count * tiles.image.width), columns = vectors(N);
     const double turned = P::kDepth > 1 ? 1.5 : 1.15;  // beside half as many products it counts twice
     const double lanes = C >= 16 ? turned * double(std::min(round_up(N, 8), round_up(N, 12))) / kLanes<float> : columns;
-    return 1.08 * pixels * 9 * tiles.slices() * double(depth_steps<P>(C)) * std::min(columns, lanes) *
-           spread(tiles.image.count);
+    const double products = 1.08 * 9 * tiles.slices() * double(depth_steps<P>(C)) * std::min(columns, lanes);
+    return pixels * (products + per_pixel) * spread(tiles.image.count);
   }
   // packed: weights are transformed already, or will be for other calls.
   double forward(const TileGroups<O>& groups, bool packed) const {
