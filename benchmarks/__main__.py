@@ -2,7 +2,7 @@
 
 On the processor: ``python -m benchmarks`` measures training steps, time and memory, and its commands ``workloads``
 small and large batches and inference, ``roofline`` single kernels, ``profile`` what a step consists of, ``depth``
-networks of up to 1,996 layers, ``host`` the time in front of the kernels. On a GPU: ``networks`` and ``kernels``.
+networks of up to 3,298 layers, ``host`` the time in front of the kernels. On a GPU: ``networks`` and ``kernels``.
 ``python -m benchmarks table`` writes the figures of all of them into the pages.
 """
 
@@ -151,7 +151,7 @@ def measure_profile(
 
 @app.command("depth")
 def measure_depth(
-    deepest: Annotated[int, typer.Option(min=40, help="No deeper networks than this.")] = 1996,
+    deepest: Annotated[int, typer.Option(min=40, help="No deeper networks than this.")] = 3298,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the two levels of saving.")] = 7,
     batch_size: BATCH = 64,
     image: Annotated[int, typer.Option(min=8, help="Height and width.")] = 32,
@@ -160,7 +160,7 @@ def measure_depth(
     / "cpu-depth.json",
     picture: Annotated[Path, typer.Option(help="Where to draw.")] = table.ROOT / "docs" / "pictures" / "depth.png",
 ) -> None:
-    """DenseNet-BC of 40 to 1,996 layers: time and memory of a step; both levels of saving."""
+    """DenseNet-BC of 40 to 3,298 layers: time and memory of a step; both levels of saving."""
     save = _saving(out)
     try:
         earlier = depth.earlier_of(out)
