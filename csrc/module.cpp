@@ -71,6 +71,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, pybind11::object, bool>(),
            pybind11::arg("entries"), pybind11::arg("typed"), pybind11::arg("absent"), pybind11::arg("identical"))
       .def("holds", &dx::Record::holds, "Whether they hold it still.");
+  pybind11::class_<dx::Records>(m, "Records", "Several records, and tensors that are kept, looked at as one.")
+      .def(pybind11::init<const pybind11::list&, int64_t>(), pybind11::arg("records"), pybind11::arg("kept"))
+      .def("hold", &dx::Records::hold, "Whether the records hold, and the tensors have the form that they had.");
   m.def("kept_hold", &dx::ops::kept_hold, pybind11::arg("kept"),
         "The operator of this name, without the time that a call through the dispatcher takes.");
 #if defined(USE_CUDA)

@@ -1,14 +1,18 @@
 // What many dictionaries hold, to see at each call of a network whether they hold it still: those of its modules. The
 // same stands in Python in units/reading.py, which takes ten times as long: there are thousands of entries.
 //
-// Most of the time goes into fetching the objects from memory, so that what has to be looked at is asked for ahead.
+// Most of the time goes into fetching the objects from memory, so that what has to be looked at is asked for ahead, and
+// several records are looked at together.
 // Where Python says whether a dictionary has changed since it was compared (PEP 509, until Python 3.11), its entries
 // are not looked at again, but for those that are dictionaries themselves.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <vector>
+
+#include "ops/kept.h"
 
 namespace dx {
 
@@ -49,7 +53,13 @@ class Record {
   }
 
   bool holds() {
+    ask_ahead();
+    return holds_now();
+  }
+  void ask_ahead() const {
     for (const PyObject* object : ahead_) __builtin_prefetch(object);
+  }
+  bool holds_now() {
     for (const Typed& each : typed_)
       if ((PyObject*)Py_TYPE(each.object) != each.type) return false;
     for (Holder& each : holders_) {
@@ -152,6 +162,29 @@ class Record {
   std::vector<py::object> kept_;
   py::object absent_;
   bool identical_;
+};
+
+// Several records, and tensors that are kept: all that units which run as one depend on.
+class Records {
+ public:
+  // kept: the number of the tensors.
+  Records(const py::list& records, int64_t kept)
+      : owners_(records), kept_(ops::Kept::find<ops::KeptTensors>(kept, "kept")) {
+    for (const py::handle each : records) records_.push_back(each.cast<Record*>());
+  }
+  // Whether all records hold, and all tensors have the dtype, the device, the sizes and the strides that they had.
+  bool hold() const {
+    for (const Record* each : records_) each->ask_ahead();
+    kept_->ask_ahead();
+    for (Record* each : records_)
+      if (!each->holds_now()) return false;
+    return kept_->hold();
+  }
+
+ private:
+  py::list owners_;
+  std::vector<Record*> records_;
+  std::shared_ptr<const ops::KeptTensors> kept_;
 };
 
 }  // namespace dx

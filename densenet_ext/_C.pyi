@@ -1,3 +1,5 @@
+from densenet_ext.units.reading import Entry
+
 def build_facts() -> dict[str, str]:
     """Strings: compiler, torch, cuda (empty without GPU kernels: why_no_cuda says why), cuda_architectures (by ";")."""
 
@@ -15,3 +17,21 @@ def why_no_kernel() -> str | None:
 
 def kept_hold(kept: int) -> bool:
     """The operation of this name, without the time that a call through the dispatcher takes."""
+
+class Record:
+    """What dictionaries hold, and of which classes objects are; in Python `units.reading._Record`."""
+
+    def __init__(
+        self, entries: list[Entry], typed: list[tuple[object, type]], absent: object, identical: bool
+    ) -> None: ...
+    def holds(self) -> bool:
+        """Whether they hold it still."""
+
+class Records:
+    """Several records, and tensors that are kept, looked at as one."""
+
+    def __init__(self, records: list[Record], kept: int) -> None:
+        """kept: the number of the tensors."""
+
+    def hold(self) -> bool:
+        """Whether the records hold, and the tensors have the dtype, the device, the sizes and the strides they had."""

@@ -42,6 +42,10 @@ struct KeptTensors {
       Form(defined(t, "tensors")).each([&](int64_t number) { return forms_.push_back(number), true; });
   }
   virtual ~KeptTensors() = default;
+  // Asks for what `hold` looks at first.
+  void ask_ahead() const {
+    for (const Tensor& t : tensors) __builtin_prefetch(t.get());
+  }
   // Whether all have the dtype, the device, the sizes and the strides that they had when they were given.
   bool hold() const {
     return hold([](const Tensor&) { return true; });
@@ -109,6 +113,9 @@ class Kept {
   int64_t last_ = 0;
 };
 
+inline int64_t keep_tensors(const std::vector<Tensor>& tensors) {
+  return Kept::add(std::make_shared<const KeptTensors>(tensors));
+}
 inline bool kept_hold(int64_t kept) { return Kept::find<KeptTensors>(kept, "kept")->hold(); }
 inline void drop_kept(int64_t kept) { Kept::drop(kept); }
 

@@ -6,6 +6,7 @@
 
 STABLE_TORCH_LIBRARY(densenet_ext, m) { dx::ops::define_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CompositeExplicitAutograd, m) {
+  m.impl("keep_tensors", TORCH_BOX(&dx::ops::keep_tensors));
   m.impl("kept_hold", TORCH_BOX(&dx::ops::kept_hold));
   m.impl("drop_kept", TORCH_BOX(&dx::ops::drop_kept));
   m.impl("keep_packed", TORCH_BOX(&dx::ops::keep_packed));

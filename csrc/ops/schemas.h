@@ -73,6 +73,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "first_conv(Tensor x, Tensor conv_weight, Tensor? conv_bias, int[] stride, int[] padding, Tensor(a!) out) -> ()");
   // Tensors that are kept (kept.h); the number stands for them in the operators below, until they are dropped.
+  m.def("keep_tensors(Tensor[] tensors) -> int");
   m.def("kept_hold(int kept) -> bool");
   m.def("drop_kept(int kept) -> ()");
   // Weights whose packed forms the operators below keep where they are told `packed_weights`: that they stay what they

@@ -69,7 +69,7 @@ UNIT_OPS = (
 """The operations that run a whole unit; what they compute stands, in plain PyTorch, in ``algorithm``, and
 ``first_conv`` is PyTorch's own convolution."""
 
-KEPT_OPS = ("keep_layers", "keep_norms", "keep_packed", "kept_hold", "drop_kept")
+KEPT_OPS = ("keep_layers", "keep_norms", "keep_packed", "keep_tensors", "kept_hold", "drop_kept")
 """Those that have others keep tensors from call to call; they compute nothing, on any device."""
 
 CPU_OPS = frozenset(("move_running_stats", "first_conv"))

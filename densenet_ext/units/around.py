@@ -15,7 +15,7 @@ from densenet_ext.units.built import Built
 from densenet_ext.units.entry import MapUnit, Mismatch, ran
 from densenet_ext.units.flow import Flow
 from densenet_ext.units.metadata import with_metadata
-from densenet_ext.units.norms import NormReading
+from densenet_ext.units.norms import NormReading, has_own, tensors_of
 from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
@@ -30,7 +30,7 @@ from densenet_ext.units.parts import (
     pooled_dimensions,
     submodule,
 )
-from densenet_ext.units.reading import Part, Readings
+from densenet_ext.units.reading import Part, Readings, record
 from densenet_ext.units.stretch import Repeat
 
 
@@ -101,15 +101,10 @@ class Transition(MapUnit):
         conv = known[1]
         weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
         call = norm.inferences.find(x, key_of(weight, 2, bias))
-        form = form_of_weight(weight)
-
-        def holds(module: nn.Module) -> bool:
-            if self._read(module) is not known or known[0].now() is not norm:
-                return False
-            same = parameter(conv, "weight") is weight and parameter(conv, "bias") is bias
-            return same and form_of_weight(weight) == form
-
-        return None if call is None else Repeat(call, holds)
+        if call is None or not has_own(conv, "weight", "bias"):
+            return None
+        records = [_TRANSITIONS.record(module, self), *known[0].records, record(tensors_of([conv]), identical=True)]
+        return Repeat(call, records, [*known[0].tensors, *(t for t in (weight, bias) if t is not None)])
 
     def _read(self, module: nn.Module) -> tuple[NormReading, nn.Module] | None:
         def read() -> tuple[NormReading, nn.Module] | None:
@@ -123,11 +118,6 @@ class Transition(MapUnit):
         if torch.compiler.is_compiling():
             return read()
         return _TRANSITIONS.get(module, self, read, lambda: self.built.watched(module))
-
-
-def form_of_weight(weight: Tensor) -> tuple[object, ...]:
-    """Returns what a prepared call depends on of a weight, but for its values."""
-    return weight.shape, weight.stride(), weight.dtype, weight.device
 
 
 _TRANSITIONS: Readings[tuple[NormReading, nn.Module]] = Readings()
@@ -200,11 +190,9 @@ class Stem:
             return None
         pool: Any = known[1]
         call = norm.inferences.find(x, (pool.kernel_size, pool.stride, pool.padding))
-
-        def holds(module: nn.Module) -> bool:
-            return self._read(module) is known and known[0].now() is norm
-
-        return None if call is None else Repeat(call, holds)
+        if call is None:
+            return None
+        return Repeat(call, [_STEMS.record(module, self), *known[0].records], known[0].tensors)
 
     def _read(self, module: nn.Module) -> tuple[NormReading, nn.Module] | None:
         def read() -> tuple[NormReading, nn.Module] | None:

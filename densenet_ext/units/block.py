@@ -37,7 +37,7 @@ from densenet_ext.units.parts import (
     parameter,
     submodule,
 )
-from densenet_ext.units.reading import Entry, Readings, record
+from densenet_ext.units.reading import ABSENT, Entry, Readings, record
 from densenet_ext.units.stretch import Repeat
 
 
@@ -204,14 +204,14 @@ class Block(MapUnit):
         reading = self._read(module)
         layers = None if reading is None else reading.now(self.new_first)
         call = None if layers is None else layers.repeated.inferences.find(x)
-        if reading is None or call is None or self._returns(module) != "all":
+        if reading is None or layers is None or call is None or self._returns(module) != "all":
             return None
 
-        def holds(module: nn.Module) -> bool:
-            same = self._read(module) is reading and reading.now(self.new_first) is layers
-            return same and self._returns(module) == "all"
-
-        return Repeat(call, holds)
+        records = [_READINGS.record(module, self), *reading.records]
+        if self.returns is None:
+            own = vars(module)
+            records.append(record([(own, -1, ("returns",), (own.get("returns", ABSENT),))]))
+        return Repeat(call, records, [t for t in layers.parameters if t is not None])
 
     def values(self, module: nn.Module) -> Layer | BasicLayer | None:
         """Returns the first layer as it stands at this call; None where the block cannot run."""
@@ -239,8 +239,8 @@ class _Reading:
         self.layers = [_LayerParts(block, layer) for layer in layers]
         self.weights = [weight for layer in self.layers for weight in _weights(layer.values())]
         self._shapes = [weight.shape for weight in self.weights]
-        # of the tensors and the numbers that the layers' values are made of
-        self._records: list[Any] = []
+        self.records: list[Any] = []
+        """Of the tensors and the numbers that the layers' values are made of."""
         # what these norms do follows from the process group, too
         self._synced = any(isinstance(norm, nn.SyncBatchNorm) for layer in self.layers for norm in layer.norms)
         self._found: DenseLayers | BasicLayers | None = None
@@ -251,13 +251,13 @@ class _Reading:
         if torch.compiler.is_compiling() or self._synced:
             return self._read(new_first)
         found = self._found
-        if found is not None and all(record.holds() for record in self._records):
+        if found is not None and all(each.holds() for each in self.records):
             hold = found.repeated.hold()
             if hold or (hold is None and self._fits()):
                 return found
         tensors = [entry for layer in self.layers for entry in layer.tensors()]
         settings = [entry for layer in self.layers for entry in layer.settings()]
-        self._records = [record(tensors, identical=True), record(settings)]
+        self.records = [record(tensors, identical=True), record(settings)]
         self._found = self._read(new_first)
         return self._found
 

@@ -21,7 +21,7 @@ from densenet_ext.units import captures
 from densenet_ext.units.flow import Flow, incoming
 from densenet_ext.units.metadata import bare
 from densenet_ext.units.parts import hook_on
-from densenet_ext.units.reading import code_changed, know_code
+from densenet_ext.units.reading import ABSENT, HOOKS, NO_HOOKS, Record, code_changed, know_code, record
 from densenet_ext.units.stretch import Repeat
 
 
@@ -80,6 +80,14 @@ def straight(module: nn.Module) -> Any:
     if unit is None or hook_on(module) is not None or reason_outside(module) is not None:
         return None
     return unit
+
+
+def straightness(module: nn.Module) -> Record:
+    """Returns what `straight` depends on, but for the code of the module's class."""
+    values = vars(module)
+    names = ("forward", UNIT)
+    expected = (*NO_HOOKS, *(values.get(name, ABSENT) for name in names))
+    return record([(values, -1, (*HOOKS, *names), expected)], [(module, type(module))])
 
 
 def unit_of(module: nn.Module) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,11 @@ from densenet_ext.algorithm.head import head, prepared_scores
 from densenet_ext.algorithm.inference import Call, form_of
 from densenet_ext.algorithm.packed import lowered
 from densenet_ext.algorithm.single import SingleNorm
-from densenet_ext.units.around import form_of_weight
 from densenet_ext.units.built import Built
-from densenet_ext.units.entry import Forward, as_eager, original_class, ran, reason_outside, unit_of
+from densenet_ext.units.entry import Forward, as_eager, not_a_tensor, original_class, ran, reason_outside, unit_of
 from densenet_ext.units.flow import Flow, incoming
 from densenet_ext.units.metadata import with_metadata
-from densenet_ext.units.norms import NormReading
+from densenet_ext.units.norms import NormReading, has_own, tensors_of
 from densenet_ext.units.parts import (
     activates,
     has_other_forward,
@@ -36,8 +34,8 @@ from densenet_ext.units.parts import (
     parameter,
     submodule,
 )
-from densenet_ext.units.reading import Part, Readings
-from densenet_ext.units.sequence import Ending, Sequence, first_mismatch
+from densenet_ext.units.reading import Entry, Part, Readings, Watch, record
+from densenet_ext.units.sequence import Ending, Sequence
 from densenet_ext.units.stretch import Repeat
 
 OTHER: dict[str, Callable[[nn.Module, int], str | None]] = {
@@ -116,21 +114,25 @@ class Head:
 
     def call(self, module: nn.Module, usual: Forward, x: Any) -> Any:
         """Returns what ``usual(module, x)`` does."""
-        norm = self._norm(module)
-        if norm is None:
+        features = submodule(module, self.features)
+        if features is None:
             return usual(module, x)
-        features: Any = submodule(module, self.features)
-        mismatch = first_mismatch(features, x)
-        if mismatch is not None:
-            return as_eager(mismatch, usual, module, x)
+        if not isinstance(x, Tensor):
+            return as_eager(not_a_tensor(x), usual, module, x)
         unit = unit_of(features)
         sequence = unit if isinstance(unit, Sequence) else Sequence()
-        flow = sequence.run(features, incoming(x), Ending(self, module))
-        out = flow.x
-        for name in () if flow.scored else self.rest:
+        found = sequence.run_to(Ending(self, module), features, incoming(x))
+        if not isinstance(found, Flow):
+            return usual(module, x) if found is None else as_eager(found, usual, module, x)
+        out = found.x
+        for name in () if found.scored else self.rest:
             part: Any = submodule(module, name)
             out = _linear(part, out) if _is_plain_linear(part) else part(out)
         return out
+
+    def can_run(self, module: nn.Module) -> bool:
+        """Returns whether norm, ReLU and average run in one pass as they stand now."""
+        return self._norm(module) is not None
 
     def step(self, module: nn.Module, flow: Flow) -> Flow:
         """Returns the averages [N, C] of the features that ``call`` has, in the place of the last norm; or the scores
@@ -155,12 +157,12 @@ class Head:
             return None
         scores = self._scores(module, values, x)
         call = values.inferences.find(x) if scores is None else scores.call
-
-        def holds(module: nn.Module) -> bool:
-            same = self._norm(module) is norm and norm.now() is values
-            return same and (scores is None or scores.holds(self._scorer(module)))
-
-        return None if call is None else Repeat(call, holds, scores=scores is not None)
+        if call is None:
+            return None
+        records, tensors = [_RUNNING.record(module, self), *norm.records], norm.tensors
+        if scores is not None:
+            records, tensors = [*records, *scores.records(module)], [*tensors, *scores.tensors]
+        return Repeat(call, records, tensors, scores=scores is not None)
 
     def _scores(self, module: nn.Module, norm: SingleNorm, x: Tensor) -> _Scores | None:
         """Returns how features like x are scored in one call; None where the linear layer is called by itself."""
@@ -171,8 +173,8 @@ class Head:
         weight, bias = parameter(part, "weight"), parameter(part, "bias")
         if not is_plain(weight) or not (bias is None or is_plain(bias)):
             return None
-        call = prepared_scores(x, norm, weight, bias)
-        return None if call is None else _Scores(call, weight, bias)
+        call = prepared_scores(x, norm, weight, bias) if has_own(part, "weight", "bias") else None
+        return None if call is None else _Scores(call, part, [weight] if bias is None else [weight, bias])
 
     def _scorer(self, module: nn.Module) -> nn.Linear | None:
         """Returns the linear layer where a plain one, which nobody sees, is all that follows; else None."""
@@ -198,19 +200,16 @@ _FORWARD, _LINEAR = nn.Linear.forward, F.linear
 class _Scores:
     """A call on features of one form that gives a linear layer's result, and what it depends on of that layer."""
 
-    def __init__(self, call: Call, weight: Tensor, bias: Tensor | None) -> None:
-        self.call = call
-        self._given = weight, bias
-        self._forms = self._forms_now()
+    def __init__(self, call: Call, part: nn.Linear, tensors: list[Tensor]) -> None:
+        self.call, self._part = call, part
+        self.tensors = tensors
+        """Those whose form it depends on."""
 
-    def _forms_now(self) -> list[tuple[object, ...]]:
-        return [form_of_weight(t) for t in self._given if t is not None]
-
-    def holds(self, part: nn.Linear | None) -> bool:
-        """Returns whether ``part`` is that layer still."""
-        if part is None or not all(map(is_, (parameter(part, "weight"), parameter(part, "bias")), self._given)):
-            return False
-        return self._forms_now() == self._forms
+    def records(self, module: nn.Module) -> list[Any]:
+        """Returns what it depends on beside, of the layer and of PyTorch; ``module``: the model."""
+        code: list[Entry] = [(vars(nn.Linear), -1, ("forward",), (_FORWARD,)), (vars(F), -1, ("linear",), (_LINEAR,))]
+        watched = Watch([Part(module, hooks=False), Part(self._part)])
+        return [watched.record, record(code), record(tensors_of([self._part]), identical=True)]
 
 
 def _linear(part: Any, x: Tensor) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_ext.algorithm.single import SingleNorm
 from densenet_ext.units.parts import is_usual, norm_of
@@ -28,23 +28,33 @@ def settings_of(norms: Iterable[nn.Module]) -> list[Entry]:
     return [(values, -1, _SETTINGS, expected) for values, expected in found]
 
 
+def has_own(module: nn.Module, *names: str) -> bool:
+    """Returns whether these are parameters and buffers of ``module``, as they are not of replicas and twins."""
+    return {name for holder in (module._parameters, module._buffers) for name in holder}.issuperset(names)
+
+
 class NormReading:
     """The norm of a unit; and its values as the last call found them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         # What a SyncBatchNorm does follows from the process group, too; replicas have tensors as attributes.
-        held = {name for holder in (module._parameters, module._buffers) for name in holder}
-        self._repeats = not isinstance(module, nn.SyncBatchNorm) and held.issuperset(_TENSORS)
-        self._records: list[Any] = []
+        self._repeats = not isinstance(module, nn.SyncBatchNorm) and has_own(module, *_TENSORS)
+        self.records: list[Any] = []
+        """What the values depend on, since the last call."""
         self._found: SingleNorm | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that the values of the last call are made of."""
+        return [] if self._found is None else [t for t in self._found.norm[:4] if t is not None]
 
     def now(self) -> SingleNorm | None:
         """Returns the norm as it stands at this call; None where eager does not take its tensors."""
         if not self._repeats or torch.compiler.is_compiling():
             return self._read()
-        if self._found is None or not all(each.holds() for each in self._records):
-            self._records = [record(tensors_of([self.module]), identical=True), record(settings_of([self.module]))]
+        if self._found is None or not all(each.holds() for each in self.records):
+            self.records = [record(tensors_of([self.module]), identical=True), record(settings_of([self.module]))]
             self._found = self._read()
         return self._found
 

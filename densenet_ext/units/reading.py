@@ -16,7 +16,7 @@ from types import CodeType, FunctionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_ext import _extension
 
@@ -34,8 +34,8 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
 _SETTINGS = {kind: names for kinds, names in _KINDS for kind in kinds}
 """The attributes of a module that say which operation it is, but for those that a unit reads at every call."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NO_HOOKS = (OrderedDict[int, Any](),) * len(_HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+NO_HOOKS = (OrderedDict[int, Any](),) * len(HOOKS)
 
 
 class Part(NamedTuple):
@@ -52,7 +52,7 @@ values, in their order. ``ABSENT`` stands for an entry that is not there."""
 ABSENT = object()
 
 
-class _Record:
+class Record:
     """What dictionaries hold, and of which classes objects are; ``identical``: as the same objects, else equal ones."""
 
     def __init__(self, entries: list[Entry], typed: list[tuple[Any, type]], absent: object, identical: bool) -> None:
@@ -72,14 +72,30 @@ class _Record:
         return now == expected
 
 
-_Form: Any = _Record if _extension.module is None else _extension.module.Record
+_Form: Any = Record if _extension.module is None else _extension.module.Record
 
 
-def record(entries: list[Entry], typed: list[tuple[Any, type]] | None = None, identical: bool = False) -> _Record:
+def record(entries: list[Entry], typed: list[tuple[Any, type]] | None = None, identical: bool = False) -> Record:
     """Returns what ``entries`` are now, and of which classes the objects of ``typed`` are, compiled where that is
     there."""
-    made: _Record = _Form(entries, typed or [], ABSENT, identical)
+    made: Record = _Form(entries, typed or [], ABSENT, identical)
     return made
+
+
+class Records:
+    """Records, and the form of tensors (dtype, device, sizes and strides), that are looked at as one.
+
+    There is no such thing where nothing is compiled.
+    """
+
+    def __init__(self, records: Sequence[Record], tensors: Sequence[Tensor]) -> None:
+        number = torch.ops.densenet_ext.keep_tensors(list(tensors))
+        self._records: Any = _extension.module.Records(list(records), number)  # type: ignore[union-attr]
+        torch.ops.densenet_ext.drop_kept(number)
+
+    def hold(self) -> bool:
+        """Returns whether all records hold, and all tensors have the form that they had."""
+        return bool(self._records.hold())
 
 
 class Watch:
@@ -97,19 +113,19 @@ class Watch:
         entries += [entry for kind in classes if kind in _code for entry in _code_of(kind)]
         entries += map(self._fact, parts)
         # not the first, the unit's own module: what remembers it would keep it alive
-        self._record = record(entries, [(part.module, type(part.module)) for part in parts[1:]])
+        self.record = record(entries, [(part.module, type(part.module)) for part in parts[1:]])
 
     def _fact(self, part: Part) -> Entry:
         # how many attributes: a new one might hide a function of the class
         values = vars(part.module)
         names = ("forward", *_SETTINGS.get(type(part.module), ()), *part.settings)
         expected = tuple(values.get(name, ABSENT) for name in names)
-        hooks = _HOOKS if part.hooks else ()
-        return values, len(values), (*hooks, *names), (*_NO_HOOKS[: len(hooks)], *expected)
+        hooks = HOOKS if part.hooks else ()
+        return values, len(values), (*hooks, *names), (*NO_HOOKS[: len(hooks)], *expected)
 
     def holds(self) -> bool:
         """Returns whether all is as it was when the watch began."""
-        return self._record.holds()
+        return self.record.holds()
 
 
 Value = TypeVar("Value")
@@ -144,6 +160,10 @@ class Readings(Generic[Value]):
             of_module[id(key)] = key, Watch(parts()), value
         return value
 
+    def record(self, module: nn.Module, key: object) -> Record:
+        """Returns what the last reading of ``module`` under ``key`` depends on."""
+        return self._known[module][id(key)][1].record
+
 
 _code: dict[type, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
 """The functions of classes that are not PyTorch's, by name as they were when the class was first met."""
@@ -151,7 +171,7 @@ _globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
 """The numbers and words that these functions read from their files."""
 
 
-_as_noted: dict[type, _Record] = {}
+_as_noted: dict[type, Record] = {}
 """The classes whose code, with that of those they derive from, was found unchanged: as long as it is this."""
 
 

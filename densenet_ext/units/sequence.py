@@ -11,12 +11,23 @@ from torch import Tensor, nn
 
 from densenet_ext import checks
 from densenet_ext.algorithm.first_conv import first_conv, prepared_conv
-from densenet_ext.units.around import Stem, form_of_weight
+from densenet_ext.units.around import Stem
 from densenet_ext.units.block import Block
-from densenet_ext.units.entry import Forward, MapUnit, Mismatch, as_eager, is_observed, not_a_tensor, straight
+from densenet_ext.units.entry import (
+    Forward,
+    MapUnit,
+    Mismatch,
+    as_eager,
+    is_observed,
+    not_a_tensor,
+    straight,
+    straightness,
+)
 from densenet_ext.units.flow import Flow, incoming, to_channels_last
-from densenet_ext.units.parts import dimensions_of, hooks_on_all_modules, is_plain, obstacle, parameter
-from densenet_ext.units.stretch import Repeat, stretches_of
+from densenet_ext.units.norms import has_own, tensors_of
+from densenet_ext.units.parts import dimensions_of, hooks_on_all_modules, obstacle, parameter
+from densenet_ext.units.reading import Part, Watch, record
+from densenet_ext.units.stretch import Chain, Repeat, Stretch, stretches_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,9 @@ class Run:
 
 class End(Protocol):
     """A unit of another module that takes the features of a Sequential, in the place of its last child."""
+
+    def can_run(self, module: nn.Module) -> bool:
+        """Returns whether it can, as the module stands now."""
 
     def step(self, module: nn.Module, flow: Flow) -> Flow:
         """Returns the unit's result as a flow."""
@@ -86,33 +100,51 @@ class Sequence(MapUnit):
         """Returns what the children give one after another, in eager's layout."""
         if hooks_on_all_modules() is not None:
             return usual(module, x)
-        mismatch = first_mismatch(module, x)
-        if mismatch is not None:
-            return as_eager(mismatch, usual, module, x)
-        return self.run(module, incoming(x)).shown()
+        found = self.run(module, incoming(x)) if isinstance(x, Tensor) else not_a_tensor(x)
+        return found.shown() if isinstance(found, Flow) else as_eager(found, usual, module, x)
 
-    def step(self, module: nn.Module, flow: Flow) -> Flow:
-        """Returns what the children give one after another."""
+    def step(self, module: nn.Module, flow: Flow) -> Flow | Mismatch:
+        """Returns what the children give one after another; in words why ``flow`` does not fit the first."""
         return self.run(module, flow)
 
-    def run(self, module: nn.Module, flow: Flow, ending: Ending | None = None) -> Flow:
-        """Returns what the children give one after another; ``ending`` runs in the place of the last."""
+    def run(self, module: nn.Module, flow: Flow) -> Flow | Mismatch:
+        """Returns what the children give one after another; in words why ``flow`` does not fit the first."""
+        chain = Chain(module, self.segments)
+        known = _known(0, chain, flow)
+        if known is not None and known.is_whole:
+            return known.run(flow)
+        return first_mismatch(module, flow.x) or self._run(chain, flow, known, None)
+
+    def run_to(self, ending: Ending, module: nn.Module, flow: Flow) -> Flow | Mismatch | None:
+        """Returns what the children give one after another, with ``ending`` in the place of the last; None where that
+        cannot run."""
+        chain = Chain(module, (self.segments, ending.unit), ending.module)
+        known = _known(0, chain, flow)
+        if known is not None and known.is_whole:
+            return known.run(flow)
+        if not ending.unit.can_run(ending.module):
+            return None
+        return first_mismatch(module, flow.x) or self._run(chain, flow, known, ending)
+
+    def _run(self, chain: Chain, flow: Flow, known: Stretch | None, ending: Ending | None) -> Flow:
+        """``known``: the stretch that the chain begins with."""
+        module = chain.module
         children = [(name, child) for name, child in module._modules.items() if child is not None]
         units = [straight(child) for _, child in children[: None if ending is None else -1]]
         if ending is not None:
             children[-1] = children[-1][0], ending.module
             units.append(ending.unit)
         segments = {segment.names[0]: segment for segment in self.segments}
-        stretches = stretches_of(module) if _may_repeat() else None
+        stretches = stretches_of(chain) if _may_repeat() else None
         stretch = None  # what runs in this call and can be repeated
         i = 0
         while i < len(children):
             if stretches is not None and stretch is None:
-                known = stretches.find(i, flow, ending is not None)
-                if known is not None and known.holds(module, children, units, segments):
+                known = stretches.find(i, chain, flow) if i else known
+                if known is not None:
                     flow, i = known.run(flow), known.stop
                     continue
-                stretch = stretches.begin(i, flow, ending is not None)
+                stretch = stretches.begin(i, chain, flow)
             before = flow.x
             inside, part, found = False, children[i : i + 1], None
             at_end = ending is not None and i == len(children) - 1
@@ -128,13 +160,19 @@ class Sequence(MapUnit):
                 found = _through(children[i][1], units[i], flow, follows)
             if stretches is not None and stretch is not None:
                 unit, owner = (segment, module) if inside else (units[i], part[0][1])
-                repeat = units[i].repeated(owner, before) if at_end else _repeated(unit, owner, before)
-                if not stretch.add(part, unit, inside, repeat, found) or stretch.stop == len(children):
-                    stretches.keep(stretch)
+                repeat = units[i].repeated(owner, before) if at_end else _repeated(chain, unit, owner, before)
+                call = None if inside or at_end or repeat is None else straightness(owner)
+                if not stretch.add(len(part), repeat, found, call) or stretch.stop == len(children):
+                    stretches.keep(stretch, len(children))
                     stretch = None
             flow = found
             i += len(part)
         return flow
+
+
+def _known(start: int, chain: Chain, flow: Flow) -> Stretch | None:
+    """Returns the stretch from the child ``start`` on that can be run, if there is one."""
+    return stretches_of(chain).find(start, chain, flow) if _may_repeat() else None
 
 
 def _may_repeat() -> bool:
@@ -195,7 +233,7 @@ def _settings(child: nn.Module) -> tuple[Any, ...] | None:
     return parameter(conv, "weight"), parameter(conv, "bias"), *settings[:2]
 
 
-def _repeated(unit: Any, module: nn.Module, x: Tensor) -> Repeat | None:
+def _repeated(chain: Chain, unit: Any, module: nn.Module, x: Tensor) -> Repeat | None:
     """Returns a call of what has run on x that can be repeated: of a unit, or of a plain convolution of images."""
     if isinstance(unit, (Stem, Run, MapUnit)):
         return unit.repeated(module, x)
@@ -203,19 +241,12 @@ def _repeated(unit: Any, module: nn.Module, x: Tensor) -> Repeat | None:
         return None
     settings = _settings(module)
     call = None if settings is None else prepared_conv(x, *settings)
-    if settings is None or call is None:
+    if settings is None or call is None or not has_own(module, "weight", "bias"):
         return None
-    weight, bias, *rest = settings
-    given = [t for t in (weight, bias) if t is not None]
-    forms = list(map(form_of_weight, given))
-
-    def holds(module: nn.Module) -> bool:
-        now = _settings(module) if dimensions_of(module) is not None and _is_unseen(module) else None
-        if now is None or now[0] is not weight or now[1] is not bias or now[2:] != tuple(rest):
-            return False
-        return list(map(form_of_weight, given)) == forms and all(map(is_plain, given))
-
-    return Repeat(call, holds)
+    weight, bias = settings[:2]
+    watched = Watch([Part(chain.module, hooks=False), Part(module)])
+    records = [watched.record, record(tensors_of([module]), identical=True)]
+    return Repeat(call, records, [t for t in (weight, bias) if t is not None])
 
 
 def _is_unseen(module: nn.Module) -> bool:

@@ -2,117 +2,130 @@
 
 In evaluation without gradients a unit has nothing to do but to run its operation, once it has seen that its modules are
 what they were. Behind an operation none of Python's code and data is in the processor's caches: to look at all units
-first, one after another, takes a fraction of looking at each when its turn comes. Nobody else's code runs in between.
+first, as one, takes a fraction of looking at each when its turn comes. Nobody else's code runs in between.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_ext.algorithm.conversions import without_autocast
 from densenet_ext.algorithm.inference import Call, form_of
 from densenet_ext.algorithm.workspace import Memory, Workspace
 from densenet_ext.units.flow import Flow
-
-Children = Sequence[tuple[str, nn.Module]]
+from densenet_ext.units.reading import Entry, Record, Records, record
 
 
 class Repeat(NamedTuple):
     """A unit's call on features of one form, which gives the result in channels_last memory, and without statistics."""
 
     call: Call  # to run without autocast
-    holds: Callable[[nn.Module], bool]  # whether the unit's module is as it was
+    records: Sequence[Record]  # what it depends on of the unit's modules
+    tensors: Sequence[Tensor]  # whose form it depends on, but not their values
     scores: bool = False  # whether it gives what `Flow.scored` says
 
 
-class _Place(NamedTuple):
-    """A unit of a stretch."""
+class Chain(NamedTuple):
+    """What a stretch is a part of."""
 
-    start: int  # the first child that it runs
-    unit: object
-    inside: bool  # its module is the Sequential, not the child
-    repeat: Repeat
+    module: nn.Module  # the Sequential
+    units: Hashable  # those that are not its children's
+    end: nn.Module | None = None  # whose unit runs in the place of the last child
 
 
 class Stretch:
     """Units that follow one another, for features of one form."""
 
-    def __init__(self, start: int, key: Hashable, flow: Flow, memory: Memory) -> None:
+    is_whole = False
+    """Whether there is no child behind the last unit."""
+
+    def __init__(self, start: int, chain: Chain, flow: Flow, memory: Memory) -> None:
         self.start = self.stop = start  # children
-        self.key = key
+        self.key = key_of(start, flow)
         self._layout = flow.layout
-        self._places: list[_Place] = []
+        self._module, self._units = weakref.ref(chain.module), chain.units
+        self._repeats: list[Repeat] = []
+        self._records = [record([_in_order(chain.module), _by_name(chain.module)])]
+        self._standing: Records | None = None
         self._memory = memory
         self._workspace: Workspace | None = None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._repeats)
 
-    def add(self, part: Children, unit: object, inside: bool, repeat: Repeat | None, after: Flow) -> bool:
-        """Adds a unit that has run ``part`` of the children, unless its call can't be repeated.
+    def add(self, children: int, repeat: Repeat | None, after: Flow, call: Record | None = None) -> bool:
+        """Adds a unit that has run so many ``children``, unless its call can't be repeated.
 
-        ``inside``: the unit is the Sequential's, not the child's; None: the child is a plain convolution.
+        ``call``: what it depends on that the child is not called.
         """
         if repeat is None or after.stats is not None:
             return False
-        self._places.append(_Place(self.stop, unit, inside, repeat))
-        self.stop += len(part)
+        self._repeats.append(repeat)
+        self._records += repeat.records
+        if call is not None:
+            self._records.append(call)
+        self.stop += children
         self._layout = after.layout
         return True
 
-    def holds(self, module: nn.Module, children: Children, units: Sequence[Any], segments: dict[str, Any]) -> bool:
-        """Returns whether all is as it was; ``units``: of the children, ``segments``: of the module, by first child."""
-        if self.stop > len(children):
-            return False
-        for start, unit, inside, repeat in self._places:
-            name, child = children[start]
-            if segments.get(name) is not (unit if inside else None):
-                return False
-            if not (inside or units[start] is unit) or not repeat.holds(module if inside else child):
-                return False
-        return True
+    def finish(self, children: int) -> None:
+        """Ends a stretch of a Sequential that has so many ``children``."""
+        self.is_whole = self.stop == children
+        self._standing = Records(self._records, [t for repeat in self._repeats for t in repeat.tensors])
+
+    def holds(self, chain: Chain) -> bool:
+        """Returns whether all is as it was."""
+        same = self._module() is chain.module and self._units == chain.units
+        return same and self._standing is not None and self._standing.hold()
 
     def run(self, flow: Flow) -> Flow:
         """Returns the features behind the last unit."""
         if self._workspace is None:
-            self._workspace = Workspace([place.repeat.call for place in self._places], self._memory)
+            self._workspace = Workspace([repeat.call for repeat in self._repeats], self._memory)
         with without_autocast(flow.x.device.type):
-            return Flow(self._workspace.run(flow.x), self._layout, scored=self._places[-1].repeat.scores)
+            return Flow(self._workspace.run(flow.x), self._layout, scored=self._repeats[-1].scores)
 
 
-def key_of(start: int, flow: Flow, ended: bool = False) -> Hashable:
-    """Returns what a stretch from the child ``start`` on is found by; None where calls are not repeated.
+def _in_order(module: nn.Module) -> Entry:
+    return module._modules, len(module._modules), None, tuple(module._modules.values())
 
-    ``ended``: a unit of another module runs in the place of the last child.
-    """
+
+def _by_name(module: nn.Module) -> Entry:
+    return module._modules, -1, tuple(module._modules), tuple(module._modules.values())
+
+
+def key_of(start: int, flow: Flow) -> Hashable:
+    """Returns what a stretch from the child ``start`` on is found by; None where calls are not repeated."""
     form = form_of(flow.x)
-    return None if form is None else (start, ended, flow.layout, form)
+    return None if form is None else (start, flow.layout, form)
 
 
 class Stretches:
-    """Those of a Sequential."""
+    """Those of a Sequential, or of a model whose unit runs in the place of a Sequential's last child."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Stretch] = {}
         self._memory = Memory()
 
-    def begin(self, start: int, flow: Flow, ended: bool = False) -> Stretch:
-        """Returns one without a unit yet; arguments as of `key_of`."""
-        return Stretch(start, key_of(start, flow, ended), flow, self._memory)
+    def begin(self, start: int, chain: Chain, flow: Flow) -> Stretch:
+        """Returns one without a unit yet, from the child ``start`` on."""
+        return Stretch(start, chain, flow, self._memory)
 
-    def find(self, start: int, flow: Flow, ended: bool = False) -> Stretch | None:
-        """Returns the one for features like those of ``flow``; arguments as of `key_of`."""
-        return self._known.get(key_of(start, flow, ended)) if self._known else None
+    def find(self, start: int, chain: Chain, flow: Flow) -> Stretch | None:
+        """Returns the one for features like those of ``flow``, where all is as it was; else None."""
+        found = self._known.get(key_of(start, flow)) if self._known else None
+        return found if found is not None and found.holds(chain) else None
 
-    def keep(self, stretch: Stretch) -> None:
-        """Keeps it, if it is more than one unit."""
+    def keep(self, stretch: Stretch, children: int) -> None:
+        """Keeps one of a Sequential that has so many ``children``, if it is more than one unit."""
         if len(stretch) > 1 and stretch.key is not None:
             if len(self._known) >= _MOST:
                 self._known.clear()
+            stretch.finish(children)
             self._known[stretch.key] = stretch
 
 
@@ -120,8 +133,9 @@ _MOST = 16  # forms: who serves images of every size gains nothing
 _of: weakref.WeakKeyDictionary[nn.Module, Stretches] = weakref.WeakKeyDictionary()
 
 
-def stretches_of(module: nn.Module) -> Stretches:
-    """Returns those of a Sequential, none at first."""
+def stretches_of(chain: Chain) -> Stretches:
+    """Returns those of a Sequential, none at first; of its end's where there is one, which goes first."""
+    module = chain.module if chain.end is None else chain.end
     found = _of.get(module)
     if found is None:
         found = _of[module] = Stretches()

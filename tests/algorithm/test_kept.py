@@ -56,6 +56,23 @@ def test_tensors_are_kept_until_they_are_dropped() -> None:
 
 
 @COMPILED
+def test_the_form_of_any_tensors_is_kept() -> None:
+    tensors = [torch.ones(3), torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(())]
+    number = ops.keep_tensors(tensors)
+    assert ops.kept_hold(number)
+    for x in tensors:
+        before = x.data
+        x.data = before + 1
+        assert ops.kept_hold(number)
+        for other in (before.double(), torch.ones(5, dtype=before.dtype)):
+            x.data = other
+            assert not ops.kept_hold(number)
+        x.data = before
+    assert ops.kept_hold(number)
+    ops.drop_kept(number)
+
+
+@COMPILED
 def test_tensors_that_are_kept_for_something_else_are_refused() -> None:
     number = ops.keep_norms([], [], [], [], [], [])
     with pytest.raises(RuntimeError, match="densenet_ext: layers: expected the number of tensors that are kept"):

@@ -71,6 +71,24 @@ def test_what_keeps_a_unit_from_being_asked() -> None:
     assert entry.reason_outside(module) == "its forward was replaced on the instance" and entry.straight(module) is None
 
 
+def test_what_is_looked_at_of_a_module_that_is_not_called() -> None:
+    module: Any = Twice()
+    entry.enter(module, Unit())
+    known = entry.straightness(module)
+    assert known.holds()
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+        handle = getattr(module, f"register_{kind}")(lambda *args: None)
+        assert not known.holds()
+        handle.remove()
+        assert known.holds()
+    module.__dict__["forward"] = lambda x: x
+    assert not known.holds()
+    del module.__dict__["forward"]
+    assert known.holds()
+    entry.enter(module, Unit())
+    assert not known.holds()
+
+
 def test_a_function_that_is_replaced_in_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     module, unit = Twice(), Unit()
     entry.enter(module, unit)

@@ -13,10 +13,11 @@ from torch import nn
 
 from densenet_ext import _extension
 from densenet_ext.units import reading
-from densenet_ext.units.reading import ABSENT, Part, Watch, code_changed, know_code
+from densenet_ext.units.norms import has_own
+from densenet_ext.units.reading import ABSENT, Part, Readings, Records, Watch, code_changed, know_code
 
 FORMS = [
-    pytest.param(reading._Record, id="python"),
+    pytest.param(reading.Record, id="python"),
     pytest.param(
         None if _extension.module is None else _extension.module.Record,
         id="compiled",
@@ -219,3 +220,45 @@ def test_code_that_was_replaced_is_seen() -> None:
     Own.forward = lambda self, x: x + 1  # type: ignore[method-assign, assignment]
     assert not watch.holds()
     assert code_changed(Own)
+
+
+@pytest.mark.skipif(_extension.module is None, reason="without the compiled part")
+def test_records_and_tensors_that_are_looked_at_as_one() -> None:
+    values: list[dict[str, Any]] = [{"a": 1}, {"b": (2, 3)}]
+    tensors = [torch.ones(3), torch.ones(2, 2)]
+    known = Records([reading.record([(each, 1, tuple(each), tuple(each.values()))]) for each in values], tensors)
+    assert known.hold()
+    for each in values:
+        each["c"] = 1
+        assert not known.hold()
+        del each["c"]
+        assert known.hold()
+    for x in tensors:
+        before = x.data
+        x.data = before.double()
+        assert not known.hold()
+        x.data = before
+        assert known.hold()
+    gone = weakref.ref(tensors.pop())
+    del x, known
+    assert gone() is None
+    assert Records([], []).hold()
+
+
+def test_the_record_of_a_reading() -> None:
+    module, key = nn.Sequential(nn.ReLU()), object()
+    readings: Readings[int] = Readings()
+    assert readings.get(module, key, lambda: 3, lambda: [Part(module), Part(module[0])]) == 3
+    known = readings.record(module, key)
+    assert known.holds()
+    module[0].register_forward_hook(lambda *args: None)
+    assert not known.holds()
+
+
+def test_whose_tensors_are_parameters_and_buffers() -> None:
+    norm: Any = nn.BatchNorm2d(3)
+    assert has_own(norm, "weight", "running_mean") and not has_own(norm, "weight", "other")
+    assert has_own(nn.Conv2d(1, 1, 1, bias=False), "weight", "bias")
+    weight = norm._parameters.pop("weight")
+    norm.__dict__["weight"] = weight.detach()  # as in a replica
+    assert not has_own(norm, "weight")

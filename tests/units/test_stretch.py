@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import densenet_ext as dx
 from densenet_ext import kernels
 from densenet_ext.algorithm.inference import form_of
 from densenet_ext.units import head
-from densenet_ext.units.around import form_of_weight
 from densenet_ext.units.entry import is_observed, observed
 from densenet_ext.units.flow import incoming
-from densenet_ext.units.stretch import Stretch, key_of, stretches_of
+from densenet_ext.units.parts import Probe
+from densenet_ext.units.stretch import Chain, Stretch, key_of, stretches_of
 
 pytestmark = pytest.mark.skipif(kernels.why_plain("cpu") is not None, reason="plain PyTorch prepares no calls")
 LAST = torch.channels_last
@@ -104,6 +107,12 @@ def threefold(linear: nn.Linear) -> nn.Linear:
     return made
 
 
+def other_features(features: nn.Module) -> nn.Module:
+    made: Any = copy.deepcopy(features)
+    made.norm5.weight.mul_(3)
+    return made
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "a hook on a block": lambda m: m.features.denseblock2.register_forward_hook(lambda block, args, out: out * 2),
     "a hook on a layer": lambda m: m.features.denseblock2.denselayer1.register_forward_pre_hook(
@@ -159,6 +168,15 @@ CHANGES: dict[str, Callable[[Any], object]] = {
         m, "classifier", nn.Sequential(nn.Dropout(0.5), nn.ReLU(), m.classifier).eval()
     ),
     "a hook on the features": lambda m: m.features.register_forward_hook(lambda features, args, out: out * 2),
+    "other features": lambda m: setattr(m, "features", other_features(m.features)),
+    "a child that is not fused": lambda m: dx.unfuse(m.features.denseblock2),
+    "a parametrised weight": lambda m: register_parametrization(m.features.transition1.conv, "weight", Shouting()),
+    "a parametrised classifier": lambda m: register_parametrization(m.classifier, "weight", Shouting()),
+    "the convolution's stride": lambda m: setattr(m.features.conv0, "stride", (1, 1)),
+    "another weight of the convolution": lambda m: setattr(
+        m.features.conv0, "weight", nn.Parameter(m.features.conv0.weight * 2)
+    ),
+    "the convolution's dtype": lambda m: m.features.conv0.double(),
     "one module more": lambda m: m.features.add_module("shout", Shouting()),
 }
 
@@ -283,21 +301,75 @@ def test_who_observes_is_told_of_each_unit(ran: list[int]) -> None:
 
 
 @torch.no_grad()
+def test_a_stretch_keeps_no_module_alive() -> None:
+    model, _ = networks()
+    for _ in range(3):
+        model(images())
+        model.features(images())
+    kept = [weakref.ref(each) for each in (model, model.features, model.features.denseblock1, model.classifier.weight)]
+    del model
+    gc.collect()
+    assert not any(each() is not None for each in kept)
+
+
+@torch.no_grad()
+def test_two_models_over_the_same_features(ran: list[int]) -> None:
+    pairs = networks(), networks()
+    for each in (0, 1):
+        pairs[1][each].features = pairs[0][each].features
+        pairs[1][each].classifier.weight.mul_(3)
+    for _ in range(3):
+        for model, usual in pairs:
+            assert_alike(model, usual, images())
+    assert 8 in ran
+    for each in (0, 1):
+        pairs[1][each].features = copy.deepcopy(pairs[0][each].features)
+        pairs[1][each].features.norm5.weight.mul_(2)
+    for _ in range(3):
+        for model, usual in pairs:
+            assert_alike(model, usual, images())
+
+
+@torch.no_grad()
+def test_a_probe_is_told_of_a_unit_whose_stretch_is_known(ran: list[int]) -> None:
+    model, _ = networks()
+    for _ in range(3):
+        model(images())
+    told: list[str] = []
+    model.features.transition1.register_forward_hook(Probe(lambda: told.append("transition1")))
+    ran.clear()
+    model(images())
+    assert told == ["transition1"] and 8 not in ran
+
+
+@torch.no_grad()
+def test_the_first_units_run_as_one_where_the_head_cannot(ran: list[int]) -> None:
+    model, usual = networks()
+    x = images()
+    for each in (model, usual):
+        each.features._modules["shout"] = Shouting()
+        each.features._modules["norm5"] = each.features._modules.pop("norm5")
+    for _ in range(3):
+        assert_alike(model, usual, x)
+    assert ran
+    for each in (model, usual):
+        each.features.norm5.register_forward_hook(lambda norm, args, out: out * 2)
+    ran.clear()
+    assert_alike(model, usual, x)
+    with pytest.raises((TypeError, AttributeError), match="expected a tensor, got list"):
+        model([x])
+
+
+@torch.no_grad()
 def test_a_stretch_is_forgotten_with_its_module_and_is_not_copied() -> None:
     model, _ = networks()
     for _ in range(3):
         model(images())
-    known = stretches_of(model.features)
-    assert known is stretches_of(model.features) and known.find(1, incoming(images())) is None
+    chain = Chain(model.features, (), model)
+    known = stretches_of(chain)
+    assert known is stretches_of(chain) and known.find(1, chain, incoming(images())) is None
     twin = copy.deepcopy(model)
-    assert stretches_of(twin.features) is not known
+    assert stretches_of(Chain(twin.features, (), twin)) is not known
     assert key_of(1, incoming(images())) is not None and form_of(images()) is not None
     with torch.enable_grad():
         assert key_of(1, incoming(images())) is None and form_of(images()) is None
-
-
-def test_what_a_call_depends_on_of_a_weight() -> None:
-    weight = torch.randn(4, 3, 2, 2)
-    assert form_of_weight(weight) == form_of_weight(weight + 1)
-    for other in (weight.double(), weight[1:], weight.contiguous(memory_format=LAST), weight.to("meta")):
-        assert form_of_weight(weight) != form_of_weight(other)

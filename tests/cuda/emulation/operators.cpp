@@ -75,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CPU, m) {
   dx::ops::implement_around<dx::ops::Cuda>(m);
 }
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext_emulated, CompositeExplicitAutograd, m) {
+  m.impl("keep_tensors", TORCH_BOX(&dx::ops::keep_tensors));
   m.impl("kept_hold", TORCH_BOX(&dx::ops::kept_hold));
   m.impl("drop_kept", TORCH_BOX(&dx::ops::drop_kept));
   m.impl("keep_layers", TORCH_BOX(&dx::ops::keep_layers));
