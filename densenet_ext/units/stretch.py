@@ -109,7 +109,7 @@ class Stretches:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Stretch] = {}
-        self._memory = Memory()
+        self._memory = Memory(_LITTLE)
 
     def begin(self, start: int, chain: Chain, flow: Flow) -> Stretch:
         """Returns one without a unit yet, from the child ``start`` on."""
@@ -129,6 +129,7 @@ class Stretches:
             self._known[stretch.key] = stretch
 
 
+_LITTLE = 2**21  # bytes: what a network of this size for one small image weighs, too
 _MOST = 16  # forms: who serves images of every size gains nothing
 _of: weakref.WeakKeyDictionary[nn.Module, Stretches] = weakref.WeakKeyDictionary()
 

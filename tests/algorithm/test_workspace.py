@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from densenet_ext.algorithm import packed
 from densenet_ext.algorithm.inference import Call, Made
 from densenet_ext.algorithm.packed import Held, changes, free_at_release, hold, release
 from densenet_ext.algorithm.workspace import Memory, Workspace
+from densenet_ext.units import stretch
+from densenet_ext.units.stretch import Chain, stretches_of
 from tests.support.helpers import allocations
 
 pytestmark = pytest.mark.skipif(kernels.why_plain("cpu") is not None, reason="plain PyTorch prepares no calls")
@@ -99,6 +102,21 @@ def test_nothing_is_kept_where_nobody_holds_weights() -> None:
     gc.collect()
     assert memory() is None
     assert (workspace.run(torch.zeros(3)) == 5).all() and workspace._tensors is None
+
+
+def test_a_little_is_kept_in_any_case() -> None:
+    seen: list[list[Tensor]] = []
+    calls = chain(torch.ones(4, 3, 1, 1), seen)
+    needed = sum(Workspace(calls, Memory())._sizes())
+    for little, kept in ((needed - 1, False), (needed, True)):
+        workspace = Workspace(calls, Memory(little))
+        for n in range(3):
+            assert (workspace.run(torch.full((3,), float(n))) == 5 + n).all()
+            assert (workspace._tensors is not None) == kept
+    places = [[t.data_ptr() for t in tensors] for tensors in seen[-2 * len(calls) :]]
+    last = len(calls) - 1
+    assert places[0][1:] == places[last + 1][1:] and places[1:last] == places[last + 2 : -1]
+    assert workspace._memory._bytes is not None and workspace._memory._bytes.numel() == needed
 
 
 def test_release_frees_what_asked_for_it() -> None:
@@ -221,11 +239,21 @@ def images(n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_network_gives_the_same_bits_from_kept_memory(dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["while weights are held", "because it is little"])
+def test_a_network_gives_the_same_bits_from_kept_memory(
+    held: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, usual = network()
+    for each, little in ((model, 0 if held else 2**30), (usual, 0)):
+        monkeypatch.setattr(stretch, "_LITTLE", little)
+        stretches_of(Chain(each.features, ()))  # makes them
+        stretches_of(Chain(each.features, (), each))
     _extension.module.set_winograd("never")  # packed weights are transformed more often
     try:
-        with dx.packed_weights(model), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with (
+            dx.packed_weights(model) if held else nullcontext(),
+            torch.autocast("cpu", dtype, enabled=dtype is not None),
+        ):
             for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
                 with mode():
                     for n in (2, 1, 2):
@@ -242,11 +270,16 @@ def test_a_network_gives_the_same_bits_from_kept_memory(dtype: torch.dtype | Non
     assert not packed._weights
 
 
+@torch.no_grad()
 def test_an_inference_allocates_next_to_nothing() -> None:
     model, usual = network()
-    x = images(4)
-    with torch.no_grad(), dx.packed_weights(model):
+    x = images(64)
+    with dx.packed_weights(model):
         for _ in range(3):
             model(x), usual(x)
         kept, needed = (allocations(lambda m=m: m(x))[1] for m in (model, usual))
     assert kept < needed / 8, (kept, needed)
+    for _ in range(2):
+        usual(images(1))
+    one = images(1)
+    assert allocations(lambda: usual(one))[1] < needed / 128
