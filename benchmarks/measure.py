@@ -9,6 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,9 @@ class Inference:
             return scores
 
 
-def lowered(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to ``dtype`` where ``images`` are, off when it is None."""
-    return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
+def lowered(images: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast to ``dtype`` where ``images`` are; nothing when it is None, as in a loop that has never heard of it."""
+    return nullcontext() if dtype is None else torch.autocast(images.device.type, dtype=dtype)
 
 
 class Ratio(NamedTuple):
