@@ -29,10 +29,7 @@ __attribute__((noinline)) void lane_product(int64_t tiles, int64_t slices, int64
   constexpr int64_t kTile = LanePoints::kTile;
   for (int64_t t = 0; t < tiles; t += R) {
     Vec<float> acc[R][NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = Vec<float>{};
+    set_zero<float>(acc);
     const float *a = in + t * kTile, *b = weights;
     for (int64_t slice = 0; slice < slices; ++slice)
       for (int64_t k0 = 0; k0 < K; k0 += L, a += in_vector) {
