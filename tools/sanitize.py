@@ -26,6 +26,7 @@ COPIED = (
     "build_backend",
     "tests",
     "tools",
+    "benchmarks",  # whose shapes tests take
     "setup.py",
     "pyproject.toml",
     "README.md",
