@@ -65,8 +65,8 @@ class _Notes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def capture(graph: Graph, pool: object = None) -> Iterator[None]:
-    """In the place of torch.cuda.graph."""
+def capture(graph: Graph, pool: object = None, **settings: object) -> Iterator[None]:
+    """In the place of torch.cuda.graph, to which each torch passes other settings."""
     notes = _Notes(graph)
     with notes:
         yield
