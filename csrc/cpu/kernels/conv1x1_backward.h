@@ -231,7 +231,7 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
   sums.finish(p.C, affine.rstd, p.grad_weight, p.grad_bias);
   if (p.grad_mean)
     for (int64_t c = 0; c < p.C; ++c) {
-      const auto d = bn_statistics_grad<A>(affine.scale[c], affine.rstd[c], A(sums.dy(c)), A(sums.dy_xc(c)));
+      const auto d = bn_statistics_grad<A>(affine.scale(c), affine.rstd[c], A(sums.dy(c)), A(sums.dy_xc(c)));
       p.grad_mean[c] += d.mean;
       p.grad_var[c] += d.var;
     }

@@ -6,6 +6,9 @@
 // products of bf16 this work would take a sixth of the time by itself. Of the panel behind it, `behind` rows further
 // on, the same vectors are asked for on the way. Levels of 16 registers have none left for this: there steps ask for
 // the panel's memory, and finish() fills it.
+//
+// A step has three pointers that move on and a number that counts down, as a product leaves no more integer registers:
+// what does not fit them a compiler keeps in vectors, and fetches it with the units that multiply.
 template <class P, class T>
 class PanelAhead {
   using A = typename P::A;
@@ -14,43 +17,58 @@ class PanelAhead {
 
  public:
   PanelAhead(int64_t rows, int64_t C, const NormalisedRows<T>& source, const AlongColumns<P>& target, int64_t behind)
-      : source_(source),
+      : x_(source.x.data),
+        to_(target.data),
+        norm_(source.norm.vectors),
+        source_(source),
         target_(target),
         C_(C),
         rows_(rows),
+        vectors_((C + L - 1) / L),
         behind_(behind * source.x.pitch),
-        reads_(kFills ? ReadAhead() : ReadAhead(source.x, 0, rows, C)) {}
+        reads_(kFills ? ReadAhead() : ReadAhead(source.x, 0, rows, C)) {
+    left_ = rows_ > 0 ? vectors_ : 0;
+  }
   DX_INLINE void step() {
     if (!kFills)
       reads_.line();
-    else if (rows_ > 0)
+    else if (__builtin_expect(left_ > 1, 1))
       next_vector();
+    else if (left_ > 0)
+      last_vector();
   }
   // Does what there was no step for.
   DX_INLINE void finish() {
-    while (c_ > 0 || rows_ % kRowGroup != 0) next_vector();
-    fill_rows<A>(0, rows_, rows_, C_, source_, target_);
+    while (rows_ > 0 && (left_ < vectors_ || rows_ % kRowGroup != 0)) left_ > 1 ? next_vector() : last_vector();
+    fill_rows<A>(0, rows_, rows_, C_, NormalisedRows<T>{{x_, source_.x.pitch}, source_.norm},
+                 AlongColumns<P>{to_, target_.pitch});
   }
 
  private:
   DX_INLINE void next_vector() {
-    if (c_ + L <= C_)
-      put(Whole{});
-    else
-      put(Part{int(C_ - c_)});
-    prefetch<2>(source_.x.data + c_, behind_);
-    c_ += L;
-    if (c_ < C_) return;
-    prefetch<2>(source_.x.data + c_ - 1, behind_);
-    c_ = 0, source_.x.data += source_.x.pitch, target_.data += target_.pitch, --rows_;
+    put(Whole{});
+    x_ += L, to_ += L / P::kDepth, norm_ += 3 * L, --left_;
+  }
+  // Of a row, which may end in it; the next vector is the next row's first one.
+  DX_INLINE void last_vector() {
+    const int64_t before = C_ - 1 - (C_ - 1) % L;
+    put(Part{int(C_ - before)});
+    prefetch<2>(x_ + (C_ - before - 1), behind_);
+    x_ += source_.x.pitch - before, to_ += target_.pitch - before / P::kDepth, norm_ = source_.norm.vectors;
+    left_ = --rows_ > 0 ? vectors_ : 0;
   }
   template <class Columns>
   DX_INLINE void put(Columns columns) const {
-    P::store_along_columns(target_.data, c_, source_.value(source_.at(c_), 0, c_, columns));
+    P::store_along_columns(to_, 0, relu<A>(typename Affine<A>::Columns(norm_)(columns.load(x_))));
+    prefetch<2>(x_, behind_);
   }
 
-  NormalisedRows<T> source_;  // from the next row on
+  const T* x_;               // the next vector
+  typename P::Operand* to_;  // where it goes
+  const A* norm_;            // of its columns
+  int64_t left_;             // vectors of the row, or 0 behind the last one
+  NormalisedRows<T> source_;
   AlongColumns<P> target_;
-  int64_t C_, rows_, behind_, c_ = 0;
+  int64_t C_, rows_, vectors_, behind_;
   ReadAhead reads_;
 };

@@ -99,7 +99,10 @@ inline int64_t padded(int64_t C) {
 // shift = bias - mean * scale, saves a subtraction and leaves the rounding of a large shift.)
 template <class A>
 struct Affine {
-  A *mean, *scale, *bias, *rstd;  // [padded C]; zero beyond C
+  static constexpr int L = kLanes<A>;
+  A* vectors;  // mean, scale and bias of a vector of columns, one after the other, then those of the next; zero beyond
+               // C
+  A* rstd;     // [padded C]; zero beyond C
 
   static int64_t size(int64_t C) { return 4 * padded<A>(C); }
   static size_t bytes(int64_t C) { return Scratch::bytes<A>(size(C)); }
@@ -108,34 +111,41 @@ struct Affine {
   // to compute them.
   Affine(A* memory, const Norm<A>& norm, int64_t C) {
     const int64_t Cp = padded<A>(C);
-    mean = memory, scale = mean + Cp, bias = scale + Cp, rstd = bias + Cp;
-    if (!norm.mean) {  // x is normalised already
-      std::fill_n(scale, C, A(1)), std::fill_n(rstd, C, A(1));
-      std::fill_n(bias, C, A(0)), std::fill_n(mean, C, A(0));
-    } else {
-      for_columns<A>(C, [&](int64_t c, auto columns) {
+    vectors = memory, rstd = memory + 3 * Cp;
+    for_columns<A>(C, [&](int64_t c, auto columns) {
+      Vec<A> mean = {}, r = broadcast(A(1)), scale = r, bias = {};  // where x is normalised already
+      if (norm.mean) {
         // as bn_rstd
-        const Vec<A> r = broadcast(A(1)) / square_root<A>(columns.load(norm.var + c) + broadcast(A(norm.eps)));
-        store_vec(rstd + c, r);
-        store_vec(scale + c, norm.weight ? columns.load(norm.weight + c) * r : r);
-        store_vec(bias + c, norm.bias ? columns.load(norm.bias + c) : Vec<A>{});
-        store_vec(mean + c, columns.load(norm.mean + c));
-      });
+        r = broadcast(A(1)) / square_root<A>(columns.load(norm.var + c) + broadcast(A(norm.eps)));
+        scale = norm.weight ? columns.load(norm.weight + c) * r : r;
+        if (norm.bias) bias = columns.load(norm.bias + c);
+        mean = columns.load(norm.mean + c);
+      }
+      A* const own = vectors + 3 * c;
+      store_vec(own, mean), store_vec(own + L, scale), store_vec(own + 2 * L, bias), store_vec(rstd + c, r);
+    });
+    for (int64_t c = C; c < Cp; ++c) {
+      rstd[c] = A(0);
+      for (int i = 0; i < 3; ++i) vectors[3 * (Cp - L) + i * L + c % L] = A(0);
     }
-    for (int64_t c = C; c < Cp; ++c) mean[c] = scale[c] = bias[c] = rstd[c] = A(0);
   }
+  // c: a vector's first column.
   Affine from(int64_t c) const {
     Affine rest = *this;
-    rest.mean += c, rest.scale += c, rest.bias += c, rest.rstd += c;
+    rest.vectors += 3 * c, rest.rstd += c;
     return rest;
   }
+  A scale(int64_t c) const { return vectors[3 * (c - c % L) + L + c % L]; }
   // Of a vector of columns, in registers for the rows that follow.
   struct Columns {
     Vec<A> mean, scale, bias;
+    DX_INLINE explicit Columns(const A* own)
+        : mean(load_vec(own)), scale(load_vec(own + L)), bias(load_vec(own + 2 * L)) {}
+    Columns() = default;
     DX_INLINE Vec<A> of_centered(Vec<A> xc) const { return xc * scale + bias; }
     DX_INLINE Vec<A> operator()(Vec<A> x) const { return of_centered(x - mean); }
   };
-  DX_INLINE Columns at(int64_t c) const { return {load_vec(mean + c), load_vec(scale + c), load_vec(bias + c)}; }
+  DX_INLINE Columns at(int64_t c) const { return Columns(vectors + 3 * c); }
 };
 
 // A per-channel input that may be shorter than its last vector, copied with zeros behind it.
