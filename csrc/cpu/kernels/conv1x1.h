@@ -33,9 +33,15 @@ void bn_relu_conv1x1(const BnReluConv1x1<T>& p, const Pool& pool, PackedWeights*
     std::fill_n(bias, Np, A(0));
     if (p.out_bias) std::copy_n(p.out_bias, p.N, bias);
     const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.columns(to, task % grid.columns); });
+    int64_t products = 0;  // steps of a panel's
+    for_column_blocks<A>(range.begin, range.end, [&](int64_t, auto vectors) {
+      products += panel / kTileRows<decltype(vectors)::value> * steps;
+    });
+    const int64_t vectors = panel * (padded<A>(p.C) / L);  // that are filled beside them
+    const int64_t every = p.C > 0 ? std::max<int64_t>(1, products / vectors) : 1;
     const auto fills = [&](int64_t m, const AlongColumns<P>& to) {
       const int64_t rows = std::clamp<int64_t>(all.end - m, 0, panel), behind = m + panel < all.end ? panel : 0;
-      return PanelAhead<P, T>(rows, p.C, {{p.x.row(m), p.x.pitch}, affine}, to, behind);
+      return PanelAhead<P, T>(rows, p.C, {{p.x.row(m), p.x.pitch}, affine}, to, behind, every);
     };
     fills(all.begin, y).finish();
     for_panels(all, panel, [&](int64_t m0, int64_t rows) {

@@ -5,7 +5,9 @@
 // ReLU then run beside the multiply-adds, which leave a processor's other units idle. With 48 output channels and dot
 // products of bf16 this work would take a sixth of the time by itself. Of the panel behind it, `behind` rows further
 // on, the same vectors are asked for on the way. Levels of 16 registers have none left for this: there steps ask for
-// the panel's memory, and finish() fills it.
+// the panel's memory, and finish() fills it. Where there are several times as many steps as vectors, every so many
+// steps fill one: a core asks for so many lines at a time and no more, and loads wait behind what is asked for in a
+// burst.
 //
 // A step has three pointers that move on and a number that counts down, as a product leaves no more integer registers:
 // what does not fit them a compiler keeps in vectors, and fetches it with the units that multiply.
@@ -16,7 +18,8 @@ class PanelAhead {
   static constexpr bool kFills = kRegisters >= 32;
 
  public:
-  PanelAhead(int64_t rows, int64_t C, const NormalisedRows<T>& source, const AlongColumns<P>& target, int64_t behind)
+  PanelAhead(int64_t rows, int64_t C, const NormalisedRows<T>& source, const AlongColumns<P>& target, int64_t behind,
+             int64_t every)
       : x_(source.x.data),
         to_(target.data),
         norm_(source.norm.vectors),
@@ -26,16 +29,21 @@ class PanelAhead {
         rows_(rows),
         vectors_((C + L - 1) / L),
         behind_(behind * source.x.pitch),
+        every_(every),
+        wait_(every),
         reads_(kFills ? ReadAhead() : ReadAhead(source.x, 0, rows, C)) {
     left_ = rows_ > 0 ? vectors_ : 0;
   }
   DX_INLINE void step() {
     if (!kFills)
       reads_.line();
-    else if (__builtin_expect(left_ > 1, 1))
-      next_vector();
-    else if (left_ > 0)
-      last_vector();
+    else if (--wait_ == 0) {
+      wait_ = every_;
+      if (__builtin_expect(left_ > 1, 1))
+        next_vector();
+      else if (left_ > 0)
+        last_vector();
+    }
   }
   // Does what there was no step for.
   DX_INLINE void finish() {
@@ -69,6 +77,6 @@ class PanelAhead {
   int64_t left_;             // vectors of the row, or 0 behind the last one
   NormalisedRows<T> source_;
   AlongColumns<P> target_;
-  int64_t C_, rows_, vectors_, behind_;
+  int64_t C_, rows_, vectors_, behind_, every_, wait_;
   ReadAhead reads_;
 };
