@@ -1,34 +1,34 @@
 // The backward pass of z = relu(bn(x)) @ W^T in one pass over x and G: for each panel of rows
 //   dz    (through norm2 and its ReLU, when grad_out is the gradient behind them)
+// and in it for each block of columns
 //   y   = relu(bn(x))                           recomputed
 //   dW += dz^T @ y                              one sum per task
 //   dy  = (dz @ W) masked by bn(x) > 0          never stored
 //   G   = s * dy + (G | grad_in | 0),  sum(dy),  sum(dy (x - m))
 #pragma once
 
-// What one task works on: panels of rows of its columns. dz is an operand twice: of dgrad along its columns (the inner
-// dimension is N), of wgrad along its rows (the inner dimension is M). Where an operand is a single number the two are
-// the same.
+// What one task works on: dz of a panel of rows, and y of the same rows and one block of columns, which stays in the
+// first cache for all output channels. dz is an operand twice: of dgrad along its columns (the inner dimension is N),
+// of wgrad along its rows (the inner dimension is M). Where an operand is a single number the two are the same.
 template <class T, class P>
 struct BackwardPanels {
   using A = Acc<T>;
   using Operand = typename P::Operand;
   static constexpr bool kSame = P::kDepth == 1;
 
-  int64_t y_pitch, dz_pitch, dz_rows_pitch, rows, wgrad_rows;
+  int64_t dz_pitch, dz_rows_pitch, rows, wgrad_rows;
   int64_t y_size, dz_size, dz_rows_size, wgrad_size;
 
-  // C: the columns of the task that has most.
+  // C: the columns of the task that has most, in whole vectors.
   BackwardPanels(int64_t C, int64_t N, bool want_wgrad)
-      : y_pitch(panel_pitch<A>(C)),
-        dz_pitch(panel_pitch<A>(kSame ? N : depth_steps<P>(N))),
+      : dz_pitch(panel_pitch<A>(kSame ? N : depth_steps<P>(N))),
         dz_rows_pitch(panel_pitch<A>(N)),
-        rows(panel_rows<P>(std::max(y_pitch, dz_rows_pitch) / P::kDepth * int64_t(sizeof(Operand)))),
+        rows(panel_rows<P>(dz_rows_pitch / P::kDepth * int64_t(sizeof(Operand)))),
         wgrad_rows(round_up(N, kRowUnit)),
-        y_size(want_wgrad ? rows / P::kDepth * y_pitch : 0),
+        y_size(want_wgrad ? rows / P::kDepth * kMostVectors * kLanes<A> : 0),
         dz_size(rows * dz_pitch),
         dz_rows_size(want_wgrad && !kSame ? rows / P::kDepth * dz_rows_pitch : 0),
-        wgrad_size(want_wgrad ? wgrad_rows * y_pitch : 0) {}
+        wgrad_size(want_wgrad ? wgrad_rows * C : 0) {}
   int64_t operands() const { return y_size + dz_size + dz_rows_size; }
 };
 
@@ -64,27 +64,65 @@ struct DzPanel {
   }
 };
 
-// dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for the task's columns; a tile's rows are output
-// channels here. ahead: an aside, as in tile_product.
-template <class P>
-DX_INLINE void add_wgrad(int64_t N, int64_t C, int64_t steps, AlongRows<P> dz, AlongRows<P> y, typename P::A* wgrad,
-                         ReadsAhead& ahead) {
+// dW[i, c] += sum over the panel's rows of dz[row, i] * y[row, c] for a block of columns; a tile's rows are output
+// channels here. first: nothing has been added yet, and the block's memory is not read.
+template <class P, int NV>
+DX_INLINE void add_wgrad(int64_t N, int64_t steps, AlongRows<P> dz, const typename P::Operand* y, typename P::A* wgrad,
+                         bool first, SpreadReads& ahead) {
   using A = typename P::A;
-  for_column_blocks<A>(0, C, [&](int64_t c, auto vectors) {
-    constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
-    for (int64_t i = 0; i < N; i += R) {
-      Vec<A> acc[R][NV];
-      tile_product<P, NV, 1, 0>(steps, dz.data + i, 1, dz.pitch, y.data + c, y.pitch, acc, ahead);
+  constexpr int R = kTileRows<NV>, L = kLanes<A>;
+  for (int64_t i = 0; i < N; i += R, wgrad += R * NV * L) {
+    Vec<A> acc[R][NV];
+    ReadCursor reads = ahead.cursor();
+    tile_product<P, NV, 1, 0>(steps, dz.data + i, 1, dz.pitch, y, NV * L, acc, reads);
+    ahead.go_on(reads);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) {
-          A* w = wgrad + (i + r) * y.pitch + c + j * kLanes<A>;
-          store_vec(w, load_vec(w) + acc[r][j]);
-        }
-    }
-  });
+      for (int j = 0; j < NV; ++j) {
+        A* w = wgrad + (r * NV + j) * L;
+        store_vec(w, first ? acc[r][j] : load_vec(w) + acc[r][j]);
+      }
+  }
 }
+
+// What the products of a panel ask for on the way: the next panel; or, where a panel is so wide that its x and what is
+// added to would lie too long in the second cache, where the products' operands are, the columns that follow.
+template <class T>
+struct PanelReads {
+  Rows<const T> x, in, z, grad;  // x, in: from the task's first column on; in, z: or null
+  Range rows, next;              // of the panel and of the one behind it
+  int64_t C, N;
+
+  PanelReads(const BnReluConv1x1Backward<T>& p, Rows<const T> in, Range columns, Range rows, Range next)
+      : x{p.x.data + columns.begin, p.x.pitch},
+        in{in ? in.data + columns.begin : nullptr, in.pitch},
+        z(p.z),
+        grad(p.grad_out),
+        rows(rows),
+        next(next),
+        C(columns.end - columns.begin),
+        N(p.N) {}
+  bool wide() const {
+    constexpr int64_t kWideBytes = 256 * 1024;
+    return (rows.end - rows.begin) * C * int64_t(sizeof(T)) > kWideBytes;
+  }
+  // The next panel, beside so many steps.
+  SpreadReads of_panel(int64_t steps) const {
+    return SpreadReads(steps, ReadRows(grad, next, 0, N), ReadRows(z, next, 0, N), ReadRows(x, next, 0, C),
+                       ReadRows(in, next, 0, C));
+  }
+  // Beside the product of `width` columns from c on: an equal share of the next panel's dz, and the columns that
+  // follow.
+  SpreadReads of_block(int64_t steps, int64_t c, int64_t width) const {
+    const int64_t count = next.end - next.begin, end = std::min(c + width, C);
+    const Range share = {next.begin + count * c / C, next.begin + count * end / C};
+    const Range of_columns = end < C ? rows : next;
+    const int64_t column = end < C ? end : 0, columns = std::min(width, C - column);
+    return SpreadReads(steps, ReadRows(grad, share, 0, N), ReadRows(z, share, 0, N),
+                       ReadRows(x, of_columns, column, columns), ReadRows(in, of_columns, column, columns));
+  }
+};
 
 // What follows dz @ W for one vector of columns: the mask, the two sums, and s * dy into G. Pointers are members of
 // their own (not looked up in the arguments), as a store through them could otherwise change the arguments for the
@@ -137,6 +175,12 @@ struct DgradColumns {
   }
 };
 
+// Tiles of NV vectors that so many rows take.
+template <int NV>
+inline int64_t tiles(int64_t rows) {
+  return (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+}
+
 template <class T, class P = Product<T>>
 void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& pool) {
   using A = Acc<T>;
@@ -170,15 +214,13 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
 
   pool.run([&](int task) {
     const Range all = grid.row_range(task, p.M), range = grid.template column_range<A>(task, p.C);
-    const int64_t C = range.end - range.begin;
-    Operand* own = operands[task];
+    Operand *own = operands[task], *y = own;
     const Operand* packed = weights.of_task(task, [&](Operand* to) { packing.columns(to, task % grid.columns); });
-    const AlongRows<P> y = {own, panels.y_pitch};
     const AlongColumns<P> dz = {own + panels.y_size, panels.dz_pitch};
     const AlongRows<P> dz_rows = {Panels::kSame ? dz.data : dz.data + panels.dz_size, panels.dz_rows_pitch};
     A* wgrad = wgrads[task];
     std::fill_n(own, panels.operands(), Operand{});  // columns beyond the last one stay zero
-    std::fill_n(wgrad, panels.wgrad_size, A(0));
+    if (all.begin == all.end) std::fill_n(wgrad, panels.wgrad_size, A(0));
     for_panels(all, panels.rows, [&](int64_t m0, int64_t rows) {
       const Rows<const T> grad = {p.grad_out.row(m0), p.grad_out.pitch};
       const DzPanel<P> put_dz = {dz, dz_rows, want_wgrad && !Panels::kSame};
@@ -186,27 +228,26 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
         fill_panel<A>(rows, p.N, DzRows<T>{grad, {p.z.row(m0), p.z.pitch}, norm2}, put_dz);
       else
         fill_panel<A>(rows, p.N, GivenRows<T>{grad}, put_dz);
-      const Rows<const T> x = {p.x.data + range.begin, p.x.pitch};
-      const int64_t next = m0 + rows, next_rows = std::min(panels.rows, all.end - next);
-      // Of a wide panel what is added to would lie too long in the second cache, where the product's operands are.
-      constexpr int64_t kAheadBytes = 128 * 1024;
-      const bool wide = rows * C * int64_t(sizeof(T)) > kAheadBytes;
-      const Rows<const T> in_columns = in ? Rows<const T>{in.data + range.begin, in.pitch} : x;
-      // wgrad asks for what the next panel's dz is made of, dgrad for the rest.
-      const ReadAhead of_grad(p.grad_out, next, next_rows, p.N), of_x(x, next, next_rows, C);
-      const ReadAhead of_z(p.z ? p.z : p.grad_out, next, p.z ? next_rows : 0, p.N);
-      const ReadAhead of_in(in_columns, next, in && !wide ? next_rows : 0, C);
-      ReadsAhead ahead = want_wgrad ? ReadsAhead(of_in, of_x) : ReadsAhead(of_in, of_x, of_z, of_grad);
-      if (want_wgrad) {
-        fill_panel<A>(rows, C, NormalisedRows<T>{{x.row(m0), x.pitch}, affine.from(range.begin)}, y);
-        ReadsAhead ahead_of_dz(of_z, of_grad);
-        add_wgrad<P>(p.N, C, depth_steps<P>(rows), dz_rows, y, wgrad, ahead_of_dz);
-      }
+      const int64_t next = m0 + rows;
+      const PanelReads<T> reads(p, in, range, {m0, next}, {next, std::min(next + panels.rows, all.end)});
+      const auto product_steps = [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value;
+        return (want_wgrad ? tiles<NV>(p.N) * depth_steps<P>(rows) : 0) + tiles<NV>(rows) * steps;
+      };
+      int64_t panel_steps = 0;
+      for_column_blocks<A>(range.begin, range.end,
+                           [&](int64_t, auto vectors) { panel_steps += product_steps(vectors); });
+      SpreadReads ahead = reads.of_panel(panel_steps);
 
       for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
         constexpr int NV = decltype(vectors)::value, R = kTileRows<NV>;
-        const Rows<const T> from_n = {in_columns.data + n - range.begin, in_columns.pitch};
-        ahead.set_first(ReadAhead(from_n, m0, in && wide ? rows : 0, std::min<int64_t>(NV * L, range.end - n)));
+        if (reads.wide()) ahead = reads.of_block(product_steps(vectors), n - range.begin, NV * L);
+        if (want_wgrad) {
+          const NormalisedRows<T> of_block = {{p.x.row(m0) + n, p.x.pitch}, affine.from(n)};
+          fill_panel<A>(rows, std::min<int64_t>(NV * L, range.end - n), of_block, AlongRows<P>{y, NV * L});
+          add_wgrad<P, NV>(p.N, depth_steps<P>(rows), dz_rows, y, wgrad + (n - range.begin) * panels.wgrad_rows,
+                           m0 == all.begin, ahead);
+        }
         DgradColumns<T> columns[NV];
         for (int j = 0; j < NV; ++j) columns[j] = DgradColumns<T>(p, in, affine, m0, n + j * L);
         for (int64_t r0 = 0; r0 < rows; r0 += R) {
@@ -214,8 +255,10 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
           const int64_t tile_rows = std::min<int64_t>(R, rows - r0);
           {
             Vec<A> acc[R][NV];
+            ReadCursor cursor = ahead.cursor();
             tile_product<P, NV, 0, 1>(steps, dz.data + r0 * dz.pitch, dz.pitch, 1, packed + n * steps, NV * L, acc,
-                                      ahead);
+                                      cursor);
+            ahead.go_on(cursor);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -241,11 +284,15 @@ void bn_relu_conv1x1_backward(const BnReluConv1x1Backward<T>& p, const Pool& poo
     for (int64_t i = channels.begin; i < channels.end; ++i)
       for (int column = 0; column < grid.columns; ++column) {
         const Range range = grid.template column_range<A>(column, p.C);
-        for_columns<A>(range.end - range.begin, [&](int64_t c, auto columns) {
-          Vec<A> total = {};
-          for (int row = 0; row < grid.rows; ++row)
-            total += load_vec(wgrads[row * grid.columns + column] + i * panels.y_pitch + c);
-          columns.store(p.grad_conv_weight + i * p.C + range.begin + c, total);
+        for_column_blocks<A>(range.begin, range.end, [&](int64_t n, auto vectors) {
+          constexpr int NV = decltype(vectors)::value;
+          const int64_t of_channel = (n - range.begin) * panels.wgrad_rows + i * NV * L;
+          for_columns<A>(std::min<int64_t>(NV * L, range.end - n), [&](int64_t c, auto columns) {
+            Vec<A> total = {};
+            for (int row = 0; row < grid.rows; ++row)
+              total += load_vec(wgrads[row * grid.columns + column] + of_channel + c);
+            columns.store(p.grad_conv_weight + i * p.C + n + c, total);
+          });
         });
       }
   });
