@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import subprocess
-import sysconfig
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +56,7 @@ def compile_operators(cache: Path = CACHE) -> Path:
     """
     from torch.utils import cpp_extension
 
-    flags = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DUSE_CUDA"]
     # -Bsymbolic: what operators.cpp stands in for is in torch's libraries too
     linker = ["-Wl,-Bsymbolic", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
