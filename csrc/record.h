@@ -2,9 +2,8 @@
 // same stands in Python in units/reading.py, which takes ten times as long: there are thousands of entries.
 //
 // Most of the time goes into fetching the objects from memory, so that what has to be looked at is asked for ahead, and
-// several records are looked at together.
-// Where Python says whether a dictionary has changed since it was compared (PEP 509, until Python 3.11), its entries
-// are not looked at again, but for those that are dictionaries themselves.
+// several records are looked at together. Where Python says whether a dictionary has changed since it was compared (PEP
+// 509, until Python 3.11), its entries are not looked at again, but for those that are dictionaries themselves.
 #pragma once
 
 #include <pybind11/pybind11.h>

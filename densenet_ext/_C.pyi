@@ -19,7 +19,7 @@ def kept_hold(kept: int) -> bool:
     """The operation of this name, without the time that a call through the dispatcher takes."""
 
 class Record:
-    """What dictionaries hold, and of which classes objects are; in Python `units.reading._Record`."""
+    """What dictionaries hold, and of which classes objects are; in Python `units.reading.Record`."""
 
     def __init__(
         self, entries: list[Entry], typed: list[tuple[object, type]], absent: object, identical: bool

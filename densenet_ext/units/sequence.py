@@ -110,7 +110,7 @@ class Sequence(MapUnit):
     def run(self, module: nn.Module, flow: Flow) -> Flow | Mismatch:
         """Returns what the children give one after another; in words why ``flow`` does not fit the first."""
         chain = Chain(module, self.segments)
-        known = _known(0, chain, flow)
+        known = _known(chain, flow)
         if known is not None and known.is_whole:
             return known.run(flow)
         return first_mismatch(module, flow.x) or self._run(chain, flow, known, None)
@@ -119,7 +119,7 @@ class Sequence(MapUnit):
         """Returns what the children give one after another, with ``ending`` in the place of the last; None where that
         cannot run."""
         chain = Chain(module, (self.segments, ending.unit), ending.module)
-        known = _known(0, chain, flow)
+        known = _known(chain, flow)
         if known is not None and known.is_whole:
             return known.run(flow)
         if not ending.unit.can_run(ending.module):
@@ -170,9 +170,9 @@ class Sequence(MapUnit):
         return flow
 
 
-def _known(start: int, chain: Chain, flow: Flow) -> Stretch | None:
-    """Returns the stretch from the child ``start`` on that can be run, if there is one."""
-    return stretches_of(chain).find(start, chain, flow) if _may_repeat() else None
+def _known(chain: Chain, flow: Flow) -> Stretch | None:
+    """Returns the stretch that the chain begins with and that can be run, if there is one."""
+    return stretches_of(chain).find(0, chain, flow) if _may_repeat() else None
 
 
 def _may_repeat() -> bool:

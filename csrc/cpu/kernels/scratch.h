@@ -100,8 +100,7 @@ inline int64_t padded(int64_t C) {
 template <class A>
 struct Affine {
   static constexpr int L = kLanes<A>;
-  A* vectors;  // mean, scale and bias of a vector of columns, one after the other, then those of the next; zero beyond
-               // C
+  A* vectors;  // mean, scale and bias of a vector of columns, one after the other, then of the next; zero beyond C
   A* rstd;     // [padded C]; zero beyond C
 
   static int64_t size(int64_t C) { return 4 * padded<A>(C); }
