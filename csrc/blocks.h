@@ -126,7 +126,7 @@ void basic_block_backward(const B& at, const Buffer<T>& buffer, BufferGrad<T> gr
     if (!below && !asked.layer[l]) break;
     const Rows<const T> x = read_only(buffer.columns(layer.read));
     NormGrads<A> sums = {nullptr, nullptr};
-    if (layer.batch || own.norm.weight || own.norm.bias) {
+    if ((below && layer.batch) || own.norm.weight || own.norm.bias) {
       sums.weight = own.norm.weight ? own.norm.weight : scratch.sums;
       sums.bias = own.norm.bias ? own.norm.bias : scratch.sums + layer.C;
     }

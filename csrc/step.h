@@ -377,7 +377,6 @@ void basic_layer_backward(const B& at, const Buffer<T>& buffer, const Incoming<T
                           const SameConvolutionGrads<T>& grads, NormGrads<Acc<T>> sums, bool below,
                           const Contribution<T>& to, const StepScratch<T>& scratch) {
   const int64_t M = buffer.M();
-  const bool want_da = below || sums.weight;
   if constexpr (B::kHasConv3x3) {
     if (has_kernel(at, buffer.images, conv)) {
       auto p = conv3x3_backward<B>(buffer, come, x, norm, conv, grads);
@@ -386,13 +385,11 @@ void basic_layer_backward(const B& at, const Buffer<T>& buffer, const Incoming<T
         p.scaled = true;
         p.grad_in = to.grad_in, p.accumulate = !to.grad_in, p.grad_x = to.target;
         p.grad_mean = to.gm, p.grad_var = to.gv;
-      } else if (want_da) {
-        p.grad_x = dense_rows(scratch.da, conv.C);
       }
       return at.bn_relu_conv3x3_backward(p, M * (conv.C + conv.N));
     }
   }
-  auto da = convolution_backward(at, buffer, come, x, norm, conv, grads, want_da, sums, scratch);
+  auto da = convolution_backward(at, buffer, come, x, norm, conv, grads, below || sums.weight, sums, scratch);
   if (!below) return;
   const Rows<T> rows = da.rows();
   const BnReluBackward<T> p = {M, conv.C, read_only(rows), x, norm, nullptr, nullptr, rows};  // s dy

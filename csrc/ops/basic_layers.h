@@ -129,17 +129,12 @@ std::vector<Tensor> basic_layers_backward(const Tensor& grad, bool writable, int
       gradient.incoming = features<T>(at, grad, "grad", M, buffer.C);
     }
     const Rows<T> dx = grad_x ? features_out<T>(at, *grad_x, "grad_x", M, call.layers[0].C) : Rows<T>{nullptr, 0};
-    // da of the first layer, whose contribution nobody asks for, when only its norm's gradients are.
-    const bool alone = !ask.input && (own[0].norm.weight || own[0].norm.bias);
     Pieces<T> pieces;
     pieces.add(&scratch.a, M * widest_a);
     pieces.add(&scratch.g, M * growth);
-    pieces.add(&scratch.da, alone && !D::kChoosesConv3x3 ? M * call.layers.back().C : 0);
     pieces.add(&scratch.G, writable ? 0 : M * call.layers.back().C);
     pieces.place(at, scratch_memory);
     at.check_apart();
-    const OptionalTensor da =
-        room_for_da<D>(out, alone && has_kernel(at, buffer.images, call.layers[0].conv), M, call.layers[0].C, scratch);
     const auto statistics = statistics_grad<A>(out, buffer.C, 2 * buffer.C);
     gradient.gm = statistics.gm, gradient.gv = statistics.gv, scratch.sums = statistics.sums;
     WeightCopies<T> copies(at, out, M * widest_a / 2);

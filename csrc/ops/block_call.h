@@ -276,13 +276,13 @@ class BlockCall {
   bool has_seed_ = false;
 };
 
-// Pieces of the call's scratch, each beginning on a cache line; what `whole.py` counts.
+// Pieces of the call's scratch, each beginning on a cache line, null where nothing is needed; what `whole.py` counts.
 template <class T>
 class Pieces {
  public:
   void add(T** piece, int64_t count) {
     constexpr int64_t kLine = 64 / sizeof(T);
-    pieces_.push_back({piece, total_});
+    if (count > 0) pieces_.push_back({piece, total_});
     total_ += (count + kLine - 1) / kLine * kLine;
   }
   template <class D>

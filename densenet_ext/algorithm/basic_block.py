@@ -235,10 +235,7 @@ class _Calls(BlockCalls):
             C = _Parameters(*tensors[_FIRST : _FIRST + _COUNT]).conv.shape[1]
             x_grad = new_features(out, (out.shape[0], C, *out.shape[2:]))
         a, g, last = _scratch_sizes(tensors, out)
-        alone = (
-            out.is_cpu and not needs[0] and any(needs[_FIRST : _FIRST + 2])
-        )  # the first norm's gradients, not its input's
-        scratch = whole.scratch(out, a, g, last if alone else 0, 0 if writable else last)
+        scratch = whole.scratch(out, a, g, 0 if writable else last)
         held = whole.results(out, a, elements=whole.copied(out, _weights(tensors), a))
         found = run_whole(
             incoming,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from densenet_ext import kernels, reference
+from densenet_ext import _extension, kernels, reference
 from densenet_ext.algorithm import basic_block as basic
 from densenet_ext.algorithm.layout import from_rows
 from densenet_ext.algorithm.values import BasicLayer
 from densenet_ext.units.parts import norm_of
+from tests.kernels.conv3x3_calls import winograd
+from tests.kernels.test_kernels import threads
 from tests.support.helpers import (
+    DEVICE,
     F64,
     SPATIAL,
     allocations,
@@ -34,6 +37,7 @@ from tests.support.helpers import (
     vector_error,
 )
 
+__all__ = ["threads", "winograd"]  # fixtures
 MODES = {"train": True, "frozen": False, "mixed": [True, False, True]}
 ORDERS = {"new behind": False, "new in front": True}
 
@@ -190,6 +194,34 @@ def test_only_what_is_asked_for(order: str, backend: str) -> None:
     for subset in subsets:
         got = gradients(out, [everything[i] for i in subset], retain_graph=True)
         assert_equal(got, [expected[i] for i in subset])
+
+
+@pytest.mark.skipif(_extension.module is None or DEVICE.type != "cpu", reason="Winograd's products of the CPU")
+@pytest.mark.parametrize("new_first", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("products", ["never", "always"])
+def test_a_layer_in_the_middle_alone(
+    products: str,
+    new_first: bool,
+    winograd: Callable[[str], None],
+    threads: Callable[[int], None],
+) -> None:
+    """Where nothing below it is asked for: in images that several threads share, each in several steps."""
+    winograd(products)
+    threads(2)
+    layers = make_basic(24, (24, 24, 24), dtype=torch.float32)
+    x = make_input(2, 24, 24, 256, dtype=torch.float32, grad=False).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 96, 24, 256).contiguous(memory_format=torch.channels_last)
+    wide = copied(layers, F64)
+    for asked in ([3], [4], [5], [3, 4, 5], [5, 8]):  # norm and convolution of the second layer, and of the third
+        found = []
+        for all_layers, images in ((layers, x), (wide, x.double())):
+            for i, t in enumerate(parameters(all_layers)):
+                t.requires_grad_(i in asked)
+            chosen = [parameters(all_layers)[i] for i in asked]
+            block = basic_block if all_layers is layers else reference.basic_block
+            found.append(gradients(block(images, all_layers, new_first), chosen, grad.to(images.dtype)))
+        for got, exact in zip(*found, strict=True):
+            assert vector_error(got, exact) < 1e-5
 
 
 def test_the_incoming_gradient_is_only_read(backend: str) -> None:
