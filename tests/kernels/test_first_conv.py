@@ -95,6 +95,17 @@ def test_is_pytorchs_convolution(case: Case, dtype: torch.dtype, level: str) -> 
         check(computed(x, weight, added, *case[4:], dtype), case, x, weight, added)
 
 
+def test_long_sums_are_made_of_parts(level: str) -> None:
+    """A sum of 343 products, one after another, would have a larger error: it is rounded 343 times at its full size."""
+    x, weight, _ = tensors(((7, 7, 7), 1, 512, (7, 7, 7), (1, 1, 1), (0, 0, 0)), torch.float32)
+    got = computed(x, weight, None, (1, 1, 1), (0, 0, 0), torch.float32).flatten(1)
+    exact = x.double().flatten(1) @ weight.double().flatten(1).T
+    chain = torch.zeros(2, 512)
+    for column, weights in zip(x.flatten(1).T, weight.flatten(1).T, strict=True):
+        chain += column[:, None] * weights
+    assert (got - exact).norm() < 0.85 * (chain - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_converts_float32_as_it_reads(case: Case, dtype: torch.dtype, level: str) -> None:
