@@ -224,6 +224,10 @@ def test_nan_reaches_its_neighbours_only(level: str, products: str) -> None:  # 
         da, dW = written("bn_relu_conv3x3_backward", args, BACKWARD)[:2]
         assert da.isnan().any(1).nonzero().flatten().tolist() == [43, 44, 52, 53]
         assert dW[1, :, :2, :2].isnan().all() and not dW[[0, 2, 3]].isnan().any()
+        args["grad"] = torch.randn(54, 4).to(dtype)
+        args["x"][53, 2] = float("nan")
+        dW = written("bn_relu_conv3x3_backward", args, BACKWARD)[1]
+        assert dW[:, 2, 1:, 1:].isnan().all() and not dW[:, 2, 0].isnan().any() and not dW[:, 2, :, 0].isnan().any()
 
 
 @pytest.mark.parametrize("what", ["x", "grad"])

@@ -315,8 +315,9 @@ class Conv3x3Backward {
       }
     }
     for (int row = 0; row < image.rows; ++row) rows[row] = of_y[row];
-    const int64_t steps = (band.width + P::kDepth - 1) / P::kDepth;
-    wgrad.add({lines, steps, of_g, kPairs ? g_rows_pitch : g.pitch, P::kDepth * y_pitch}, rows, y_pitch, own_wgrad);
+    const int64_t whole = band.width / P::kDepth, steps = (band.width + P::kDepth - 1) / P::kDepth;
+    wgrad.add({lines, steps, whole, of_g, kPairs ? g_rows_pitch : g.pitch, P::kDepth * y_pitch}, rows, y_pitch,
+              own_wgrad);
   }
 
   // What LineConv gives for a block of columns.

@@ -11,9 +11,9 @@ static_assert(kLongRows * kMostVectors + kMostVectors + 1 <= kRegisters, "sums s
 template <class P>
 struct WgradLines {
   using Operand = typename P::Operand;
-  int64_t count, steps;
-  const Operand* const* g;  // [count]
-  int64_t g_step, y_step;   // from step to step, in operands
+  int64_t count, steps, whole;  // whole: steps of as many pixels as an operand has; the last may be of one less
+  const Operand* const* g;      // [count]
+  int64_t g_step, y_step;       // from step to step, in operands
 };
 
 // Adds to wgrad[r, j] for R rows and NV vectors. y: the lines that one position of the window takes, null beyond the
@@ -34,7 +34,12 @@ __attribute__((noinline)) void wgrad_tile(const WgradLines<P> lines, const typen
     for (int64_t k = 0; k < lines.steps; ++k) {
       typename P::Right right[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) right[j] = P::load_right(b + j * L);
+      for (int j = 0; j < NV; ++j) {
+        right[j] = P::load_right(b + j * L);
+        // A pixel beside the last one's neighbours may not be finite, and must not be multiplied with a zero of g.
+        if constexpr (P::kDepth > 1)
+          if (k == lines.whole) right[j] = P::first_number(right[j]);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const typename P::Operand left = a[r];

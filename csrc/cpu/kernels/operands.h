@@ -56,6 +56,8 @@ struct DotBf16 {
   static DX_INLINE Operand joined(Number a, Number b) { return {a, b}; }
   static DX_INLINE Right joined(Right a, Right b) { return _mm512_or_si512(a, _mm512_slli_epi32(b, 16)); }
   static DX_INLINE Right load_right(const Operand* p) { return _mm512_loadu_si512(p); }
+  // Zero in the place of the second number.
+  static DX_INLINE Right first_number(Right a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xffff)); }
   static DX_INLINE void multiply_add(Vec<A>& sum, Operand left, Right right) {
     int bits;
     __builtin_memcpy(&bits, &left, sizeof bits);
