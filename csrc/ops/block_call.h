@@ -110,6 +110,16 @@ int64_t between(const BasicLayer<T>&) {
   return 0;
 }
 
+// Whether a weight is multiplied by something first, into memory of its own that is soon another one's.
+template <class T>
+bool has_scaled_weight(const DenseLayer<T>& layer) {
+  return layer.fold != nullptr;
+}
+template <class T>
+bool has_scaled_weight(const BasicLayer<T>&) {
+  return false;
+}
+
 // What forward and backward pass read of their arguments alike.
 template <class D, class T>
 class BlockCall {
@@ -256,13 +266,13 @@ class BlockCall {
 
  private:
   // How many parts of the images run_forward takes. Few enough that features are more than the weights, which every
-  // part reads again.
+  // part reads again, and finds packed by their address.
   template <class Layers>
   int64_t parts_of(const Layers& layers) const {
     int64_t columns = 0, weights = 0;
     for (const auto& layer : layers) {
       const auto& conv = convolution_of(layer);
-      if (!has_kernel(at_, buffer.images, conv)) return 1;
+      if (!has_kernel(at_, buffer.images, conv) || has_scaled_weight(layer)) return 1;
       columns = std::max(columns, between(layer));
       weights += layer.C * between(layer) + conv.C * conv.N * taps_of(conv);
     }
