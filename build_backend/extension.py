@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from build_backend.environment import BuildError, cxx_compiler, is_clang
 
 # The GPU kernels and what registers them as operators.
-CUDA_SOURCES = ("csrc/ops/cuda.cpp", "csrc/cuda/*.cu")
+CUDA_SOURCES = ("csrc/ops/cuda.cpp", "csrc/ops/out_of_memory.cpp", "csrc/cuda/*.cu")
 
 
 # densenet_ext/_extension.py says more when the torch that runs has CUDA.

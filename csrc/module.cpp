@@ -5,7 +5,6 @@
 
 #include "cpu/levels.h"
 #include "cpu/winograd_use.h"
-#include "cuda/errors.h"
 #if defined(USE_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -30,20 +29,10 @@ pybind11::dict build_facts() {
   return facts;
 }
 
-// Exceptions of the operators, which torch hands on as they are: RuntimeError but for these.
-void translate_exception(std::exception_ptr thrown) {
-  try {
-    if (thrown) std::rethrow_exception(thrown);
-  } catch (const dx::cuda::OutOfMemory& error) {
-    PyErr_SetString(pybind11::module_::import("torch").attr("OutOfMemoryError").ptr(), error.what());
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts of densenet_ext, what of its Python has to be fast, and the hooks that its tests need.";
-  pybind11::register_exception_translator(&translate_exception);
   m.def("build_facts", &build_facts, "Compiler, torch and CUDA that this was built with.");
   m.def("simd_level", [] { return std::string(dx::cpu::level().name); }, "The SIMD level in use.");
   m.def(

@@ -8,9 +8,9 @@
 #include <utility>
 #include <variant>
 
-#include "../cuda/errors.h"
 #include "../cuda/kernels.h"
 #include "../cuda/settings.h"
+#include "out_of_memory.h"
 #include "torch_calls.h"
 
 namespace dx::ops {
@@ -198,9 +198,9 @@ class Cuda : public TorchCalls {
     STD_TORCH_CHECK(error == cudaSuccess || error == cudaErrorMemoryAllocation, "densenet_ext: ", name,
                     ": no workspace, since a kernel before it failed: ", cudaGetErrorString(error),
                     " (DENSENET_EXT_SYNC=1 names the operator)");
-    throw cuda::OutOfMemory("CUDA out of memory. densenet_ext: " + std::string(name) + " tried to allocate " +
-                            std::to_string(bytes) + " bytes; " + std::to_string(unused) + " of the GPU's " +
-                            std::to_string(total) + " bytes are free");
+    throw_out_of_memory("CUDA out of memory. densenet_ext: " + std::string(name) + " tried to allocate " +
+                        std::to_string(bytes) + " bytes; " + std::to_string(unused) + " of the GPU's " +
+                        std::to_string(total) + " bytes are free");
   }
   void check_run(const char* name, cudaError_t error) const {
     if (error == cudaSuccess && waits()) error = cudaStreamSynchronize(stream_);

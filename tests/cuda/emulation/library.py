@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sysconfig
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,12 +61,14 @@ def compile_operators(cache: Path = CACHE) -> Path:
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DUSE_CUDA"]
     # -Bsymbolic: what operators.cpp stands in for is in torch's libraries too
     linker = ["-Wl,-Bsymbolic", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
-    return _compile(tuple(FAMILIES), {"operators.cpp": flags}, linker, cache=cache)
+    errors = ROOT / "csrc" / "ops" / "out_of_memory.cpp"
+    others = {"operators.cpp": flags, errors: [*flags, f"-isystem{sysconfig.get_path('include')}"]}
+    return _compile(tuple(FAMILIES), others, linker, cache=cache)
 
 
 def _compile(
     families: Sequence[str],
-    others: Mapping[str, Sequence[str]],  # further files of the emulator, and their flags
+    others: Mapping[str | Path, Sequence[str]],  # further files, in the emulator's folder or of a whole path: flags
     linker: Sequence[str] = (),
     root: Path = ROOT,
     cache: Path = CACHE,
