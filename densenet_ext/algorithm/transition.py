@@ -97,7 +97,8 @@ def key_of(conv_weight: Tensor, window: int | tuple[int, ...], conv_bias: Tensor
 
     The call keeps the tensors, so that no others get their numbers.
     """
-    return window, id(conv_weight), conv_weight.shape, id(conv_bias)
+    # not id(None), which torch 2.11 does not compile
+    return window, id(conv_weight), conv_weight.shape, None if conv_bias is None else id(conv_bias)
 
 
 def _pooled_size(config: Config, x: Tensor) -> list[int]:

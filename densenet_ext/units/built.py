@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from densenet_ext.units.entry import UNIT, original_class
-from densenet_ext.units.parts import hidden_function, kind_of, obstacle, submodule
+from densenet_ext.units.parts import hidden_function, kind_of, obstacle, own_attributes, submodule
 from densenet_ext.units.reading import Part, code_changed, know_code, names_in_code
 
 _STANDARD = frozenset((*nn.Module().__dict__, UNIT))
@@ -54,7 +54,7 @@ class Built(NamedTuple):
                 now = getattr(found, attribute, None)
                 if now != value:
                     reason = f"has {attribute} {now!r}, which was {value!r} when its forward was tried out"
-            new = [key for key in found.__dict__ if key not in attributes and key not in _STANDARD]
+            new = [key for key in own_attributes(found) if key not in attributes and key not in _STANDARD]
             if reason is None and new and not names_in_code(cls).isdisjoint(new):
                 reason = f"has {', '.join(new)}, which it had not when its forward became known"
             if reason is None:

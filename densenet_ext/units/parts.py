@@ -11,6 +11,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
@@ -19,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from densenet_ext.algorithm.sync import group_of
 from densenet_ext.algorithm.values import Norm
-from densenet_ext.units.reading import code_changed
+from densenet_ext.units.reading import code_changed, names_in_code
 
 _CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -89,10 +90,27 @@ def hidden_function(module: nn.Module) -> str | None:
     Such a function may be part of what ``forward`` computes; ``forward`` itself is `has_other_forward`'s matter.
     """
     cls = type(module)
-    for name, value in module.__dict__.items():
-        if isinstance(value, _FUNCTIONS) and name != "forward" and getattr(cls, name, None) is not None:
+    for name in own_attributes(module):
+        if name != "forward" and isinstance(module.__dict__[name], _FUNCTIONS) and getattr(cls, name, None) is not None:
             return name
     return None
+
+
+def own_attributes(module: nn.Module) -> list[str]:
+    """Returns the names of the instance's attributes; in code that is compiled those that a function of it may see.
+
+    The tracer of torch 2.11 looks single attributes up, and does not go through them.
+    """
+    if torch.compiler.is_compiling():
+        return [name for name in _names_of(type(module)) if name in module.__dict__]
+    return list(module.__dict__)
+
+
+@torch.compiler.assume_constant_result
+def _names_of(cls: type) -> tuple[str, ...]:
+    """Returns the names of the class's attributes, and all that its code names."""
+    coded = [kind for kind in cls.__mro__ if kind is not nn.Module and "forward" in vars(kind)]
+    return tuple(sorted({*dir(cls), *(name for kind in coded for name in names_in_code(kind))}))
 
 
 def activates(module: nn.Module) -> bool:
