@@ -17,7 +17,18 @@ _NETWORKS = (
     *("fastest eager peer", "images / s", "its time over ours", "CUDA graph: ours", "eager"),
     *("`torch.compile`", "max-autotune", "peak, GiB: ours", "`features`", "eager", "`memory_efficient`"),
 )
-_CONV3X3 = ("network", "precision", "width", "pixels", "C", "k", "ours, us", "PyTorch's, us", "its time over ours")
+_CONV3X3 = (
+    "network",
+    "precision",
+    "width",
+    "pixels",
+    "C",
+    "k",
+    "ours, us",
+    "PyTorch's, us",
+    "its time over ours",
+    "difference",
+)
 _KERNELS = ("operator", "shapes", "ms, all", "GB / s", "share of a copy", "lowest to highest", "TFLOP / s")
 
 
@@ -53,6 +64,7 @@ def _conv3x3(rows: Sequence[Row]) -> list[str]:
             *(str(row[name]) for name in ("network", "precision", "width", "rows", "C", "N")),
             *(f"{row[name] * 1e6:.0f}" for name in ("ours", "theirs")),
             f"{row['theirs'] / row['ours']:.2f}",
+            f"{row['difference']:.1e}",
         ]
         for row in rows
     ]

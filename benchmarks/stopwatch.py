@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 REPEATS = 15
+BUSY = 2_000_000
+"""Cycles, about a millisecond: longer than the host takes for a dozen operations."""
 
 
 class Precision(NamedTuple):
@@ -59,10 +61,11 @@ class Stopwatch:
         return self._on_gpu(call, repeats) if self.device.type == "cuda" else self._here(call, repeats)
 
     def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[float]:
-        # the flush takes longer than a launch: the calls are in the queue before the GPU comes to them
+        # the GPU is kept busy until all that a call asks for is in its queue: it would wait for the host in between
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in events:
             self.flush.zero_()
+            torch.cuda._sleep(BUSY)
             start.record()
             call()
             end.record()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import densenet_ext as dx
 from densenet_ext.modules import BasicDenseLayer
 from tests.support.fusing_helpers import images, reason_of
-from tests.support.helpers import F64, assert_equal, gradients, kept_for_backward
+from tests.support.helpers import F64, assert_equal, generator, gradients, kept_for_backward
 
 
 def small(**kwargs: Any) -> dx.FCDenseNet:
@@ -65,7 +65,7 @@ def usual(model: dx.FCDenseNet, x: Tensor) -> Tensor:
 def test_equals_the_usual_formulation(size: tuple[int, int], backend: str) -> None:
     model = small()
     other = copy.deepcopy(model)
-    x, y = (torch.randn(2, 3, *size, dtype=F64, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    x, y = (torch.randn(2, 3, *size, dtype=F64, generator=generator(1)) for _ in range(2))
     x.requires_grad_(), y.requires_grad_()
     for _ in range(2):
         got, expected = model(x), usual(other, y)

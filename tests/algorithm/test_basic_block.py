@@ -281,7 +281,7 @@ def test_autocast_has_the_dtype_of_eagers_concatenation() -> None:
     layers = make_basic(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x = make_input(2, 5, 4, 3, dtype=dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             got, expected = basic_block(x, layers), reference.basic_block(x, layers)
         assert got.dtype == expected.dtype
         assert vector_error(got, expected) < 0.02

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import densenet_ext as dx
 from benchmarks import choice3x3, gpu_table, kernels, operators, peers
@@ -174,17 +175,31 @@ def test_both_ways_compute_the_same(network: peers.Network) -> None:
         assert got.keys() == want.keys()
         for name in got:
             torch.testing.assert_close(got[name], want[name], msg=name)
+        of_theirs = choice3x3.theirs(layer)
+        assert choice3x3.difference(layer, of_theirs) < 1e-12
+
+        def other(of_theirs: Any = of_theirs) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = of_theirs()
+            found["grad_conv_weight"][0] *= 2
+            return found
+
+        assert choice3x3.difference(layer, other) > 0.01
+        assert not choice3x3.difference(layer, lambda want=want: want) <= 1  # features that nobody has written
 
 
 def test_a_choice_begins_where_ours_is_faster_throughout() -> None:
-    def row(rows: int, ours: float, width: int = 56, size: int = 2) -> dict[str, Any]:
+    def row(rows: int, ours: float, width: int = 56, size: int = 2, difference: float = 1e-3) -> dict[str, Any]:
+        precision = "bfloat16" if size == 2 else "float32, TF32"
         shape = {"capability": 90, "bytes": size, "tf32": size == 4, "C": 128, "N": 32, "width": width, "rows": rows}
-        return {**shape, "ours": ours, "theirs": 1.0, "network": "densenet121", "precision": "any"}
+        found = {"ours": ours, "theirs": 1.0, "difference": difference}
+        return {**shape, **found, "network": "densenet121", "precision": precision}
 
     found = [row(100, 0.5), row(400, 2.0), row(800, 0.9), row(800, 0.8), row(1600, 0.7)]
     found += [row(800, 0.9, width=28), row(800, 1.1, width=28), row(50, 0.5, width=28), row(9, 0.5, size=4)]
     assert choice3x3.table_rows(found) == ["{90, 2, false, 128, 32, 56, 800},", "{90, 4, true, 128, 32, 56, 9},"]
     assert choice3x3.table_rows([row(9, 1.0)]) == []
+    wrong = [row(400, 0.5, difference=0.5), row(800, 0.5), row(1600, 0.5, width=28, difference=float("nan"))]
+    assert choice3x3.table_rows(wrong) == ["{90, 2, false, 128, 32, 56, 800},"]
 
 
 def test_the_choice_is_a_part_of_the_operators_table(measured: dict[str, Any]) -> None:

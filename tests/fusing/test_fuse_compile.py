@@ -13,6 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import densenet_ext as dx
 from tests.support.fusing_helpers import assert_same_gradients, assert_same_state, images, net, rows
+from tests.support.helpers import DEVICE
 
 
 class Graphs:
@@ -207,7 +208,7 @@ def test_autocast_has_the_dtypes_of_eager() -> None:
     model, graphs = dx.fuse(tiny().float()), Graphs()
     other = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         got, wanted = compiled(images().float()), other(images().float())
     assert got.dtype == wanted.dtype and graphs.fused_ops == [TINY_UNITS]
     torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)

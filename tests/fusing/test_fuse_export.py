@@ -42,6 +42,6 @@ def test_onnx_has_the_usual_operations() -> None:
     kinds = {(node.domain, node.op_type) for node in program.model.graph}
     assert {domain for domain, _ in kinds} == {""} and ("", "Concat") in kinds and ("", "Conv") in kinds
     evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(program.model_proto)
-    (got,) = evaluator.run(None, {evaluator.input_names[0]: images().float().numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), model(images().float()), rtol=1e-4, atol=1e-5)
+    (got,) = evaluator.run(None, {evaluator.input_names[0]: images().float().cpu().numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(images().float()).cpu(), rtol=1e-4, atol=1e-5)
     assert all(row.fused for row in dx.report(model))

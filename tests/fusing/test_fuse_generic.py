@@ -19,7 +19,7 @@ from densenet_ext.units.entry import unit_of
 from tests.support import own_code as own
 from tests.support.covering import BACKENDS, pairs
 from tests.support.fusing_helpers import assert_same_gradients, assert_same_state, images, rows, three_steps
-from tests.support.helpers import F64, assert_equal, kept_for_backward
+from tests.support.helpers import DEVICE, F64, assert_equal, kept_for_backward
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
     "F.relu, new in front": (lambda: own.chain(own.Narrow), {"new_first": True}),
@@ -290,7 +290,7 @@ def test_what_was_found_under_a_patch_does_not_outlive_it(
 
 
 def test_the_trial_runs_anywhere() -> None:
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
         block = own.chain(own.NarrowBehind)
         trials._known.clear()
         assert rows(block)[""].reason == "densenet_ext.fuse has not been called"

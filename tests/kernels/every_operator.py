@@ -1,5 +1,5 @@
-"""Calls every operator on small odd shapes in every dtype, and the 1x1 convolution on wide ones of several tiles for a
-block: what ``make gpu`` runs under compute-sanitizer.
+"""Calls every operator on small odd shapes in every dtype, and the convolutions as on two multiprocessors, by several
+tiles for a block and by large tiles: what ``make gpu`` runs under compute-sanitizer.
 
 ``python tests/kernels/every_operator.py --device cuda --seconds 60``. Arguments are made on the processor and copied,
 so that the kernels of this package are nearly all that runs on the GPU. Results are not looked at: the other tests do
@@ -45,6 +45,9 @@ def calls(device: torch.device) -> Iterator[tuple[str, torch.dtype, Call, dict[s
                 for call in MAKERS[name](*shape):
                     yield name, dtype, call, {}
             if number == 0 and dtype != torch.float64:
+                for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
+                    for call in MAKERS[name](*shape):  # by the tiles that many pixels take
+                        yield name, dtype, call, BLOCKS
                 for N, C in WIDE[1:3]:
                     for name, call in wide_conv1x1(290, C, N, dtype):
                         yield name, dtype, call, BLOCKS

@@ -22,7 +22,7 @@ from densenet_ext.memory.counting import Allocations, SavedBytes, storage_bytes
 from densenet_ext.memory.shapes import ShapesMode
 from tests.support import command_line
 from tests.support.fusing_helpers import net
-from tests.support.helpers import allocations, kept_for_backward
+from tests.support.helpers import DEVICE, allocations, kept_for_backward
 
 SHAPE = (3, 3, 32, 32)
 
@@ -34,7 +34,7 @@ def own(**kwargs: Any) -> nn.Module:
 def really_kept(model: nn.Module, dtype: torch.dtype, autocast: bool) -> int:
     model = copy.deepcopy(model)
     x = torch.randn(SHAPE, dtype=torch.float32 if autocast else dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         with kept_for_backward([x, *model.parameters(), *model.buffers()]) as kept:
             out = model(x)
     del out

@@ -22,6 +22,7 @@ from tests.peers.twins import (
     warm,
 )
 from tests.support.covering import pairs
+from tests.support.helpers import DEVICE
 
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -129,9 +130,9 @@ def test_autocast(enabled: str) -> None:
         dtypes: list[str] = []
         for module in model.modules():
             module.register_forward_hook(lambda m, args, out: dtypes.append(str(out.dtype)))
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=enabled == "weights cached"):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, cache_enabled=enabled == "weights cached"):
             if enabled == "nested off":
-                with torch.autocast("cpu", enabled=False):
+                with torch.autocast(DEVICE.type, enabled=False):
                     out = model(images(dtype=torch.float32))
             else:
                 out = model(images(dtype=torch.float32))

@@ -18,13 +18,14 @@ from tests.peers.twins import (
     same,
     torchvision_net,
 )
+from tests.support.helpers import generator
 
 EACH = pytest.mark.parametrize("name", NETS)
 BOTH = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def maps(channels: int = 16, size: int = 6, n: int = 2) -> Tensor:
-    values = torch.randn(n, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    values = torch.randn(n, channels, size, size, dtype=torch.float64, generator=generator(4))
     return values
 
 

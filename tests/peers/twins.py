@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 import densenet_ext as dx
 from benchmarks.peers import Unavailable, peer
+from tests.support.helpers import generator
 
 IDENTITY = os.environ.get("PEERS_FUSE") == "identity"
 needs_fused = pytest.mark.skipif(IDENTITY, reason="nothing is fused")
@@ -85,12 +86,12 @@ class HeadedByModules(nn.Module):
 
 
 def images(n: int = 2, size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator(1)).to(dtype)
 
 
 def warm(model: Any) -> Any:
     """The model with norms whose parameters and running statistics are no longer zeros and ones."""
-    made = torch.Generator().manual_seed(2)
+    made = generator(2)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):

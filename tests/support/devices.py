@@ -29,6 +29,11 @@ LEFT_OUT = {
     "test_sanitize.py": "the same of `make sanitize`",
     "test_import_graph.py": "reads the modules",
     "test_every_function.py": "reads the tests",
+    "test_inference.py": "calls that are prepared, which a GPU has no form of",
+    "test_workspace.py": "the memory of such calls",
+    "test_stretch.py": "such calls, one after the other",
+    "test_pack.py": "weights that are kept packed, as the processor's kernels read them",
+    "test_packed.py": "the same",
     "test_memory.py::test_inference_needs_the_buffer_and_one_scratch": "counts every temporary, and cuDNN takes "
     "workspaces of its own choice; test_cuda.py measures peaks of whole networks",
     "test_memory.py::test_backward_needs_one_gradient_buffer": "the same",

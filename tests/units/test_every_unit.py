@@ -18,6 +18,7 @@ from tests.support.helpers import (
     assert_equal,
     basic_block,
     dense_block,
+    generator,
     gradients,
     make_conv,
     make_input,
@@ -198,7 +199,7 @@ def test_batched_gradients_are_eagers(unit: Unit, batch: bool) -> None:
     inputs, results = leaves(x, args), []
     for form in (unit.fused, unit.usual):
         out = form(x, clone_of_statistics(args))
-        grads = torch.randn(3, *out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+        grads = torch.randn(3, *out.shape, dtype=F64, generator=generator(1))
         found = gradients(out, inputs, grads, is_grads_batched=True, retain_graph=True)
         mapped = torch.func.vmap(lambda g, out=out: torch.autograd.grad(out, inputs, g, retain_graph=True))(grads)
         again = gradients(out, inputs[:1], grads, is_grads_batched=True, create_graph=True)
