@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from densenet_ext.units import parts
@@ -96,6 +96,33 @@ def test_functions_of_the_instance() -> None:
     assert parts.hidden_function(module) is None
     module._conv_forward = lambda *args: None
     assert parts.hidden_function(module) == "_conv_forward"
+
+
+def test_attributes_of_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    module: Any = Scaled(3, 4, 1)
+    module.own, module.scale, module._conv_forward = 1, 2, lambda *args: None
+    assert parts.own_attributes(module) == list(vars(module))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = parts.own_attributes(module)  # those that the class or its code names
+    assert {"scale", "_conv_forward", "stride"} <= set(found) <= set(vars(module)) - {"own"}
+
+
+def test_functions_of_the_instance_in_compiled_code() -> None:
+    module: Any = nn.Conv2d(3, 4, 1)
+    torch._dynamo.reset()
+
+    def run(x: Tensor) -> Tensor:
+        return x + 1 if parts.hidden_function(module) is None else x + 2
+
+    assert torch.compile(run, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
+    module._conv_forward = lambda *args: None
+    torch._dynamo.reset()
+    assert torch.compile(run, backend="eager", fullgraph=True)(torch.zeros(1)) == 2
+    torch._dynamo.reset()
 
 
 def test_norms_and_activations() -> None:
