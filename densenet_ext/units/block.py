@@ -21,7 +21,7 @@ from densenet_ext.units.built import Built
 from densenet_ext.units.entry import MapUnit, Mismatch, ran
 from densenet_ext.units.flow import Flow
 from densenet_ext.units.metadata import with_metadata
-from densenet_ext.units.norms import settings_of, tensors_of
+from densenet_ext.units.norms import NORM_TENSORS, has_own, settings_of, tensors_of
 from densenet_ext.units.parts import (
     dimensions_of,
     hooks_on_all_modules,
@@ -241,14 +241,14 @@ class _Reading:
         self._shapes = [weight.shape for weight in self.weights]
         self.records: list[Any] = []
         """Of the tensors and the numbers that the layers' values are made of."""
-        # what these norms do follows from the process group, too
-        self._synced = any(isinstance(norm, nn.SyncBatchNorm) for layer in self.layers for norm in layer.norms)
+        # what norms of several processes do follows from the group, too; tensors that are attributes are not watched
+        self._repeats = all(layer.repeats for layer in self.layers)
         self._found: DenseLayers | BasicLayers | None = None
 
     def now(self, new_first: bool) -> DenseLayers | BasicLayers | None:
         """Returns the layers as they stand at this call; None where they are no plain tensors of the shapes that were
         read, alike in dtype and device."""
-        if torch.compiler.is_compiling() or self._synced:
+        if torch.compiler.is_compiling() or not self._repeats:
             return self._read(new_first)
         found = self._found
         if found is not None and all(each.holds() for each in self.records):
@@ -286,6 +286,14 @@ class _LayerParts:
         self._convs: list[Any] = [submodule(layer, name) for name in block.parts.convs]
         # their attributes: a layer that is a unit by itself must not be kept alive by what was read of it
         self._drops = [(vars(submodule(layer, drop.part)), drop) for drop in block.drops]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the layer's values follow from its modules' parameters, buffers and settings alone."""
+        owns = all(has_own(norm, *NORM_TENSORS) for norm in self.norms) and all(
+            has_own(conv, "weight", "bias") for conv in self._convs
+        )
+        return owns and not any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms)
 
     def tensors(self) -> list[Entry]:
         """Returns the parameters and buffers that the layer's values are made of, where they are."""

@@ -13,7 +13,8 @@ from densenet_ext.units.parts import is_usual, norm_of
 from densenet_ext.units.reading import ABSENT, Entry, record
 
 _SETTINGS = ("training", "momentum", "eps", "track_running_stats")
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+"""What a BatchNorm has as parameters and buffers."""
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Entry]:
@@ -39,7 +40,7 @@ class NormReading:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         # What a SyncBatchNorm does follows from the process group, too; replicas have tensors as attributes.
-        self._repeats = not isinstance(module, nn.SyncBatchNorm) and has_own(module, *_TENSORS)
+        self._repeats = not isinstance(module, nn.SyncBatchNorm) and has_own(module, *NORM_TENSORS)
         self.records: list[Any] = []
         """What the values depend on, since the last call."""
         self._found: SingleNorm | None = None

@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from densenet_ext import _extension
 
 _POOLING = ("kernel_size", "stride", "padding", "ceil_mode")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     (
         (nn.Conv1d, nn.Conv2d, nn.Conv3d),
         ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
     ),
-    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _POOLING),
+    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (*_POOLING, "divisor_override")),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), (*_POOLING, "dilation", "return_indices")),
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("output_size",)),
     ((nn.Flatten,), ("start_dim", "end_dim")),
+    (_DROPOUTS, ("p",)),  # of those that a unit takes for none, too
 )
 _SETTINGS = {kind: names for kinds, names in _KINDS for kind in kinds}
 """The attributes of a module that say which operation it is, but for those that a unit reads at every call."""
